@@ -1,0 +1,32 @@
+# Needs Python 3.11 or newer and pip's registry; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MODEL_FALLBACK ?= efficientnet_lite0
+
+help:  ## Say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+run: $(VENV)/installed  ## Serve on port 5000: ResNet-50, or EfficientNet-Lite0 where its weights cannot be had
+	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
+
+test: $(VENV)/tests-installed  ## Run the tests
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/tests-installed  ## Check the style
+	@$(BIN)/ruff check .
+
+docker-build:  ## Build the container image
+	docker build --tag image-classifier-service .
+
+.PHONY: help run test lint docker-build

@@ -1,0 +1,124 @@
+"""A bundle: the folder with all that a worker needs to serve one model, made once by `python -m app prepare`.
+
+    MODEL_DIR/bundles/resnet50-11ad3fa6b2c5-openvino/
+        manifest.json          the Manifest below, written last
+        model.xml, model.bin   the network for OpenVINO (engine openvino), or
+        model.pt               its state dict (engine torch)
+
+Standard library only: the Gunicorn master reads bundles, and must import neither torch nor OpenVINO.
+"""
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT = 1  # raised whenever an older bundle would be read wrongly
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a bundle.
+
+    network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
+    weights: {"source": where from, "sha256": of the weights' file, "labels_sha256": of LABELS_PATH or None,
+    "default": true if they are the ones that MODEL_NAME alone means}; self_test: {"outputs": what the torch network
+    answers to `self_test_input`}; files: {file name: SHA-256}.
+    """
+    name: str
+    task: str
+    engine: str
+    network: dict
+    labels: list
+    preprocessing: dict
+    total_parameters: int
+    weights: dict
+    versions: dict
+    self_test: dict
+    files: dict
+    format: int = FORMAT
+
+
+class BundleError(Exception):
+    """A bundle that is not what its manifest says; one line."""
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def installed_versions(*names):
+    """{distribution: version} of those that are installed, without importing them."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def read(folder):
+    """The Manifest in a folder; None where there is none that this version can read."""
+    try:
+        fields = json.loads((folder / "manifest.json").read_text())
+        return Manifest(**fields) if fields.get("format") == FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def verify(folder):
+    """Compare every file with its SHA-256. Returns the Manifest; raises BundleError."""
+    manifest = read(folder)
+    if manifest is None:
+        raise BundleError(f"{folder} holds no model that this version can serve")
+    for name, digest in manifest.files.items():
+        try:
+            if sha256(folder / name) != digest:
+                raise BundleError(f"{folder / name} is damaged: its SHA-256 is not the one in manifest.json")
+        except OSError as e:
+            raise BundleError(f"{folder / name} cannot be read: {e.strerror}") from e
+    return manifest
+
+
+def find(settings, name, engine):
+    """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH and the
+    installed libraries, or None. Its files are not verified yet. Raises OSError where MODEL_PATH cannot be read.
+    """
+    weights_sha256 = sha256(settings.model_path) if settings.model_path else None
+    labels_sha256 = sha256(settings.labels_path) if settings.labels_path else None
+    installed = installed_versions("openvino", "torch", "torchvision")
+    folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
+    for path in folders:
+        manifest = read(path.parent)
+        if (manifest and manifest.name == name and manifest.engine == engine
+                and (manifest.weights["sha256"] == weights_sha256 if weights_sha256 else manifest.weights["default"])
+                and manifest.weights["labels_sha256"] == labels_sha256
+                and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
+            return path.parent
+    return None
+
+
+@contextlib.contextmanager
+def writing(model_dir, folder_name):
+    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> at once when all went well."""
+    root = model_dir / "bundles"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    folder.chmod(0o755)
+    try:
+        yield folder
+        target = root / folder_name
+        if target.exists():  # a damaged or outdated one: running workers keep the files they have open
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_manifest(folder, manifest):
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1))

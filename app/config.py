@@ -1,0 +1,116 @@
+"""Every setting of the service: read once from the environment and `.env`, checked, then frozen."""
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb": 2**20, "mib": 2**20,
+         "g": 2**30, "gb": 2**30, "gib": 2**30}
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message is one line that names the variable."""
+
+
+def integer(low, high):
+    def parse(text):
+        if not re.fullmatch(r"[+-]?\d{1,15}", text) or not low <= int(text) <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return int(text)
+    return parse
+
+
+def seconds(low, high):
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise ValueError(f"a number of seconds from {low} to {high}")
+        return value
+    return parse
+
+
+def byte_size(text):
+    match = re.fullmatch(r"(\d{1,15})\s*([a-z]*)", text.lower())
+    if not match or match[2] not in UNITS or int(match[1]) == 0:
+        raise ValueError("a number of bytes, or one with KiB, MiB or GiB behind it")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def one_of(*choices):
+    def parse(text):
+        if text.lower() not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return text.lower()
+    return parse
+
+
+def model_name(text):
+    if not re.fullmatch(r"[a-z0-9_]{1,64}", text):
+        raise ValueError("a model's name such as resnet50 or mobilenet_v2")
+    return text
+
+
+def device(text):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text.lower()):
+        raise ValueError("auto, cpu, cuda or cuda:N")
+    return text.lower()
+
+
+def log_level(text):
+    return one_of("debug", "info", "warning", "error", "critical")(text).upper()
+
+
+def setting(parse, default):
+    return dataclasses.field(default=default, metadata={"parse": parse})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
+    model_name: str = setting(model_name, "resnet50")
+    model_path: Path | None = setting(Path, None)
+    labels_path: Path | None = setting(Path, None)
+    model_fallback: str | None = setting(model_name, None)
+    model_dir: Path = setting(Path, Path("models"))
+    weights_mirror: str | None = setting(str, None)
+    device: str = setting(device, "auto")
+    engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
+    precision: str = setting(one_of("fp32", "bf16", "fp16", "auto"), "fp32")
+    host: str = setting(str, "0.0.0.0")
+    port: int = setting(integer(1, 65535), 5000)
+    workers: int | None = setting(integer(1, 256), None)
+    threads: int | None = setting(integer(2, 1024), None)
+    max_batch_size: int = setting(integer(1, 1024), 32)
+    batch_timeout_ms: int = setting(integer(0, 1000), 2)
+    max_queue: int | None = setting(integer(0, 1000), None)
+    request_timeout: float = setting(seconds(0.1, 3600), 30.0)
+    max_file_size: int = setting(byte_size, 10 * 2**20)
+    max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
+    top_k: int = setting(integer(1, 10), 5)
+    log_level: str = setting(log_level, "INFO")
+    log_format: str = setting(one_of("json", "text"), "json")
+
+    @classmethod
+    def load(cls, env_file=".env"):
+        """Settings from the environment, then from env_file, then the defaults. Raises SettingsError."""
+        return cls.parse({**dotenv_values(env_file), **os.environ})
+
+    @classmethod
+    def parse(cls, variables):
+        """Settings from a mapping of variables to texts; an empty text counts as unset. Raises SettingsError."""
+        values = {}
+        for field in dataclasses.fields(cls):
+            variable = field.name.upper()
+            text = (variables.get(variable) or "").strip()
+            if not text:
+                continue
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as e:
+                raise SettingsError(f"{variable} must be {e}, got {text!r}") from e
+        return cls(**values)

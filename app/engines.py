@@ -1,0 +1,179 @@
+"""Run a batch through the network: OpenVINO on a CPU, torch on a GPU (or on a CPU, as the reference).
+
+An engine is made from a bundle and has two calls:
+    infer(batch, deadline): float32 (N, 3, H, W) → float32 (N, outputs); raises DeadlineExceeded
+    close()
+"""
+import collections
+import queue
+import sys
+import time
+
+import numpy as np
+
+from app.scheduler import Batcher, DeadlineExceeded
+
+# OpenVINO's package reports its use to a statistics server when it is imported. A service that its user did not ask
+# to call anyone does not; without the reporting package OpenVINO does without.
+sys.modules.setdefault("openvino_telemetry", None)
+
+POLL_S = 0.05
+
+
+class EngineError(Exception):
+    """An engine that cannot run here as asked; one line."""
+
+
+def self_test_input(preprocessing):
+    """A smooth coloured pattern as the model's input: float32 (1, 3, crop, crop), the same on every machine."""
+    y, x = np.mgrid[0:preprocessing.crop, 0:preprocessing.crop].astype(np.float32) / preprocessing.crop
+    return np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(9 * x * y)])[None].astype(np.float32)
+
+
+def reference_outputs(network):
+    """What the torch network answers to self_test_input, as a list; raises nothing of its own."""
+    import torch
+    with torch.inference_mode():
+        return network.module(torch.from_numpy(self_test_input(network.preprocessing)))[0].tolist()
+
+
+def export(network, engine, folder):
+    """Write a loaded Network into a bundle's folder for this engine; returns the names of the files."""
+    import torch
+    if engine == "torch":
+        torch.save(network.module.state_dict(), folder / "model.pt")
+        return ["model.pt"]
+    import openvino
+    crop = network.preprocessing.crop
+    with torch.inference_mode():
+        model = openvino.convert_model(network.module, example_input=torch.zeros(1, 3, crop, crop),
+                                       input=[1, 3, crop, crop])
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return ["model.xml", "model.bin"]
+
+
+def create(manifest, folder, plan, settings, device):
+    """The engine of a bundle on a device ("cpu", "cuda:0"). Raises EngineError."""
+    if manifest.engine == "openvino":
+        return OpenVINOEngine(folder, plan.streams, settings.precision)
+    return TorchEngine(manifest, folder, plan, settings, device)
+
+
+class OpenVINOEngine:
+    """`streams` inferences at once, each on one thread; they share one copy of the weights."""
+
+    def __init__(self, folder, streams, precision):
+        import openvino
+        core = openvino.Core()
+        native_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "auto":
+            precision = "bf16" if native_bf16 else "fp32"
+        if precision == "bf16" and not native_bf16:
+            raise EngineError("PRECISION is bf16, but this processor does not calculate in bf16; use fp32 or auto")
+        if precision == "fp16":
+            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
+        self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
+        model = core.compile_model(folder / "model.xml", "CPU", {
+            "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams,
+            # Pinned streams of two processes would share the first core and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]})
+        self.idle = queue.LifoQueue()
+        for _ in range(streams):
+            self.idle.put(model.create_infer_request())
+        self.overdue = collections.deque()  # inferences whose caller has left; their requests come back when they end
+
+    def infer(self, batch, deadline):
+        """Images one after the other, on as many idle streams as there are: larger batches gain nothing on a CPU."""
+        outputs, running = [None] * len(batch), collections.deque()
+        idle = [self.take(deadline)]
+        try:
+            for i in range(len(batch)):
+                if not idle and len(running) < len(batch):
+                    try:
+                        idle.append(self.idle.get_nowait())
+                    except queue.Empty:
+                        self.finish(*running[0], outputs, deadline)
+                        idle.append(running.popleft()[1])
+                request = idle.pop()
+                request.start_async({0: batch[i:i + 1]}, share_inputs=True)
+                running.append((i, request))
+            while running:
+                self.finish(*running[0], outputs, deadline)
+                idle.append(running.popleft()[1])
+        finally:
+            for request in idle:
+                self.idle.put(request)
+            for _, request in running:
+                request.cancel()
+                self.overdue.append(request)
+        return np.concatenate(outputs)
+
+    def finish(self, i, request, outputs, deadline):
+        if not request.wait_for(max(1, int(1000 * deadline.remaining()))):
+            raise DeadlineExceeded("inference")
+        outputs[i] = request.get_output_tensor(0).data.copy()
+
+    def take(self, deadline):
+        """An idle request, waiting for one until the deadline."""
+        while True:
+            for _ in range(len(self.overdue)):
+                request = self.overdue.popleft()
+                if request.wait_for(0):
+                    self.idle.put(request)
+                else:
+                    self.overdue.append(request)
+            try:
+                return self.idle.get(timeout=max(0.0, min(POLL_S, deadline.remaining())))
+            except queue.Empty:
+                if deadline.remaining() <= 0:
+                    raise DeadlineExceeded("queue") from None
+
+    def close(self):
+        pass
+
+
+class TorchEngine:
+    """torch in a fixed pool of threads: one inference a thread on a CPU; dynamic batches, channels last, on a GPU."""
+
+    def __init__(self, manifest, folder, plan, settings, device):
+        import torch
+
+        from app import networks
+        self.torch, self.device = torch, torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        precision = settings.precision
+        if precision == "auto":
+            precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        if precision == "fp16" and not on_gpu:
+            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
+        self.precision, self.framework = precision, f"torch {torch.__version__}"
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        if not on_gpu:
+            torch.set_num_threads(1)
+        with torch.device("meta"):
+            module = networks.rebuild(**manifest.network)
+        state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
+        module.load_state_dict(state, assign=True)  # on a CPU the workers share the file's pages
+        self.module = module.to(self.device, self.dtype,
+                                memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+        self.batcher = Batcher(self.run, threads=1 if on_gpu else plan.streams,
+                               max_batch=settings.max_batch_size if on_gpu else 1,
+                               wait_s=settings.batch_timeout_ms / 1000 if on_gpu else 0)
+
+    def run(self, batch):
+        torch = self.torch
+        tensor = torch.from_numpy(batch)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.device, self.dtype, memory_format=torch.channels_last,
+                                            non_blocking=True)
+        else:
+            tensor = tensor.to(self.dtype)
+        with torch.inference_mode():
+            return self.module(tensor).float().cpu().numpy()
+
+    def infer(self, batch, deadline):
+        return self.batcher.run(batch, deadline)
+
+    def close(self):
+        self.batcher.close()

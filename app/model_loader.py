@@ -1,0 +1,97 @@
+"""ModelLoader: which model answers, loaded and checked once a worker, and asked for predictions."""
+import logging
+import time
+
+import numpy as np
+
+from app import bundle, engines, state
+from app.machine import plan
+from app.prepare import prepared
+from app.preprocess import Preprocessing
+from app.scheduler import Deadline, Scheduler
+
+log = logging.getLogger(__name__)
+
+# How far a probability of the self-test may be from torch's at fp32. bf16 has 8 bits of mantissa.
+SELF_TEST_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
+SELF_TEST_TIMEOUT_S = 60
+
+
+class ModelError(Exception):
+    """A model that does not load or answers wrongly; one line."""
+
+
+class ModelLoader:
+    """One model of one worker. After load(): name, task, labels, preprocessing, device, scheduler and predict()."""
+
+    def __init__(self, settings):
+        self.settings, self.device = settings, settings.device
+        self.state = "loading"  # why not ready: loading, self_test_failed; None when ready
+        self.started = time.monotonic()
+
+    @property
+    def ready(self):
+        return self.state is None
+
+    def load(self):
+        """Find or make the bundle, load it, and check the answer to a known input. Raises PrepareError, BundleError,
+        EngineError, ModelError."""
+        machine = plan(self.settings)
+        self.device = machine.device
+        source = state.served() or prepared(self.settings)
+        self.fallback_reason = source.fallback_reason
+        self.manifest = bundle.read(source.folder)
+        if self.manifest is None:
+            raise ModelError(f"{source.folder} has no manifest")
+        self.name, self.task, self.labels = self.manifest.name, self.manifest.task, self.manifest.labels
+        self.preprocessing = Preprocessing(**self.manifest.preprocessing)
+        self.engine = engines.create(self.manifest, source.folder, machine, self.settings, self.device)
+        self.scheduler = Scheduler(machine.slots, machine.queue)
+        self.self_test()
+        self.load_seconds = time.monotonic() - self.started
+        self.state = None
+        if self.fallback_reason:
+            log.warning("MODEL_FALLBACK answers: %s is served, not %s (%s)", self.name, self.settings.model_name,
+                        self.fallback_reason)
+        log.info("model ready", extra={"model": self.name, "device": self.device, "engine": self.manifest.engine,
+                                       "precision": self.engine.precision, "seconds": round(self.load_seconds, 2)})
+        return self
+
+    def self_test(self):
+        """The warm-up inference, compared with what the torch network answered. Raises ModelError."""
+        self.state = "self_test_failed"
+        expected = np.array([self.manifest.self_test["outputs"]], np.float32)
+        outputs = self.engine.infer(engines.self_test_input(self.preprocessing), Deadline(SELF_TEST_TIMEOUT_S))
+        error = np.abs(self.scores(outputs) - self.scores(expected)).max()
+        if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
+            raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g}")
+
+    def scores(self, outputs):
+        """(N, K) float32 outputs of the network → (N, K): softmax probabilities of a classifier."""
+        return softmax(outputs)
+
+    def infer(self, batch, deadline):
+        """float32 (N, 3, H, W), preprocessed → scores (N, K). Raises DeadlineExceeded."""
+        return self.scores(self.engine.infer(batch, deadline))
+
+    def top_k(self, scores, k):
+        """(K,) probabilities → [{"class", "confidence", "class_id"}], highest first."""
+        best = np.argsort(-scores, kind="stable")[:k]
+        return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
+
+    def info(self):
+        """The `model` object of GET /info."""
+        size = self.preprocessing.crop
+        return {"name": self.name, "task": self.task, "device": self.device, "engine": self.manifest.engine,
+                "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
+                "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
+                "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
+                "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
+                if self.fallback_reason else None,
+                "labels": self.labels}
+
+
+def softmax(logits):
+    """(N, K) → (N, K) float64 probabilities."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

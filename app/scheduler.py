@@ -1,0 +1,161 @@
+"""Who may run when: deadlines, slots with a bounded queue before them, and batching."""
+import collections
+import contextlib
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+
+from app.errors import ServiceError
+
+
+class DeadlineExceeded(ServiceError):
+    """The request's time is over. stage: what it was in: read, queue, decode, inference."""
+
+    def __init__(self, stage):
+        super().__init__(504, "DEADLINE_EXCEEDED", f"The time allowed for this request ran out (during {stage}).")
+
+
+class Deadline:
+    """The moment by which a request must be answered."""
+
+    def __init__(self, seconds):
+        self.at = time.monotonic() + seconds
+
+    def remaining(self):
+        """Seconds left; negative when it has passed."""
+        return self.at - time.monotonic()
+
+    def check(self, stage):
+        if self.remaining() <= 0:
+            raise DeadlineExceeded(stage)
+
+
+class Scheduler:
+    """`slots` requests run at once, first come first served; `max_queue` more wait; the rest is refused at once."""
+
+    def __init__(self, slots, max_queue):
+        self.slots, self.max_queue = slots, max_queue
+        self.running = 0
+        self.waiting = collections.deque()  # an Event each, oldest first
+        self.lock = threading.Lock()
+        self.seconds_per_request = 0.05  # a running mean of the time in a slot
+
+    def take_slot(self, deadline):
+        """Wait for a slot; returns a context manager that gives it back at its end. Raises ServiceError OVERLOADED at
+        once when the queue is full, DeadlineExceeded when the time runs out."""
+        self.acquire(deadline)
+        return self.held_slot()
+
+    @contextlib.contextmanager
+    def held_slot(self):
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds_per_request += 0.05 * (time.monotonic() - started - self.seconds_per_request)
+            self.release()
+
+    def acquire(self, deadline):
+        with self.lock:
+            if self.running < self.slots:
+                self.running += 1
+                return
+            if len(self.waiting) >= self.max_queue:
+                raise ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.",
+                                   retry_after_s=self.seconds_to_drain())
+            turn = threading.Event()
+            self.waiting.append(turn)
+        if turn.wait(max(0, deadline.remaining())):
+            return
+        with self.lock:
+            if not turn.is_set():
+                self.waiting.remove(turn)
+                raise DeadlineExceeded("queue")
+        self.release()  # the turn came just as the time ran out
+        raise DeadlineExceeded("queue")
+
+    def release(self):
+        with self.lock:
+            if self.waiting:
+                self.waiting.popleft().set()  # the slot goes straight to the next one
+            else:
+                self.running -= 1
+
+    def seconds_to_drain(self):
+        return self.seconds_per_request * (len(self.waiting) + self.running) / self.slots
+
+
+class Batcher:
+    """Collects what several requests want inferred into batches, run by a fixed pool of threads.
+
+    An idle thread starts with what is there at once. While it is at work, requests gather, and the next batch takes up
+    to max_batch rows of them; if it is not full and more than one request is under way, it waits wait_s for the others.
+    """
+
+    def __init__(self, run, threads, max_batch, wait_s):
+        self.call, self.max_batch, self.wait_s = run, max_batch, wait_s
+        self.jobs = queue.SimpleQueue()  # (array (n, …), Future, Deadline), or None to stop
+        self.threads = [threading.Thread(target=self.work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, batch, deadline):
+        """float32 (n, …) → the rows' outputs. Raises DeadlineExceeded, or what the network raised."""
+        futures = []
+        for start in range(0, len(batch), self.max_batch):
+            future = Future()
+            futures.append(future)
+            self.jobs.put((batch[start:start + self.max_batch], future, deadline))
+        try:
+            return np.concatenate([f.result(max(0, deadline.remaining())) for f in futures])
+        except FutureTimeout:
+            for future in futures:
+                future.cancel()
+            raise DeadlineExceeded("inference") from None
+
+    def work(self):
+        held = None  # a job that did not fit into the last batch
+        while True:
+            job = held or self.jobs.get()
+            held = None
+            batch, rows, wait_until = [], 0, time.monotonic() + self.wait_s
+            crowded = not self.jobs.empty()
+            while job is not None:
+                rows_of_job = len(job[0])
+                if batch and rows + rows_of_job > self.max_batch:
+                    held = job
+                    break
+                if job[2].remaining() > 0 and job[1].set_running_or_notify_cancel():
+                    batch.append(job)
+                    rows += rows_of_job
+                if rows >= self.max_batch:
+                    break
+                try:
+                    job = self.jobs.get(timeout=max(0, wait_until - time.monotonic())) if crowded \
+                        else self.jobs.get_nowait()
+                except queue.Empty:
+                    break
+            if batch:
+                self.run_batch(batch)
+            if job is None:
+                return
+
+    def run_batch(self, batch):
+        try:
+            outputs = self.call(np.concatenate([rows for rows, _, _ in batch]) if len(batch) > 1 else batch[0][0])
+        except Exception as e:  # whatever the network raised belongs to those who asked, not to this thread
+            for _, future, _ in batch:
+                future.set_exception(e)
+            return
+        start = 0
+        for rows, future, _ in batch:
+            future.set_result(outputs[start:start + len(rows)])
+            start += len(rows)
+
+    def close(self):
+        for _ in self.threads:
+            self.jobs.put(None)

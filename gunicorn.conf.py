@@ -1,0 +1,70 @@
+"""Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it by itself."""
+import math
+import os
+import sys
+
+from app import state
+from app.config import Settings, SettingsError
+from app.machine import plan as plan_of
+from app.observability import logging_config
+from app.prepare import PrepareError, prepared
+
+try:
+    settings = Settings.load()
+    plan = plan_of(settings)
+except (SettingsError, ValueError) as e:
+    sys.exit(f"error: {e}")
+
+# Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+bind = f"{settings.host}:{settings.port}"
+worker_class = "gthread"
+workers = plan.workers
+threads = plan.threads
+worker_connections = 4 * plan.threads
+backlog = 512
+timeout = 30            # seconds without a heartbeat, which gthread gives whatever its threads do
+graceful_timeout = math.ceil(settings.request_timeout) + 5
+keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+control_socket_disable = True
+preload_app = False     # the model loads in each worker: torch and OpenVINO do not survive a fork
+limit_request_line = 4094
+limit_request_fields = 64
+limit_request_field_size = 8190
+logconfig_dict = logging_config(settings)
+
+
+def on_starting(server):
+    """Get the model ready once, before the workers; a model that cannot be had stops the start."""
+    try:
+        ready = prepared(settings)
+    except PrepareError as e:
+        sys.exit(f"error: {e}")
+    state.create()
+    state.publish(ready)
+    server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
+                                       "streams": plan.streams, "queue": plan.queue, "threads": plan.threads,
+                                       "model": str(ready.folder.name)})
+
+
+def when_ready(server):
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    print(f"\nServing on http://{host}:{settings.port} - try:\n"
+          f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
+
+
+def pre_fork(server, worker):
+    """Each worker its device: of several GPUs the one that has the fewest workers."""
+    taken = [w.device for w in server.WORKERS.values()]
+    worker.device = min(plan.devices, key=taken.count)
+
+
+def post_fork(server, worker):
+    os.environ["DEVICE"] = worker.device
+
+
+def on_exit(server):
+    state.remove()

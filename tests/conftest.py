@@ -1,0 +1,166 @@
+"""Real models, real pictures, and the service itself as real Gunicorn processes on a free port of loopback."""
+import contextlib
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import skimage
+from PIL import Image
+
+from app import create_app
+from app.config import Settings
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = Path(skimage.__file__).parent / "data"
+
+
+def photo(name):
+    """One of scikit-image's photographs as a PIL image in its own mode: astronaut, chelsea, coffee, rocket, camera."""
+    return Image.open(next(PHOTOS.glob(f"{name}.*")))
+
+
+def encoded(image, format="PNG", **options):
+    """A PIL image as a file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def need(program):
+    """The path of a program beyond Python; skips the test where it is missing, fails it where REQUIRE_PROGRAMS is set."""
+    path = shutil.which(program)
+    if path is None and os.environ.get("REQUIRE_PROGRAMS"):
+        pytest.fail(f"{program} is not installed, and REQUIRE_PROGRAMS is set")
+    if path is None:
+        pytest.skip(f"{program} is not installed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    """MODEL_DIR of this run: each model is exported once."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(name, num_classes=1000, seed=0): path of a seeded torchvision checkpoint, made once."""
+    import torch
+
+    from app.networks import torchvision
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name, num_classes=1000, seed=0):
+        path = folder / f"{name}-{num_classes}-{seed}.pt"
+        if not path.exists():
+            torch.manual_seed(seed)
+            torch.save(torchvision().models.get_model(name, num_classes=num_classes).state_dict(), path)
+        return path
+    return make
+
+
+@pytest.fixture(scope="session")
+def settings(model_dir):
+    """Settings of the model with real weights."""
+    return Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu"})
+
+
+@pytest.fixture(scope="session")
+def app(settings):
+    return create_app(settings)
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+def post(client, data, filename="picture.jpg", path="/predict", **options):
+    """POST a file's bytes as multipart, options as form fields; returns the response."""
+    return client.post(path, data={"file": (io.BytesIO(data), filename), **options})
+
+
+class Service:
+    """The service as its users run it: Gunicorn with gunicorn.conf.py, on a free port, logging to a file."""
+
+    def __init__(self, folder, variables):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = folder / f"service-{self.port}.log"
+        environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        with open(self.log_path, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stdout=log, stderr=log,
+                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), **variables})
+
+    def wait_ready(self, timeout_s=60):
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(self.url + "/health", timeout=5).status_code == 200:
+                    return self
+            time.sleep(0.02)
+        raise AssertionError(f"not ready within {timeout_s} s:\n{self.log}")
+
+    @property
+    def log(self):
+        return self.log_path.read_text()
+
+    def workers(self):
+        """Process ids of the live workers, oldest first."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children]
+
+    def predict(self, data, filename="picture.jpg", timeout_s=60, **options):
+        return requests.post(self.url + "/predict", files={"file": (filename, data)}, data=options, timeout=timeout_s)
+
+    def stop(self, signal_number=signal.SIGTERM):
+        """Stop it if it still runs; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.returncode
+
+
+@pytest.fixture
+def start_service(tmp_path, model_dir):
+    """start_service(**variables): a Service that is stopped when the test ends; not yet waited for."""
+    services = []
+
+    def start(**variables):
+        defaults = {"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
+        services.append(Service(tmp_path, {**defaults, **variables}))
+        return services[-1]
+    yield start
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, settings, app):
+    """One ready Service with the default settings for the tests of a module that leave it as it is."""
+    running = Service(tmp_path_factory.mktemp("service"), {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu",
+                                                           "MODEL_DIR": str(settings.model_dir)})
+    yield running.wait_ready()
+    running.stop()
