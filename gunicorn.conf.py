@@ -4,15 +4,15 @@ import os
 import sys
 
 from app import state
-from app.config import Settings, SettingsError
+from app.config import Settings, StartError
 from app.machine import plan as plan_of
 from app.observability import logging_config
-from app.prepare import PrepareError, prepared
+from app.prepare import prepared
 
 try:
     settings = Settings.load()
     plan = plan_of(settings)
-except (SettingsError, ValueError) as e:
+except StartError as e:
     sys.exit(f"error: {e}")
 
 # Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
@@ -20,7 +20,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 bind = f"{settings.host}:{settings.port}"
-worker_class = "gthread"
+worker_class = "app.worker.Worker"
 workers = plan.workers
 threads = plan.threads
 worker_connections = 4 * plan.threads
@@ -41,7 +41,7 @@ def on_starting(server):
     """Get the model ready once, before the workers; a model that cannot be had stops the start."""
     try:
         ready = prepared(settings)
-    except PrepareError as e:
+    except StartError as e:
         sys.exit(f"error: {e}")
     state.create()
     state.publish(ready)

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app import bundle
+from app.config import StartError
 from app.machine import plan
 
 
-class PrepareError(Exception):
+class PrepareError(StartError):
     """A model that cannot be served; the message is one line."""
 
 
@@ -27,25 +28,18 @@ class Prepared:
 
 
 def prepared(settings):
-    """The verified bundle for these settings, made now, in a subprocess, if it is not there. Raises PrepareError."""
+    """The verified bundle for these settings, made now, in a subprocess, if it is not there. Raises StartError."""
     return find(settings) or make_in_subprocess(settings)
 
 
 def find(settings):
-    """The verified bundle for MODEL_NAME if it was made before, else None. Raises PrepareError."""
+    """The verified bundle for MODEL_NAME if it was made before, else None. Raises StartError."""
+    folder = bundle.find(settings, settings.model_name, plan(settings).engine)
     try:
-        folder = bundle.find(settings, settings.model_name, plan(settings).engine)
-        if folder is None:
-            return None
-        bundle.verify(folder)
-        return Prepared(folder)
+        return Prepared(folder) if folder and bundle.verify(folder) else None
     except bundle.BundleError as e:
         print(f"{e}: making it again", file=sys.stderr)
         return None
-    except OSError as e:
-        raise PrepareError(f"{e.filename} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise PrepareError(str(e)) from e
 
 
 def make_in_subprocess(settings):
@@ -63,7 +57,7 @@ def make_in_subprocess(settings):
 
 def make(settings):
     """Make the bundle for these settings in this process, or that of MODEL_FALLBACK where the weights of MODEL_NAME
-    cannot be had. Imports torch. Returns Prepared; raises PrepareError."""
+    cannot be had. Imports torch. Returns Prepared; raises StartError."""
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")
@@ -75,22 +69,18 @@ def make(settings):
             return found
         engine = plan(settings).engine
         from app.download import DownloadError
-        from app.networks import WeightsError
         try:
-            try:
-                return Prepared(make_bundle(settings, settings.model_name, engine))
-            except DownloadError as e:
-                if settings.model_fallback is None:
-                    raise PrepareError(f"the weights of {settings.model_name} cannot be had: {e}; set MODEL_PATH to a "
-                                       "file of yours, or MODEL_FALLBACK=efficientnet_lite0") from e
-                reason = str(e)
-            folder = bundle.find(settings, settings.model_fallback, engine)
-            with contextlib.suppress(bundle.BundleError):
-                if folder and bundle.verify(folder):
-                    return Prepared(folder, reason)
-            return Prepared(make_bundle(settings, settings.model_fallback, engine), reason)
-        except (WeightsError, DownloadError) as e:
-            raise PrepareError(str(e)) from e
+            return Prepared(make_bundle(settings, settings.model_name, engine))
+        except DownloadError as e:
+            if settings.model_fallback is None:
+                raise PrepareError(f"the weights of {settings.model_name} cannot be had: {e}; set MODEL_PATH to a "
+                                   "file of yours, or MODEL_FALLBACK=efficientnet_lite0") from e
+            reason = str(e)
+        folder = bundle.find(settings, settings.model_fallback, engine)
+        with contextlib.suppress(bundle.BundleError):
+            if folder and bundle.verify(folder):
+                return Prepared(folder, reason)
+        return Prepared(make_bundle(settings, settings.model_fallback, engine), reason)
 
 
 def make_bundle(settings, name, engine):

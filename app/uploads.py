@@ -14,7 +14,6 @@ FORM_OVERHEAD = 64 * 1024  # bytes of a multipart body beside the file: boundari
 class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
     max_form_parts = 64
-    max_form_memory_size = FORM_OVERHEAD
 
     def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
         return io.BytesIO()
