@@ -50,12 +50,6 @@ def on_starting(server):
                                        "model": str(ready.folder.name)})
 
 
-def when_ready(server):
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    print(f"\nServing on http://{host}:{settings.port} - try:\n"
-          f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
-
-
 def pre_fork(server, worker):
     """Each worker its device: of several GPUs the one that has the fewest workers."""
     taken = [w.device for w in server.WORKERS.values()]
@@ -64,6 +58,13 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
+
+
+def post_worker_init(worker):
+    if worker.age == 1:  # the first one has its model: say how to try it
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        print(f"\nServing on http://{host}:{settings.port} - try:\n"
+              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
 
 
 def on_exit(server):
