@@ -93,6 +93,7 @@ class Settings:
     batch_timeout_ms: int = setting(integer(0, 1000), 2)
     max_queue: int | None = setting(integer(0, 1000), None)
     request_timeout: float = setting(seconds(0.1, 3600), 30.0)
+    drain_seconds: float = setting(seconds(0, 600), 5.0)
     max_file_size: int = setting(byte_size, 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
     top_k: int = setting(integer(1, 10), 5)

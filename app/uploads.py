@@ -4,6 +4,7 @@ import os.path
 from dataclasses import dataclass
 
 from flask import Request, request
+from werkzeug.exceptions import ClientDisconnected
 
 from app.errors import ServiceError, invalid_parameter
 
@@ -26,8 +27,16 @@ class Upload:
     filename: str | None
 
 
-def read_file(settings):
+def read_file(settings, deadline):
     """The one file of the current request. Raises ServiceError."""
+    try:
+        return parse_file(settings)
+    except ClientDisconnected as e:  # also what the worker's read deadline looks like from here
+        deadline.check("read")
+        raise ServiceError(400, "BAD_REQUEST", "The connection ended before the whole request was there.") from e
+
+
+def parse_file(settings):
     if request.mimetype != "multipart/form-data":
         if not request.mimetype and not request.content_length:
             raise missing_file()

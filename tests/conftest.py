@@ -107,7 +107,7 @@ class Service:
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stdout=log, stderr=log,
-                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), **variables})
+                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables})
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s
