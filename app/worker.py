@@ -18,6 +18,7 @@ from app import state
 from app.config import StartError
 
 HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
+SLACK_S = 0.25          # the application's own deadline, which starts a little later, comes first
 LOAD_WITHIN_S = 600     # no more heartbeats for a model that takes longer to load
 RETRY_LOAD_AFTER_S = 2  # a worker that cannot load while others serve is started again after this time
 
@@ -84,7 +85,7 @@ class Worker(ThreadWorker):
             self.read_until.pop(conn, None)
 
     def handle_request(self, req, conn):
-        self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout
+        self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout + SLACK_S
         return super().handle_request(req, conn)
 
     def shut_late_reads(self):
@@ -109,6 +110,9 @@ class OneShape:
 
     def __init__(self, client):
         self.client = client
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
 
     def sendall(self, page):
         status = int(page.split(b" ", 2)[1])

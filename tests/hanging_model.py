@@ -1,0 +1,50 @@
+"""A real OpenVINO model that hangs: it loops for ever, uncancellable, when it is shown a white picture."""
+import dataclasses
+import shutil
+
+import numpy as np
+
+from app import bundle, engines
+from app.preprocess import Preprocessing
+
+SIZE = [1, 3, 224, 224]
+
+
+def build():
+    import openvino
+    from openvino import opset13 as ops
+    picture = ops.parameter(SIZE, np.float32)
+    brightness = ops.reduce_mean(picture, np.array([0, 1, 2, 3]), keep_dims=False)
+    turns = ops.select(ops.greater(brightness, np.float32(0.9)), np.int64(10**12), np.int64(1))
+    y = ops.parameter(SIZE, np.float32)
+    body = openvino.Model([ops.result(ops.constant(True)), ops.result(ops.multiply(y, np.float32(1)))], [y])
+    loop = ops.loop(turns, ops.constant(True))
+    loop.set_function(body)
+    loop.set_special_body_ports([-1, 0])
+    loop.set_merged_input(y, picture.output(0), body.get_results()[1].output(0))
+    mean = ops.reduce_mean(loop.get_iter_value(body.get_results()[1].output(0), -1), np.array([1, 2, 3]), False)
+    logits = ops.multiply(ops.reshape(mean, [1, 1], False), ops.constant(np.linspace(0, 1, 1000, dtype=np.float32)[None]))
+    return openvino.Model([ops.result(logits)], [picture])
+
+
+def replace_model(model_dir):
+    """Put the hanging model into the only bundle of a MODEL_DIR, with a manifest that is right about it."""
+    import openvino
+    (path,) = model_dir.glob("bundles/*/manifest.json")
+    folder, manifest = path.parent, bundle.read(path.parent)
+    model = build()
+    for file in manifest.files:
+        (folder / file).unlink()
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    shown = engines.self_test_input(Preprocessing(**manifest.preprocessing))
+    outputs = openvino.Core().compile_model(model, "CPU")(shown)[0][0]
+    bundle.save_manifest(folder, dataclasses.replace(
+        manifest, self_test={"outputs": outputs.tolist()},
+        files={f: bundle.sha256(folder / f) for f in manifest.files}))
+
+
+def copy_model_dir(source, target):
+    """A MODEL_DIR of its own with the export of efficientnet_lite0 alone."""
+    (found,) = source.glob("bundles/efficientnet_lite0-*")
+    shutil.copytree(found, target / "bundles" / found.name)
+    return target
