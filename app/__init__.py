@@ -16,7 +16,7 @@ def create_app(settings=None, model=None):
     settings = settings or Settings.load()
     app = Service(__name__, static_folder=None)
     app.json.sort_keys = False
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_file_size + FORM_OVERHEAD
+    app.config["MAX_CONTENT_LENGTH"] = FORM_OVERHEAD  # the endpoints that take files raise it
     app.extensions["settings"] = settings
     app.extensions["model"] = model or ModelLoader(settings).load()
     observability.register(app)

@@ -91,6 +91,7 @@ class Settings:
     request_timeout: float = setting(seconds(0.1, 3600), 30.0)
     max_file_size: int = setting(byte_size, 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
+    max_batch_files: int = setting(integer(1, 1000), 32)
     top_k: int = setting(integer(1, 10), 5)
     log_level: str = setting(log_level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")

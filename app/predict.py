@@ -1,4 +1,4 @@
-"""POST /predict."""
+"""POST /predict: one file, one answer."""
 from flask import Blueprint, current_app, g, jsonify
 
 from app import pipeline, uploads
@@ -7,16 +7,16 @@ from app.scheduler import Deadline
 bp = Blueprint("predict", __name__)
 
 
-@bp.post("/predict")
+@bp.route("/predict", methods=["POST", "PUT"])  # PUT is what `curl -T photo.jpg` sends
 def predict():
     model, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = Deadline(settings.request_timeout)
     with g.stages("read"):
-        upload = uploads.read_file(settings)
-        options = pipeline.Options(top_k=uploads.integer_option("top_k", 1, 10, settings.top_k))
+        data, filename, option = uploads.read_one(settings)
+        options = pipeline.options_from(option, settings, model)
     with g.stages("queue"):
         slot = model.scheduler.take_slot(deadline)
     with slot:
-        answer = pipeline.answer(model, settings, upload.data, options, deadline, g.stages)
+        answer = pipeline.answer(model, settings, data, options, deadline, g.stages)
     return jsonify({"status": "success", "predictions": answer["predictions"],
-                    "metadata": {"filename": upload.filename, **answer["metadata"]}})
+                    "metadata": {"filename": filename, **answer["metadata"]}})
