@@ -1,7 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 from flask import Flask
 
-from app import errors, health, info, observability, predict
+from app import batch, errors, health, info, observability, predict
 from app.config import Settings
 from app.model_loader import ModelLoader
 from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -21,6 +21,6 @@ def create_app(settings=None, model=None):
     app.extensions["model"] = model or ModelLoader(settings).load()
     observability.register(app)
     errors.register(app)
-    for module in (predict, health, info):
+    for module in (predict, batch, health, info):
         app.register_blueprint(module.bp)
     return app

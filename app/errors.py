@@ -11,9 +11,10 @@ log = logging.getLogger(__name__)
 class ServiceError(Exception):
     """An answer other than the wished one: HTTP status, stable machine code, a sentence for the caller."""
 
-    def __init__(self, status, code, message, retry_after_s=None):
+    def __init__(self, status, code, message, retry_after_s=None, details=None):
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        self.details = details or {}  # further members of the body
 
     def body(self):
         return {"status": "error", "error": self.code, "message": self.message}
@@ -33,7 +34,7 @@ FRAMEWORK = {
 
 
 def render(error):
-    response = jsonify({**error.body(), "request_id": g.get("request_id")})
+    response = jsonify({**error.body(), "request_id": g.get("request_id"), **error.details})
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
@@ -55,10 +56,14 @@ def render_http_exception(e):
     return response
 
 
+def internal_error(e):
+    """What a caller is told of a bug, which goes to the log with its stack trace."""
+    log.error("unexpected error", exc_info=e)
+    return ServiceError(500, "INTERNAL_ERROR", "The service failed; the request id finds the reason in its log.")
+
+
 def render_bug(e):
-    log.exception("unexpected error")
-    return render(ServiceError(500, "INTERNAL_ERROR",
-                               "The service failed; the request id finds the reason in its log."))
+    return render(internal_error(e))
 
 
 def register(app):

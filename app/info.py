@@ -3,6 +3,7 @@ import platform
 
 from flask import Blueprint, current_app, jsonify
 
+from app import uploads
 from app.bundle import installed_versions
 from app.media import EXTENSIONS
 
@@ -13,6 +14,7 @@ bp = Blueprint("info", __name__)
 ENDPOINTS = {
     "/": "this list",
     "/predict": "POST a picture, get its classes",
+    "/predict/batch": "POST several pictures, get one result for each",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
@@ -32,7 +34,9 @@ def info():
         "status": "success",
         "model": model.info(),
         "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
-                   "allowed_extensions": list(EXTENSIONS), "request_timeout": settings.request_timeout,
+                   "allowed_extensions": list(EXTENSIONS), "max_batch_files": settings.max_batch_files,
+                   "max_batch_size": uploads.BATCH_BODY_FILES * settings.max_file_size,
+                   "request_timeout": settings.request_timeout,
                    "top_k": settings.top_k},
         "versions": {"service": VERSION, "python": platform.python_version(),
                      **installed_versions("flask", "gunicorn", "numpy", "opencv-python-headless", "openvino", "pillow",

@@ -1,6 +1,7 @@
 """From an HTTP request to files and options: multipart, raw body and JSON through one path."""
 import base64
 import binascii
+import functools
 import io
 import json
 import os.path
@@ -27,10 +28,14 @@ class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
     max_form_parts = 64
 
+    @functools.cached_property
+    def file_streams(self):
+        """The contents of the form's files in the body's order, whatever their names."""
+        return []
+
     def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
-        stream = io.BytesIO()
-        self.file_streams = [*getattr(self, "file_streams", ()), stream]  # in the body's order, whatever their names
-        return stream
+        self.file_streams.append(io.BytesIO())
+        return self.file_streams[-1]
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,9 @@ def read_body(fields):
 
 
 def files_of_form(fields):
-    order = {id(stream): i for i, stream in enumerate(getattr(request, "file_streams", ()))}
-    parts = [(name, part) for name, part in request.files.items(multi=True) if name in fields]
-    parts.sort(key=lambda named: order.get(id(named[1].stream), 0))
+    parts = [(name, part) for name, part in request.files.items(multi=True) if name in fields]  # grouped by name
+    place = {id(stream): i for i, stream in enumerate(request.file_streams)}
+    parts.sort(key=lambda named: place[id(named[1].stream)])
     files = [Upload(part.stream.getvalue(), base_name(part.filename), name) for name, part in parts]
     # A browser sends a part with neither name nor content for a file input in which nothing was chosen.
     files = [file for file in files if file.filename or file.content]
@@ -139,7 +144,8 @@ def files_of_json(fields):
     if name != INSTANCES:
         return [Upload(value, None, name)], sent
     if not isinstance(value, list):
-        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got {json_type(value)}.")
+        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
+                                                f"{json_type(value)}.")
     if not value:
         raise missing_file("the list instances is empty")
     return [Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
