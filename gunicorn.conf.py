@@ -4,15 +4,15 @@ import os
 import sys
 
 from app import state
-from app.config import Settings, SettingsError
+from app.config import Settings, StartError
 from app.machine import plan as plan_of
 from app.observability import logging_config
-from app.prepare import PrepareError, prepared
+from app.prepare import prepared
 
 try:
     settings = Settings.load()
     plan = plan_of(settings)
-except (SettingsError, ValueError) as e:
+except StartError as e:
     sys.exit(f"error: {e}")
 
 # Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
@@ -20,7 +20,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 bind = f"{settings.host}:{settings.port}"
-worker_class = "gthread"
+worker_class = "app.worker.Worker"
 workers = plan.workers
 threads = plan.threads
 worker_connections = 4 * plan.threads
@@ -41,19 +41,13 @@ def on_starting(server):
     """Get the model ready once, before the workers; a model that cannot be had stops the start."""
     try:
         ready = prepared(settings)
-    except PrepareError as e:
+    except StartError as e:
         sys.exit(f"error: {e}")
     state.create()
     state.publish(ready)
     server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
                                        "streams": plan.streams, "queue": plan.queue, "threads": plan.threads,
                                        "model": str(ready.folder.name)})
-
-
-def when_ready(server):
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    print(f"\nServing on http://{host}:{settings.port} - try:\n"
-          f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
 
 
 def pre_fork(server, worker):
@@ -64,6 +58,13 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
+
+
+def post_worker_init(worker):
+    if worker.age == 1:  # the first one has its model: say how to try it
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        print(f"\nServing on http://{host}:{settings.port} - try:\n"
+              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
 
 
 def on_exit(server):

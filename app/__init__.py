@@ -1,7 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 from flask import Flask
 
-from app import batch, errors, health, info, observability, predict
+from app import batch, cache, errors, health, info, observability, predict
 from app.config import Settings
 from app.model_loader import ModelLoader
 from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -19,6 +19,7 @@ def create_app(settings=None, model=None):
     app.config["MAX_CONTENT_LENGTH"] = FORM_OVERHEAD  # the endpoints that take files raise it
     app.extensions["settings"] = settings
     app.extensions["model"] = model or ModelLoader(settings).load()
+    app.extensions["cache"] = cache.ResultCache(settings, app.extensions["model"]) if settings.cache_url else None
     observability.register(app)
     errors.register(app)
     for module in (predict, batch, health, info):

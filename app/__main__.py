@@ -3,7 +3,7 @@ import argparse
 import json
 import sys
 
-from app.config import Settings, SettingsError
+from app.config import Settings, StartError
 
 
 def main():
@@ -16,10 +16,10 @@ def main():
 
 
 def run_prepare(arguments):
-    from app.prepare import PrepareError, make
+    from app.prepare import make
     try:
         done = make(Settings.load())
-    except (SettingsError, PrepareError) as e:
+    except StartError as e:
         print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
               file=sys.stdout if arguments.json else sys.stderr)
         return 1

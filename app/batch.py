@@ -7,6 +7,7 @@ from flask import Blueprint, current_app, g, jsonify
 from app import pipeline, uploads
 from app.errors import ServiceError, internal_error
 from app.observability import Stages
+from app.predict import answer_or_cached
 from app.scheduler import Deadline, DeadlineExceeded
 
 bp = Blueprint("batch", __name__)
@@ -20,8 +21,7 @@ def predict_batch():
         files, option = uploads.read_batch(settings)
         options = pipeline.options_from(option, settings, model)
     with g.stages("files"):
-        futures = model.scheduler.start_batch([functools.partial(outcome, model, settings, file, options, deadline)
-                                               for file in files])
+        futures = model.scheduler.start_batch([functools.partial(outcome, file, options, deadline) for file in files])
         outcomes = [finished(future, deadline) for future in futures]
     failures = [o for o in outcomes if isinstance(o, ServiceError)]
     results = [{"index": i, "filename": file.filename, **(o.body() if isinstance(o, ServiceError) else o)}
@@ -32,16 +32,15 @@ def predict_batch():
     return jsonify({"status": "success", **body})
 
 
-def outcome(model, settings, file, options, deadline):
-    """The result of one file, or the ServiceError that it ended with. Runs in a thread of the scheduler's."""
+def outcome(file, options, deadline):
+    """The result of one file, or the ServiceError that it ended with. Runs in a thread of the scheduler's, in a copy
+    of the request's context."""
     stages = Stages()
     try:
         with stages("read"):
-            data = file.read(settings)
-        with stages("queue"):
-            slot = model.scheduler.take_slot(deadline, admitted=True)
-        with slot:
-            return {"status": "success", **pipeline.answer(model, settings, data, options, deadline, stages)}
+            data = file.read(current_app.extensions["settings"])
+        answer, _ = answer_or_cached(data, options, deadline, stages, admitted=True)
+        return {"status": "success", **answer}
     except ServiceError as e:
         return e
     except Exception as e:  # a bug that one file meets is that file's alone

@@ -7,10 +7,10 @@ An engine is made from a bundle and has two calls:
 import collections
 import queue
 import sys
-import time
 
 import numpy as np
 
+from app.config import StartError
 from app.scheduler import Batcher, DeadlineExceeded
 
 # OpenVINO's package reports its use to a statistics server when it is imported. A service that its user did not ask
@@ -20,7 +20,7 @@ sys.modules.setdefault("openvino_telemetry", None)
 POLL_S = 0.05
 
 
-class EngineError(Exception):
+class EngineError(StartError):
     """An engine that cannot run here as asked; one line."""
 
 
@@ -119,10 +119,7 @@ class OpenVINOEngine:
         while True:
             for _ in range(len(self.overdue)):
                 request = self.overdue.popleft()
-                if request.wait_for(0):
-                    self.idle.put(request)
-                else:
-                    self.overdue.append(request)
+                (self.idle.put if has_ended(request) else self.overdue.append)(request)
             try:
                 return self.idle.get(timeout=max(0.0, min(POLL_S, deadline.remaining())))
             except queue.Empty:
@@ -131,6 +128,14 @@ class OpenVINOEngine:
 
     def close(self):
         pass
+
+
+def has_ended(request):
+    """Whether an inference that was cancelled is over; its outcome interests nobody."""
+    try:
+        return request.wait_for(0)
+    except RuntimeError:  # OpenVINO's word for «cancelled» or «failed»
+        return True
 
 
 class TorchEngine:

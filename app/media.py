@@ -34,7 +34,7 @@ def read_image(data, max_pixels, shorter_side=None):
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
                                                    f"at most {max_pixels} are taken.")
     try:
-        if shorter_side and image.format == "JPEG" and min(width, height) > 2 * DRAFT_MARGIN * shorter_side:
+        if shorter_side and image.format == "JPEG" and min(width, height) > DRAFT_MARGIN * shorter_side:
             scale = DRAFT_MARGIN * shorter_side / min(width, height)
             image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
         image.load()

@@ -5,6 +5,7 @@ import time
 import numpy as np
 
 from app import bundle, engines, state
+from app.config import StartError
 from app.machine import plan
 from app.prepare import prepared
 from app.preprocess import Preprocessing
@@ -17,7 +18,7 @@ SELF_TEST_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 SELF_TEST_TIMEOUT_S = 60
 
 
-class ModelError(Exception):
+class ModelError(StartError):
     """A model that does not load or answers wrongly; one line."""
 
 
@@ -34,8 +35,7 @@ class ModelLoader:
         return self.state is None
 
     def load(self):
-        """Find or make the bundle, load it, and check the answer to a known input. Raises PrepareError, BundleError,
-        EngineError, ModelError."""
+        """Find or make the bundle, load it, and check the answer to a known input. Raises StartError."""
         machine = plan(self.settings)
         self.device = machine.device
         source = state.served() or prepared(self.settings)

@@ -46,6 +46,7 @@ class Scheduler:
         self.seconds_per_request = 0.05  # a running mean of the time in a slot
         self.lanes = ThreadPoolExecutor(slots, "batch")
         self.batched = 0  # files of batches that are not answered yet
+        self.onlookers = 0  # requests that wait for what another one is computing, in places of the queue
 
     def take_slot(self, deadline, admitted=False):
         """Wait for a slot; returns a context manager that gives it back at its end. Raises ServiceError OVERLOADED at
@@ -75,8 +76,22 @@ class Scheduler:
         with self.lock:
             self.batched -= 1
 
+    @contextlib.contextmanager
+    def watching(self, admitted=False):
+        """A place in the queue for a request that needs no slot, because another one computes what it wants. Raises
+        ServiceError OVERLOADED when the queue is full and the caller is not `admitted` (see take_slot)."""
+        with self.lock:
+            if self.is_full() and not admitted:
+                raise self.overloaded()
+            self.onlookers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.onlookers -= 1
+
     def is_full(self):
-        return self.running >= self.slots and len(self.waiting) >= self.max_queue
+        return self.running >= self.slots and len(self.waiting) + self.onlookers >= self.max_queue
 
     def overloaded(self):
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.",
@@ -91,7 +106,7 @@ class Scheduler:
             self.seconds_per_request += 0.05 * (time.monotonic() - started - self.seconds_per_request)
             self.release()
 
-    def acquire(self, deadline, admitted):
+    def acquire(self, deadline, admitted=False):
         with self.lock:
             if self.running < self.slots:
                 self.running += 1
