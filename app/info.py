@@ -19,6 +19,8 @@ ENDPOINTS = {
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
     "/info": "the model, the limits and the versions",
+    "/openapi.json": "the OpenAPI document of all this",
+    "/docs": "the same to read and to try, in a browser",
 }
 
 
@@ -37,7 +39,8 @@ def info():
                    "allowed_extensions": list(EXTENSIONS), "max_batch_files": settings.max_batch_files,
                    "max_batch_size": uploads.BATCH_BODY_FILES * settings.max_file_size,
                    "request_timeout": settings.request_timeout,
-                   "cache": settings.cache_url and settings.cache_url.partition(":")[0], "cache_ttl": settings.cache_ttl,
+                   "cache": settings.cache_url and settings.cache_url.partition(":")[0],
+                   "cache_ttl": settings.cache_ttl,
                    "top_k": settings.top_k},
         "versions": {"service": VERSION, "python": platform.python_version(),
                      **installed_versions("flask", "gunicorn", "numpy", "opencv-python-headless", "openvino", "pillow",

@@ -1,4 +1,5 @@
 """One file to one answer: decode → preprocess → predict. Used by the endpoints and by the command line alike."""
+import re
 from dataclasses import dataclass
 
 from app import media
@@ -23,13 +24,9 @@ def integer_option(option, name, low, high, default):
     text = option(name)
     if text is None or text == "":
         return default
-    try:
-        value = int(text)
-    except ValueError:
-        value = None
-    if value is None or not low <= value <= high or not text.strip().lstrip("+-").isascii():
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise invalid_parameter(name, f"an integer from {low} to {high}", text[:40])
-    return value
+    return int(text)
 
 
 def answer(model, settings, data, options, deadline, stages):

@@ -119,8 +119,8 @@ def files_of_form(fields):
         raise ServiceError(400, "TOO_MANY_FILES", f"The form has a file in {files[0].field} and text in {texts[0]}; "
                                                   f"leave {texts[0]} out, or send it alone as JSON.")
     if texts:
-        raise missing_file(f"the form's field {texts[0]} is text. With curl, write -F {texts[0]}=@photo.jpg, "
-                           "with the @; base64 goes into JSON")
+        raise missing_file(f"the form's field {texts[0]} has no filename, so it is text. With curl, write "
+                           f"-F {texts[0]}=@photo.jpg, with the @; base64 goes into JSON")
     return files
 
 
@@ -211,7 +211,9 @@ def option_reader(sent):
         value = values[0] if values else None
         if isinstance(value, dict | list):
             raise invalid_parameter(name, "a single value", json_type(value))
-        return json.dumps(value) if isinstance(value, bool | int | float) else value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 3.0 is an integer in JSON
+        return value if value is None or isinstance(value, str) else json.dumps(value)
     return option
 
 

@@ -28,8 +28,9 @@ class RedisServer:
         self.start()
 
     def start(self):
-        self.process = subprocess.Popen([need("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--save",
-                                         "", "--dir", str(self.folder)], stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [need("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--dir", str(self.folder)], stdout=subprocess.DEVNULL)
         until = time.monotonic() + 10
         while time.monotonic() < until:
             with contextlib.suppress(redis.ConnectionError):

@@ -69,7 +69,7 @@ def test_base64_of_the_largest_file_fits(app, settings):
     assert (status, code) == (413, "FILE_TOO_LARGE")
 
 
-@pytest.mark.parametrize("top_k", [3, "3"])
+@pytest.mark.parametrize("top_k", [3, "3", 3.0])
 def test_options_in_json(client, top_k):
     assert len(client.post("/predict", json={"image": CAT_64, "top_k": top_k}).json["predictions"]) == 3
 
