@@ -1,7 +1,7 @@
 """GET / and GET /info: what this service is and what answers."""
 import platform
 
-from flask import Blueprint, current_app, jsonify
+from flask import Blueprint, current_app, jsonify, request
 
 from app import uploads
 from app.bundle import installed_versions
@@ -12,7 +12,7 @@ NAME, VERSION = "image-classifier-service", "0.1.0"
 bp = Blueprint("info", __name__)
 
 ENDPOINTS = {
-    "/": "this list",
+    "/": "this list; in a browser, a page to try it",
     "/predict": "POST a picture, get its classes",
     "/predict/batch": "POST several pictures, get one result for each",
     "/health": "readiness, for load balancers",
@@ -24,9 +24,26 @@ ENDPOINTS = {
 }
 
 
+# The page holds no inline script or style, and takes nothing from elsewhere; blob: is the picture that was chosen.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+                               "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
+    "Permissions-Policy": "camera=(self)",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
 @bp.get("/")
 def index():
-    return jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+    if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+        response = current_app.send_static_file("index.html")
+        response.headers.update(PAGE_HEADERS)
+    else:
+        response = jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+    response.vary.add("Accept")
+    return response
 
 
 @bp.get("/info")

@@ -47,7 +47,8 @@ def document(settings, model):
                                 "that the model has no use for are ignored.\n\nEvery error has one shape, with a "
                                 "stable code in `error` and in `message` what to change."},
         "servers": [{"url": "/"}],
-        "paths": paths(settings),
+        "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
+        "paths": tagged(paths(settings)),
         "components": {"schemas": schemas(settings, getattr(model, "task", "classification")), "headers": HEADERS,
                        "responses": {status: error_response(status, settings) for status in ERRORS}}}
 
@@ -128,6 +129,17 @@ def get(summary, schema, example=None, further=None, description=None):
     operation = {"summary": summary, "responses": {"200": success(summary, schema, example=example), **(further or {}),
                                                    **errors(*EVERYWHERE)}}
     return {"get": operation if description is None else {**operation, "description": description}}
+
+
+def tagged(paths):
+    for path, operations in paths.items():
+        tag = "Predict" if path.startswith("/predict") else "Documentation" if path in DOCUMENTATION else "Status"
+        for operation in operations.values():
+            operation["tags"] = [tag]
+    return paths
+
+
+DOCUMENTATION = ("/", "/openapi.json", "/docs")
 
 
 def paths(settings):
