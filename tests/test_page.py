@@ -22,7 +22,8 @@ def chromium(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chromium")
     for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update", f"user-data-dir={folder}",
-                 "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream", "disable-dev-shm-usage"):
+                 "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream", "disable-dev-shm-usage",
+                 "hide-scrollbars"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(need("chromedriver")))
