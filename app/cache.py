@@ -68,7 +68,8 @@ class ResultCache:
         others wait, in places of the scheduler's queue, and share the answer or a 4xx; when the one that computes
         fails for another reason, the next one computes. Raises what compute raises, DeadlineExceeded, OVERLOADED.
         """
-        key = self.key(data, options)
+        with stages("cache"):
+            key = self.key(data, options)
         while True:
             with self.lock:
                 flight = self.flights.get(key)

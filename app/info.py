@@ -1,7 +1,7 @@
 """GET / and GET /info: what this service is and what answers."""
 import platform
 
-from flask import Blueprint, current_app, jsonify, request
+from flask import Blueprint, current_app, jsonify, make_response, render_template, request
 
 from app import uploads
 from app.bundle import installed_versions
@@ -38,8 +38,7 @@ PAGE_HEADERS = {
 @bp.get("/")
 def index():
     if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
-        response = current_app.send_static_file("index.html")
-        response.headers.update(PAGE_HEADERS)
+        response = make_response(render_template("index.html"), PAGE_HEADERS)
     else:
         response = jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
     response.vary.add("Accept")

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 import flask_swagger_ui
-from flask import Blueprint, current_app, jsonify, send_from_directory
+from flask import Blueprint, current_app, jsonify, render_template, send_from_directory
 
 from app.info import NAME, VERSION
 from app.uploads import BATCH_BODY_FILES, FILE_FIELDS
@@ -26,9 +26,7 @@ def openapi():
 
 @bp.get("/docs")
 def docs():
-    response = current_app.send_static_file("docs.html")
-    response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-    return response
+    return render_template("docs.html"), {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
 
 
 @bp.get("/docs/<name>")

@@ -213,8 +213,10 @@ def test_pages_hold_no_inline_script_or_style_and_no_other_host(service):
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for name in ("index.html", "docs.html", "style.css", "page.js", "docs.js", "icon.svg"):
-        text = requests.get(f"{service.url}/static/{name}", timeout=10).text
+    for path in ("", "docs", *[f"static/{n}" for n in ("style.css", "page.js", "docs.js", "icon.svg")]):
+        response = requests.get(f"{service.url}/{path}", headers={"Accept": "text/html"}, timeout=10)
+        assert response.status_code == 200
+        text = response.text
         assert "https://" not in text
         assert " style=" not in text
         assert " onclick=" not in text
