@@ -70,7 +70,8 @@ def post_worker_init(worker):
     if worker.age == 1:  # the first one has its model: say how to try it
         host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
         print(f"\nServing on http://{host}:{settings.port} - try:\n"
-              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
+              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n"
+          f"or open http://{host}:{settings.port} in a browser\n", file=sys.stderr)
 
 
 def child_exit(server, worker):

@@ -1,7 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 from flask import Flask
 
-from app import errors, health, info, observability, predict
+from app import batch, cache, errors, health, info, observability, openapi, predict
 from app.config import Settings
 from app.model_loader import ModelLoader
 from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -14,13 +14,14 @@ class Service(Flask):
 def create_app(settings=None, model=None):
     """The Flask application. model: a loaded ModelLoader, else one is loaded here, once a worker."""
     settings = settings or Settings.load()
-    app = Service(__name__, static_folder=None)
+    app = Service(__name__)
     app.json.sort_keys = False
-    app.config["MAX_CONTENT_LENGTH"] = settings.max_file_size + FORM_OVERHEAD
+    app.config["MAX_CONTENT_LENGTH"] = FORM_OVERHEAD  # the endpoints that take files raise it
     app.extensions["settings"] = settings
     app.extensions["model"] = model or ModelLoader(settings).load()
+    app.extensions["cache"] = cache.ResultCache(settings, app.extensions["model"]) if settings.cache_url else None
     observability.register(app)
     errors.register(app)
-    for module in (predict, health, info):
+    for module in (predict, batch, health, info, openapi):
         app.register_blueprint(module.bp)
     return app

@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import re
+import urllib.parse
 from pathlib import Path
 
 from dotenv import dotenv_values
@@ -43,6 +44,13 @@ def byte_size(text):
     if not match or match[2] not in UNITS or int(match[1]) == 0:
         raise ValueError("a number of bytes, or one with KiB, MiB or GiB behind it")
     return int(match[1]) * UNITS[match[2]]
+
+
+def cache_url(text):
+    parts = urllib.parse.urlsplit(text)
+    if text != "memory://" and (parts.scheme not in ("redis", "rediss", "unix") or not parts.netloc + parts.path):
+        raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
+    return text
 
 
 def one_of(*choices):
@@ -96,6 +104,9 @@ class Settings:
     drain_seconds: float = setting(seconds(0, 600), 5.0)
     max_file_size: int = setting(byte_size, 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
+    max_batch_files: int = setting(integer(1, 1000), 32)
+    cache_url: str | None = setting(cache_url, None)
+    cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
     log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")

@@ -13,9 +13,10 @@ log = logging.getLogger(__name__)
 class ServiceError(Exception):
     """An answer other than the wished one: HTTP status, stable machine code, a sentence for the caller."""
 
-    def __init__(self, status, code, message, retry_after_s=None):
+    def __init__(self, status, code, message, retry_after_s=None, details=None):
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+        self.details = details or {}  # further members of the body
 
     def body(self):
         return {"status": "error", "error": self.code, "message": self.message}
@@ -35,7 +36,7 @@ FRAMEWORK = {
 
 
 def render(error):
-    response = jsonify({**error.body(), "request_id": g.get("request_id")})
+    response = jsonify({**error.body(), "request_id": g.get("request_id"), **error.details})
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -57,21 +58,26 @@ def render_http_exception(e):
     return response
 
 
-def render_out_of_memory(e):
+def out_of_memory(e):
+    """What a caller is told when the model or the decoder found no memory; what can be freed is."""
     log.error("out of memory: %s", e)
     gc.collect()
-    return render(ServiceError(503, "OUT_OF_MEMORY", "There was not enough memory for this request; try again later.",
-                               retry_after_s=5))
+    return ServiceError(503, "OUT_OF_MEMORY", "There was not enough memory for this request; try again later.",
+                        retry_after_s=5)
+
+
+def internal_error(e):
+    """What a caller is told of a bug, which goes to the log with its stack trace."""
+    log.error("unexpected error", exc_info=e)
+    return ServiceError(500, "INTERNAL_ERROR", "The service failed; the request id finds the reason in its log.")
 
 
 def render_bug(e):
-    log.exception("unexpected error")
-    return render(ServiceError(500, "INTERNAL_ERROR",
-                               "The service failed; the request id finds the reason in its log."))
+    return render(internal_error(e))
 
 
 def register(app):
     app.register_error_handler(ServiceError, render)
     app.register_error_handler(HTTPException, render_http_exception)
-    app.register_error_handler(MemoryError, render_out_of_memory)
+    app.register_error_handler(MemoryError, lambda e: render(out_of_memory(e)))
     app.register_error_handler(Exception, render_bug)

@@ -1,8 +1,9 @@
 """GET / and GET /info: what this service is and what answers."""
 import platform
 
-from flask import Blueprint, current_app, jsonify
+from flask import Blueprint, current_app, jsonify, make_response, render_template, request
 
+from app import uploads
 from app.bundle import installed_versions
 from app.media import EXTENSIONS
 
@@ -11,18 +12,37 @@ NAME, VERSION = "image-classifier-service", "0.1.0"
 bp = Blueprint("info", __name__)
 
 ENDPOINTS = {
-    "/": "this list",
+    "/": "this list; in a browser, a page to try it",
     "/predict": "POST a picture, get its classes",
+    "/predict/batch": "POST several pictures, get one result for each",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
     "/info": "the model, the limits and the versions",
+    "/openapi.json": "the OpenAPI document of all this",
+    "/docs": "the same to read and to try, in a browser",
+}
+
+
+# The page holds no inline script or style, and takes nothing from elsewhere; blob: is the picture that was chosen.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+                               "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
+    "Permissions-Policy": "camera=(self)",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
 }
 
 
 @bp.get("/")
 def index():
-    return jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+    if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+        response = make_response(render_template("index.html"), PAGE_HEADERS)
+    else:
+        response = jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+    response.vary.add("Accept")
+    return response
 
 
 @bp.get("/info")
@@ -32,7 +52,11 @@ def info():
         "status": "success",
         "model": model.info(),
         "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
-                   "allowed_extensions": list(EXTENSIONS), "request_timeout": settings.request_timeout,
+                   "allowed_extensions": list(EXTENSIONS), "max_batch_files": settings.max_batch_files,
+                   "max_batch_size": uploads.BATCH_BODY_FILES * settings.max_file_size,
+                   "request_timeout": settings.request_timeout,
+                   "cache": settings.cache_url and settings.cache_url.partition(":")[0],
+                   "cache_ttl": settings.cache_ttl,
                    "top_k": settings.top_k},
         "versions": {"service": VERSION, "python": platform.python_version(),
                      **installed_versions("flask", "gunicorn", "numpy", "opencv-python-headless", "openvino", "pillow",

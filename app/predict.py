@@ -1,4 +1,4 @@
-"""POST /predict."""
+"""POST /predict: one file, one answer."""
 import select
 import socket
 
@@ -11,21 +11,42 @@ from app.scheduler import Deadline
 bp = Blueprint("predict", __name__)
 
 
-@bp.post("/predict")
+@bp.route("/predict", methods=["POST", "PUT"])  # PUT is what `curl -T photo.jpg` sends
 def predict():
     model, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     with model.scheduler.admission():
         with g.stages("read"):
-            upload = uploads.read_file(settings, deadline)
-            options = pipeline.Options(top_k=uploads.integer_option("top_k", 1, 10, settings.top_k))
-        with g.stages("queue"):
-            slot = model.scheduler.take_slot(deadline)
+            data, filename, option = uploads.read_one(settings, deadline)
+            options = pipeline.options_from(option, settings, model)
+        answer, is_hit = answer_or_cached(data, options, deadline, g.stages)
+    response = jsonify({"status": "success", "predictions": answer["predictions"],
+                        "metadata": {"filename": filename, **answer["metadata"]}})
+    if is_hit is not None:
+        response.headers["X-Cache"] = "hit" if is_hit else "miss"
+    return response
+
+
+def answer_or_cached(data, options, deadline, stages, admitted=False):
+    """(pipeline.answer in a slot, or the same from the cache; whether it is from there, None without a cache).
+
+    admitted: see Scheduler.take_slot. Raises ServiceError.
+    """
+    model, settings = current_app.extensions["model"], current_app.extensions["settings"]
+    cache = current_app.extensions["cache"]
+
+    def compute():
+        with stages("queue"):
+            slot = model.scheduler.take_slot(deadline, admitted)
         with slot:
             drop_if_client_left()
-            answer = pipeline.answer(model, settings, upload.data, options, deadline, g.stages)
-    return jsonify({"status": "success", "predictions": answer["predictions"],
-                    "metadata": {"filename": upload.filename, **answer["metadata"]}})
+            return pipeline.answer(model, settings, data, options, deadline, stages)
+    if cache is None:
+        return compute(), None
+    answer, is_hit = cache.fetch(data, options, compute, deadline, stages, admitted)
+    if is_hit:
+        answer = {**answer, "metadata": {**answer["metadata"], "inference_time": 0.0, "timings_ms": stages.timings_ms}}
+    return answer, is_hit
 
 
 def request_deadline(settings):

@@ -1,10 +1,11 @@
 """Who may run when: deadlines, slots with a bounded queue before them, and batching."""
 import collections
 import contextlib
+import contextvars
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
@@ -48,12 +49,15 @@ class Scheduler:
         self.waiting = collections.deque()  # an Event each, oldest first
         self.lock = threading.Lock()
         self.seconds_per_request = 0.05  # a running mean of the time in a slot
+        self.lanes = ThreadPoolExecutor(slots, "batch")
+        self.batched = 0  # files of batches that are not answered yet
+        self.onlookers = 0  # requests that wait for what another one is computing, in places of the queue
 
     @contextlib.contextmanager
     def admission(self):
         """Around a whole request, before its body is read. Raises ServiceError OVERLOADED."""
         with self.lock:
-            if self.inside >= self.max_inside or self.running == self.slots and len(self.waiting) >= self.max_queue:
+            if self.inside >= self.max_inside or self.is_full():
                 raise self.overloaded()
             self.inside += 1
         try:
@@ -62,11 +66,50 @@ class Scheduler:
             with self.lock:
                 self.inside -= 1
 
-    def take_slot(self, deadline):
+    def take_slot(self, deadline, admitted=False):
         """Wait for a slot; returns a context manager that gives it back at its end. Raises ServiceError OVERLOADED at
-        once when the queue is full, DeadlineExceeded when the time runs out."""
-        self.acquire(deadline)
+        once when the queue is full, DeadlineExceeded when the time runs out.
+
+        admitted: the caller is part of a batch that was let in already, and waits even where the queue is full."""
+        self.acquire(deadline, admitted)
         return self.held_slot()
+
+    def start_batch(self, calls):
+        """Run the calls of one batch in order, as many at once as there are slots; returns a Future for each.
+
+        A batch is let in or refused as a whole, like any request, and refused too while the batches before it have as
+        many files under way as requests could run and wait. All batches share the same few threads, and each call
+        queues for its slot anew, so that single requests get their turn in between. Raises ServiceError OVERLOADED.
+        """
+        with self.lock:
+            if self.is_full() or self.batched >= self.slots + self.max_queue:
+                raise self.overloaded()
+            self.batched += len(calls)
+        futures = [self.lanes.submit(contextvars.copy_context().run, call) for call in calls]
+        for future in futures:
+            future.add_done_callback(self.batched_one_done)
+        return futures
+
+    def batched_one_done(self, _):
+        with self.lock:
+            self.batched -= 1
+
+    @contextlib.contextmanager
+    def watching(self, admitted=False):
+        """A place in the queue for a request that needs no slot, because another one computes what it wants. Raises
+        ServiceError OVERLOADED when the queue is full and the caller is not `admitted` (see take_slot)."""
+        with self.lock:
+            if self.is_full() and not admitted:
+                raise self.overloaded()
+            self.onlookers += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.onlookers -= 1
+
+    def is_full(self):
+        return self.running >= self.slots and len(self.waiting) + self.onlookers >= self.max_queue
 
     @contextlib.contextmanager
     def held_slot(self):
@@ -77,12 +120,12 @@ class Scheduler:
             self.seconds_per_request += 0.05 * (time.monotonic() - started - self.seconds_per_request)
             self.release()
 
-    def acquire(self, deadline):
+    def acquire(self, deadline, admitted=False):
         with self.lock:
             if self.running < self.slots:
                 self.running += 1
                 return
-            if len(self.waiting) >= self.max_queue:
+            if self.is_full() and not admitted:
                 raise self.overloaded()
             turn = threading.Event()
             self.waiting.append(turn)
@@ -104,7 +147,7 @@ class Scheduler:
 
     def overloaded(self):
         """The refusal, with the time in which what is here now will be done."""
-        seconds = self.seconds_per_request * (len(self.waiting) + self.running) / self.slots
+        seconds = self.seconds_per_request * (len(self.waiting) + self.running + self.batched) / self.slots
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
 

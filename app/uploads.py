@@ -1,79 +1,238 @@
-"""From an HTTP request to files and options."""
+"""From an HTTP request to files and options: multipart, raw body and JSON through one path."""
+import base64
+import binascii
+import functools
 import io
+import json
 import os.path
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from flask import Request, request
+from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected
 
 from app.errors import ServiceError, invalid_parameter
 
-FILE_FIELDS = ("file", "image", "video", "data")
-FORM_OVERHEAD = 64 * 1024  # bytes of a multipart body beside the file: boundaries, headers, options
+FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
+BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
+INSTANCES = "instances"         # TensorFlow Serving's list
+FORM_OVERHEAD = 64 * 1024       # bytes of a body beside the files: boundaries, headers, options
+BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest files
+HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
+               "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
+MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
+DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>[^,]*),", re.I)
 
 
 class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
     max_form_parts = 64
 
+    @functools.cached_property
+    def file_streams(self):
+        """The contents of the form's files in the body's order, whatever their names."""
+        return []
+
     def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
-        return io.BytesIO()
+        self.file_streams.append(io.BytesIO())
+        return self.file_streams[-1]
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file: its bytes, and its base name as the client gave it, or None."""
-    data: bytes
+    """One file as it was sent, not checked yet.
+
+    content: its bytes, or what stands in JSON where base64 belongs; filename: the base name as the client gave it, or
+    None; field: where it stood, for messages.
+    """
+    content: Any
     filename: str | None
+    field: str
+
+    def read(self, settings):
+        """The file's bytes. Raises ServiceError."""
+        data = self.content if isinstance(self.content, bytes) else from_base64(self.content, self.field)
+        if not data:
+            raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
+        if len(data) > settings.max_file_size:
+            raise ServiceError(413, "FILE_TOO_LARGE",
+                               f"The file has {len(data)} bytes; at most {settings.max_file_size} are taken.")
+        return data
 
 
-def read_file(settings, deadline):
-    """The one file of the current request. Raises ServiceError."""
+def read_one(settings, deadline):
+    """The one file of the current request: (its bytes, its base name or None, option).
+
+    option(name) is that option's text, or None where it was not sent; see `option_reader`. Raises ServiceError.
+    """
+    request.max_content_length = body_limit(settings.max_file_size)
+    files, option = read_body(FILE_FIELDS, deadline)
+    if len(files) > 1:
+        raise ServiceError(400, "TOO_MANY_FILES", f"This path takes one file, found {len(files)} "
+                           f"({', '.join(f.field for f in files[:4])}); send one, or all of them to /predict/batch.")
+    return files[0].read(settings), files[0].filename, option
+
+
+def read_batch(settings, deadline):
+    """All files of the current request, none of them checked: (list of Upload in the body's order, option)."""
+    request.max_content_length = body_limit(BATCH_BODY_FILES * settings.max_file_size)
+    request.max_form_parts = 2 * settings.max_batch_files + 64
+    files, option = read_body(BATCH_FIELDS, deadline)
+    if len(files) > settings.max_batch_files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"A batch takes at most {settings.max_batch_files} files, "
+                           f"found {len(files)}; send the others in a second batch.")
+    return files, option
+
+
+def body_limit(max_bytes):
+    """Bytes that the body may have for files of max_bytes; base64 makes 4 bytes of 3."""
+    return (max_bytes * 4 // 3 if request.is_json else max_bytes) + FORM_OVERHEAD
+
+
+def read_body(fields, deadline):
+    """(at least one Upload, option) from any form of request. Raises ServiceError."""
+    if request.content_length is not None:
+        # Gunicorn marks every body as ending by itself; without that mark Werkzeug notices one that ends too early.
+        request.environ.pop("wsgi.input_terminated", None)
     try:
-        return parse_file(settings)
-    except ClientDisconnected as e:  # also what the worker's read deadline looks like from here
-        deadline.check("read")
+        return parse_body(fields)
+    except (ClientDisconnected, ParseException, OSError) as e:
+        deadline.check("read")  # the worker ends the reading from slow clients: see worker.py
         raise ServiceError(400, "BAD_REQUEST", "The connection ended before the whole request was there.") from e
 
 
-def parse_file(settings):
-    if request.mimetype != "multipart/form-data":
-        if not request.mimetype and not request.content_length:
-            raise missing_file()
-        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE",
-                           f"Content-Type {request.mimetype or '(none)'} is not taken here: "
-                           "send the file as multipart/form-data in the field 'file'.")
-    part = next((request.files[name] for name in FILE_FIELDS if name in request.files), None)
-    if part is None:
+def parse_body(fields):
+    mimetype = request.mimetype
+    if mimetype == "multipart/form-data":
+        files, sent = files_of_form(fields), request.form.to_dict(flat=False)
+    elif request.is_json:
+        files, sent = files_of_json(fields)
+    elif MEDIA_TYPE.fullmatch(mimetype):
+        body = request.get_data(cache=False)
+        files, sent = [Upload(body, None, "the body")] if body or mimetype else [], {}
+    else:
+        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not taken here: "
+                           f"{HOW_TO_SEND}. With curl --data-binary add -H 'Content-Type: image/jpeg'.")
+    if not files:
         raise missing_file()
-    upload = Upload(part.stream.getvalue(), os.path.basename((part.filename or "").replace("\\", "/")) or None)
-    if not upload.data:
-        if upload.filename is None:  # a browser's form with no file chosen
-            raise missing_file()
-        raise ServiceError(400, "EMPTY_FILE", "The file is empty; send one that has content.")
-    if len(upload.data) > settings.max_file_size:
-        raise ServiceError(413, "FILE_TOO_LARGE", f"The file has {len(upload.data)} bytes; "
-                                                  f"at most {settings.max_file_size} are taken.")
-    return upload
+    return files, option_reader(sent)
 
 
-def missing_file():
-    return ServiceError(400, "MISSING_FILE", "No file provided: send one as multipart/form-data in the field 'file'.")
+def files_of_form(fields):
+    parts = [(name, part) for name, part in request.files.items(multi=True) if name in fields]  # grouped by name
+    place = {id(stream): i for i, stream in enumerate(request.file_streams)}
+    parts.sort(key=lambda named: place[id(named[1].stream)])
+    files = [Upload(part.stream.getvalue(), base_name(part.filename), name) for name, part in parts]
+    # A browser sends a part with neither name nor content for a file input in which nothing was chosen.
+    files = [file for file in files if file.filename or file.content]
+    texts = [name for name in (*fields, INSTANCES) if request.form.get(name)]
+    if texts and files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"The form has a file in {files[0].field} and text in {texts[0]}; "
+                                                  f"leave {texts[0]} out, or send it alone as JSON.")
+    if texts:
+        raise missing_file(f"the form's field {texts[0]} has no filename, so it is text. With curl, write "
+                           f"-F {texts[0]}=@photo.jpg, with the @; base64 goes into JSON")
+    return files
 
 
-def option(name):
-    """An option's text, from the form or else from the query; None where it was not sent."""
-    return request.form.get(name, request.args.get(name))
-
-
-def integer_option(name, low, high, default):
-    text = option(name)
-    if text is None or text == "":
-        return default
+def files_of_json(fields):
+    """(list of Upload, the object's other members as {name: [value]})."""
     try:
-        value = int(text)
-    except ValueError:
-        value = None
-    if value is None or not low <= value <= high or not text.strip().lstrip("+-").isascii():
-        raise invalid_parameter(name, f"an integer from {low} to {high}", text[:40])
-    return value
+        body = json.loads(request.get_data(cache=False), object_pairs_hook=unique_members)
+    except (ValueError, RecursionError) as e:
+        why = e.args[0] if isinstance(e, RepeatedMember) else "it cannot be parsed"
+        raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
+    if not isinstance(body, dict):
+        raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
+                                                f"got {json_type(body)}.")
+    found = [name for name in (*fields, INSTANCES) if body.get(name) is not None]
+    if len(found) > 1:
+        raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
+    sent = {name: [value] for name, value in body.items() if name not in found and value is not None}
+    if not found:
+        return [], sent
+    name, value = found[0], body[found[0]]
+    if name != INSTANCES:
+        return [Upload(value, None, name)], sent
+    if not isinstance(value, list):
+        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
+                                                f"{json_type(value)}.")
+    if not value:
+        raise missing_file("the list instances is empty")
+    return [Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
+
+
+class RepeatedMember(ValueError):
+    pass
+
+
+def unique_members(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedMember(f"the member {repeated[:40]!r} is repeated")
+    return members
+
+
+def json_type(value):
+    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number")
+
+
+def from_base64(value, field):
+    """The bytes of base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
+
+    White space, the URL-safe alphabet and missing padding are taken. Raises ServiceError.
+    """
+    for _ in range(2):
+        if isinstance(value, dict) and len(value) == 1:
+            value = next(iter(value.values()))
+    takes = "base64, a base64 data: URL or {\"b64\": \"…\"}"
+    if not isinstance(value, str):
+        raise invalid_parameter(field, takes, json_type(value))
+    url = DATA_URL.match(value)
+    if url:
+        if not MEDIA_TYPE.fullmatch(url["type"].lower()) or not url["type"] and not url["parameters"]:
+            raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"The data: URL in {field} holds "
+                               f"{url['type'][:40] or 'text/plain'}; send one that holds image/… or video/….")
+        if not url["parameters"].lower().endswith(";base64"):
+            raise invalid_parameter(field, takes, "a data: URL without ;base64")
+        value = value[url.end():]
+    text = "".join(value.split()).translate(URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise invalid_parameter(field, takes, "text that cannot be decoded") from e
+
+
+URL_SAFE = str.maketrans("-_", "+/")
+
+
+def option_reader(sent):
+    """option(name): an option's text from the body or else from the query, None where it was not sent.
+
+    sent: {name: list of values} of the form's fields or the JSON object's members. The body wins over the query.
+    option raises ServiceError for an option that is repeated within either, or is a list or an object in JSON.
+    """
+    def option(name):
+        values = sent.get(name) or request.args.getlist(name)
+        if len(values) > 1:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
+        value = values[0] if values else None
+        if isinstance(value, dict | list):
+            raise invalid_parameter(name, "a single value", json_type(value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 3.0 is an integer in JSON
+        return value if value is None or isinstance(value, str) else json.dumps(value)
+    return option
+
+
+def base_name(filename):
+    return os.path.basename((filename or "").replace("\\", "/")) or None
+
+
+def missing_file(why=None):
+    return ServiceError(400, "MISSING_FILE", f"No file provided: {why or HOW_TO_SEND}.")

@@ -117,7 +117,7 @@ def test_unknown_path_and_wrong_method(client):
     assert error_of(client.get("/nothing")) == (404, "NOT_FOUND")
     response = client.get("/predict")
     assert error_of(response) == (405, "METHOD_NOT_ALLOWED")
-    assert response.headers["Allow"] == "OPTIONS, POST"
+    assert response.headers["Allow"] == "OPTIONS, POST, PUT"
     assert error_of(client.delete("/health")) == (405, "METHOD_NOT_ALLOWED")
 
 

@@ -27,7 +27,7 @@ def test_bad_input_leaves_the_worker_alive_and_logs_no_crash(service):
         answer = service.predict(data, filename, **options)
         assert (answer.status_code, answer.json()["status"]) == (status, "error")
     assert requests.get(service.url + "/nothing").json()["error"] == "NOT_FOUND"
-    assert requests.put(service.url + "/predict").json()["error"] == "METHOD_NOT_ALLOWED"
+    assert requests.delete(service.url + "/predict").json()["error"] == "METHOD_NOT_ALLOWED"
     assert service.predict(CAT).status_code == 200
     assert service.workers() == workers
     assert "Traceback" not in service.log

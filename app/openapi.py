@@ -1,0 +1,274 @@
+"""GET /openapi.json and /docs: the OpenAPI 3.1 document of what is running here, and Swagger UI to read and try it."""
+from pathlib import Path
+
+import flask_swagger_ui
+from flask import Blueprint, current_app, jsonify, render_template, send_from_directory
+
+from app.info import NAME, VERSION
+from app.uploads import BATCH_BODY_FILES, FILE_FIELDS
+
+bp = Blueprint("openapi", __name__)
+
+SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
+
+# Swagger UI draws its icons from data: URLs and sets styles on its elements; nothing comes from elsewhere.
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+                           "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+# A red square of 8 × 8 pixels, small enough for an example.
+PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
+
+
+@bp.get("/openapi.json")
+def openapi():
+    return jsonify(document(current_app.extensions["settings"], current_app.extensions["model"]))
+
+
+@bp.get("/docs")
+def docs():
+    return render_template("docs.html"), {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+
+
+@bp.get("/docs/<name>")
+def docs_file(name):
+    """Swagger UI's own files."""
+    return send_from_directory(SWAGGER_UI, name)
+
+
+def document(settings, model):
+    """The OpenAPI 3.1 document for these settings and this model, as JSON's types."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": NAME, "version": VERSION, "summary": "One vision model behind HTTP.",
+                 "description": "Send a picture in any usual form, get what the model sees in it. Options may stand in "
+                                "the body or in the query; the body wins, and a repeated option is refused. Options "
+                                "that the model has no use for are ignored.\n\nEvery error has one shape, with a "
+                                "stable code in `error` and in `message` what to change."},
+        "servers": [{"url": "/"}],
+        "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
+        "paths": tagged(paths(settings)),
+        "components": {"schemas": schemas(settings, getattr(model, "task", "classification")), "headers": HEADERS,
+                       "responses": {status: error_response(status, settings) for status in ERRORS}}}
+
+
+def options(settings):
+    """{name: (what it does, its schema)} of the options of a prediction."""
+    return {"top_k": ("How many classes the answer has.",
+                      {"type": "integer", "minimum": 1, "maximum": 10, "default": settings.top_k})}
+
+
+ERRORS = {
+    "400": ("The request or the file cannot be used.",
+            ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES",
+             "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
+    "404": ("There is nothing at this path.", ["NOT_FOUND"],
+            "There is nothing at this path; GET / lists the endpoints."),
+    "405": ("This path does not take this method.", ["METHOD_NOT_ALLOWED"],
+            "This path does not take this method; the Allow header names those it takes."),
+    "413": ("Too large, in bytes or in pixels.", ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE"],
+            "The file has 20971520 bytes; at most 10485760 are taken."),
+    "415": ("This kind of content is not taken.", ["UNSUPPORTED_MEDIA_TYPE"],
+            "Content-Type text/plain is not taken here: send one as multipart/form-data in the field 'file'."),
+    "500": ("A bug of the service.", ["INTERNAL_ERROR"],
+            "The service failed; the request id finds the reason in its log."),
+    "503": ("Not now.", ["OVERLOADED", "OUT_OF_MEMORY", "SHUTTING_DOWN"],
+            "The service is at its limit; try again later."),
+    "504": ("Not in time.", ["DEADLINE_EXCEEDED"],
+            "The time allowed for this request ran out (during queue)."),
+}
+EVERYWHERE = ("405", "500")
+OF_A_PREDICTION = ("400", "413", "415", "503", "504", *EVERYWHERE)
+
+HEADERS = {
+    "X-Request-ID": {"description": "The id of the request in every line of the log: yours, if you sent one of 1 to "
+                                    "128 characters A-Z, a-z, 0-9, '.', '_' and '-', else a new one.",
+                     "required": True, "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"}},
+    "Server-Timing": {"description": "Milliseconds spent in each stage.",
+                      "schema": {"type": "string"}, "example": "read;dur=0.4, queue;dur=0.01, inference;dur=36.9"},
+    "X-Cache": {"description": "Where a result cache is on: whether the answer came from it.",
+                "schema": {"enum": ["hit", "miss"]}},
+    "Retry-After": {"description": "Seconds to wait before trying again.", "required": True,
+                    "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+    "Allow": {"description": "The methods that this path takes.", "required": True, "schema": {"type": "string"}},
+}
+
+
+def header(*names):
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def ref(name):
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def error_response(status, settings):
+    description, codes, message = ERRORS[status]
+    further = {"405": ["Allow"], "503": ["Retry-After"]}.get(status, [])
+    schema = {"allOf": [ref("Error"), {"properties": {"error": {"enum": codes}}}]}
+    example = {"status": "error", "error": codes[0], "message": message,
+               "request_id": "0f4b3c1e-6d1a-4b5e-9d59-3f2c8a7e6b10"}
+    if status == "400":
+        example["error"] = "INVALID_PARAMETER"
+    return {"description": description, "headers": header("X-Request-ID", *further),
+            "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def success(description, schema, *headers, example=None):
+    content = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"description": description, "headers": header("X-Request-ID", *headers),
+            "content": {"application/json": content}}
+
+
+def errors(*statuses):
+    return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
+
+
+def get(summary, schema, example=None, further=None, description=None):
+    operation = {"summary": summary, "responses": {"200": success(summary, schema, example=example), **(further or {}),
+                                                   **errors(*EVERYWHERE)}}
+    return {"get": operation if description is None else {**operation, "description": description}}
+
+
+def tagged(paths):
+    for path, operations in paths.items():
+        tag = "Predict" if path.startswith("/predict") else "Documentation" if path in DOCUMENTATION else "Status"
+        for operation in operations.values():
+            operation["tags"] = [tag]
+    return paths
+
+
+DOCUMENTATION = ("/", "/openapi.json", "/docs")
+
+
+def paths(settings):
+    query = [{"name": name, "in": "query", "description": description, "schema": schema,
+              "allowEmptyValue": True}
+             for name, (description, schema) in options(settings).items()]
+    fields = {name: {**schema, "description": description} for name, (description, schema) in options(settings).items()}
+    members = {name: {**schema, "type": [schema["type"], "null"]} for name, schema in fields.items()}
+    raw = {"schema": {"type": "string", "format": "binary"}}
+    raws = {"image/*": raw, "application/octet-stream": raw}
+    one_file = {"multipart/form-data": {"schema": {
+        "type": "object", "properties": {"file": {
+            "type": "string", "format": "binary",
+            "description": f"The picture. The names {', '.join(FILE_FIELDS[1:])} are taken as well."}, **fields},
+        "required": ["file"]}}}
+    as_json = {"application/json": {
+        "schema": {"anyOf": [
+            {"type": "object", "properties": {"image": ref("Base64"), **members}, "required": ["image"],
+             "not": {"required": ["instances"]}},
+            {"type": "object", "required": ["instances"], "not": {"required": ["image"]}, "properties": {
+                "instances": {"type": "array", "items": ref("Instance"), "minItems": 1, "maxItems": 1}, **members}}]},
+        "examples": {"base64": {"value": {"image": PNG_BASE64, "top_k": 3}},
+                     "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
+                     "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}}}
+    answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
+                **errors(*OF_A_PREDICTION)}
+    health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
+    return {
+        "/": {"get": {
+            "summary": "What this service is and which endpoints it has; for a browser, a page to try it",
+            "responses": {"200": {"description": "The endpoints, or the page.", "headers": header("X-Request-ID"),
+                                  "content": {"application/json": {"schema": ref("Index")},
+                                              "text/html": {"schema": {"type": "string"}}}},
+                          **errors(*EVERYWHERE)}}},
+        "/predict": {
+            "post": {"summary": "One picture in, one prediction out", "operationId": "predict", "parameters": query,
+                     "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
+                     "responses": answered},
+            "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
+                    "parameters": query, "requestBody": {"required": True, "content": raws}, "responses": answered}},
+        "/predict/batch": {"post": {
+            "summary": "Several pictures in, one result for each, in order", "operationId": "predictBatch",
+            "description": f"At most {settings.max_batch_files} files, together at most "
+                           f"{BATCH_BODY_FILES * settings.max_file_size} bytes. One bad file never spoils the others.",
+            "parameters": query,
+            "requestBody": {"required": True, "content": {
+                "multipart/form-data": {
+                    "schema": {"type": "object", "required": ["files"], "properties": {
+                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
+                                  "maxItems": settings.max_batch_files}, **fields}}},
+                "application/json": {
+                    "schema": {"type": "object", "required": ["instances"], "properties": {
+                        "instances": {"type": "array", "items": ref("Instance"), "minItems": 1,
+                                      "maxItems": settings.max_batch_files}, **members}},
+                    "example": {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}], "top_k": 1}}}},
+            "responses": {"200": success("At least one file was answered.", ref("BatchAnswer"), "Server-Timing",
+                                         "X-Cache"),
+                          "422": success("None was: ALL_FAILED.", ref("BatchError"), "Server-Timing"),
+                          **errors(*OF_A_PREDICTION)}}},
+        "/health": get("Readiness, for load balancers", ref("Health"), further=health,
+                       description="200 when a prediction would be answered, else 503 with `reason`."),
+        "/ready": get("The same as /health", ref("Health"), further=health),
+        "/live": get("Liveness: 200 as long as the process answers", ref("Live"),
+                     {"status": "alive", "version": VERSION, "timestamp": 1767225600.5}),
+        "/info": get("The model, the limits and the versions", ref("Info")),
+        "/openapi.json": get("This document", {"type": "object"}),
+        "/docs": {"get": {"summary": "This document, to read and to try", "responses": {
+            "200": {"description": "The page.", "headers": header("X-Request-ID"),
+                    "content": {"text/html": {"schema": {"type": "string"}}}}, **errors(*EVERYWHERE)}}},
+    }
+
+
+def schemas(settings, task):
+    def record(required, further=None, **description):
+        return {"type": "object", "properties": {**required, **(further or {})}, "required": list(required),
+                **description}
+
+    text, number, milliseconds = {"type": "string"}, {"type": "number"}, {"type": "number", "minimum": 0}
+    wording = {"description": "What to change, as a sentence.", "type": "string", "minLength": 1}
+    some = {"type": "integer", "minimum": 0}
+    classes = {"type": "array", "description": "Highest first.", "minItems": 1, "maxItems": 10, "items": record({
+        "class": text, "class_id": some,
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "Softmax probability."}})}
+    traits = {"type": "object", "additionalProperties": number,
+              "description": "The regression's raw score of each trait, about 0 to 1."}
+    metadata = record({
+        "model": text, "device": text,
+        "image_size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2,
+                       "description": "[width, height] as a person sees the picture."},
+        "inference_time": {**milliseconds, "description": "Seconds in the model; 0 for an answer from the cache."},
+        "timings_ms": {"type": "object", "additionalProperties": milliseconds,
+                       "description": "Milliseconds in each stage."}},
+        {"filename": {"type": ["string", "null"], "description": "The base name, null where none was sent."}})
+    prediction = {"predictions": classes if task == "classification" else traits, "metadata": ref("Metadata")}
+    success_word, error_word = {"const": "success"}, {"const": "error"}
+    position = {"index": some, "filename": {"type": ["string", "null"]}}
+    results = {"count": {**some, "minimum": 1}, "failed": some,
+               "results": {"type": "array", "items": ref("BatchResult"), "minItems": 1,
+                           "maxItems": settings.max_batch_files}}
+    return {
+        "Base64": {"type": "string", "minLength": 4, "contentEncoding": "base64", "format": "base64-picture",
+                   "description": "A picture in base64, or as a base64 data: URL."},
+        "Instance": {"anyOf": [record({"b64": ref("Base64")}, additionalProperties=False), ref("Base64")]},
+        "Error": record({"status": error_word, "error": {"type": "string", "pattern": "^[A-Z_]+$"}, "message": wording,
+                         "request_id": text}),
+        "Answer": record({"status": success_word, **prediction}, example={
+            "status": "success",
+            "predictions": [{"class": "golden retriever", "confidence": 0.8532, "class_id": 207}],
+            "metadata": {"filename": "dog.jpg", "model": "resnet50", "device": "cpu", "image_size": [1024, 768],
+                         "inference_time": 0.037, "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
+                                                                 "preprocess": 3.1, "inference": 36.9}}}),
+        "Metadata": metadata,
+        "BatchResult": {"oneOf": [record({**position, "status": success_word, **prediction}),
+                                  record({**position, "status": error_word, "error": text, "message": wording})]},
+        "BatchAnswer": record({"status": success_word, **results}),
+        "BatchError": record({"status": error_word, "error": {"const": "ALL_FAILED"}, "message": wording,
+                              "request_id": text, **results}),
+        "Health": record({"status": {"enum": ["healthy", "unhealthy"]}, "model": text, "device": text,
+                          "model_loaded": {"type": "boolean"}, "uptime_seconds": milliseconds, "version": text,
+                          "timestamp": {**number, "description": "Unix seconds."}},
+                         {"reason": {"enum": ["loading", "draining", "self_test_failed"]},
+                          "fallback_for": {**text, "description": "The model that was asked for, where MODEL_FALLBACK "
+                                                                  "answers in its place."}}),
+        "Live": record({"status": {"const": "alive"}, "version": text, "timestamp": number}),
+        "Index": record({"name": text, "version": text, "status": {"const": "running"},
+                         "endpoints": {"type": "object", "additionalProperties": text}}),
+        "Info": record({
+            "status": success_word,
+            "model": record({"name": text, "task": text, "device": text, "engine": text, "precision": text,
+                             "input_size": {"type": "array", "items": some},
+                             "weights": record({"source": text, "sha256": text})}),
+            "config": {"type": "object"},
+            "versions": {"type": "object", "additionalProperties": text}}),
+    }

@@ -1,0 +1,176 @@
+"""POST /predict/batch: one result for each file, whatever the others are."""
+import base64
+import dataclasses
+import threading
+import time
+
+import pytest
+from conftest import encoded, photo, post
+from urllib3 import encode_multipart_formdata
+
+from app import create_app
+from app.errors import ServiceError
+from app.scheduler import Deadline, Scheduler
+
+CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
+TEXT = b"hello, I am a text\n" * 50
+
+
+def post_files(client, *files, path="/predict/batch", name="files", **options):
+    body, content_type = encode_multipart_formdata([*[(name, file) for file in files], *options.items()])
+    return client.post(path, data=body, content_type=content_type)
+
+
+def test_each_file_has_its_result_in_order(client):
+    response = post_files(client, ("a.jpg", CAT), ("b.txt", TEXT), ("c.png", COFFEE), ("d.jpg", b""), top_k="2")
+    assert response.status_code == 200
+    body = response.json
+    assert (body["status"], body["count"], body["failed"]) == ("success", 4, 2)
+    assert [r["index"] for r in body["results"]] == [0, 1, 2, 3]
+    assert [r["filename"] for r in body["results"]] == ["a.jpg", "b.txt", "c.png", "d.jpg"]
+    assert [r["status"] for r in body["results"]] == ["success", "error", "success", "error"]
+    cat, text, coffee, empty = body["results"]
+    assert cat["predictions"] == post(client, CAT, top_k=2).json["predictions"]
+    assert coffee["predictions"] == post(client, COFFEE, top_k=2).json["predictions"]
+    assert coffee["metadata"]["image_size"] == [600, 400]
+    assert (text["error"], empty["error"]) == ("INVALID_IMAGE", "EMPTY_FILE")
+    assert sorted(text) == ["error", "filename", "index", "message", "status"]
+
+
+def test_files_under_different_names_keep_their_order(client):
+    body, content_type = encode_multipart_formdata([
+        ("file", ("0.jpg", CAT)), ("image", ("1.jpg", CAT)), ("file", ("2.jpg", CAT)), ("files[]", ("3.jpg", CAT))])
+    results = client.post("/predict/batch", data=body, content_type=content_type).json["results"]
+    assert [r["filename"] for r in results] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+
+
+def test_instances_with_a_broken_one(client):
+    instances = [{"b64": base64.b64encode(CAT).decode()}, {"b64": "@"}, 7, {"b64": base64.b64encode(COFFEE).decode()}]
+    results = client.post("/predict/batch", json={"instances": instances, "top_k": 1}).json["results"]
+    assert [r.get("error") for r in results] == [None, "INVALID_PARAMETER", "INVALID_PARAMETER", None]
+    assert [r["predictions"][0]["class"] for r in (results[0], results[3])] == ["tiger cat", "espresso"]
+    assert results[1]["message"].startswith("instances[1] must be base64")
+
+
+def test_a_batch_of_one_raw_body(client):
+    body = client.post("/predict/batch", data=CAT, content_type="image/jpeg").json
+    assert (body["count"], body["failed"]) == (1, 0)
+
+
+def test_none_answered_is_422_with_the_results(client):
+    response = post_files(client, ("a.txt", TEXT), ("b.jpg", CAT[:999]))
+    assert response.status_code == 422
+    body = response.json
+    assert (body["status"], body["error"], body["count"], body["failed"]) == ("error", "ALL_FAILED", 2, 2)
+    assert body["request_id"] == response.headers["X-Request-ID"]
+    assert [r["error"] for r in body["results"]] == ["INVALID_IMAGE"] * 2
+
+
+@pytest.mark.parametrize("send", [
+    lambda client, count: post_files(client, *[("a.jpg", CAT)] * count),
+    lambda client, count: client.post("/predict/batch", json={"instances": [base64.b64encode(CAT).decode()] * count})])
+def test_at_most_32_files(client, send):
+    assert send(client, 32).json["count"] == 32
+    response = send(client, 33)
+    assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
+    assert "at most 32 files, found 33" in response.json["message"]
+
+
+def test_no_file_at_all(client):
+    for response in (client.post("/predict/batch", json={"instances": []}), post_files(client),
+                     post_files(client, ("", b"")), client.post("/predict/batch")):
+        assert (response.status_code, response.json["error"]) == (400, "MISSING_FILE")
+        assert response.json["message"].startswith("No file provided")
+
+
+def test_one_file_over_the_limit_and_a_body_over_the_limit(app, settings):
+    small = create_app(dataclasses.replace(settings, max_file_size=len(CAT)), app.extensions["model"]).test_client()
+    results = post_files(small, ("a.jpg", CAT), ("b.jpg", CAT + b"\0")).json["results"]
+    assert [r.get("error") for r in results] == [None, "FILE_TOO_LARGE"]
+    response = post_files(small, *[("a.jpg", CAT)] * 13)
+    assert (response.status_code, response.json["error"]) == (413, "FILE_TOO_LARGE")
+
+
+def test_a_bad_option_is_the_whole_batchs(client):
+    response = post_files(client, ("a.jpg", CAT), top_k="11")
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_PARAMETER")
+
+
+def test_a_bug_met_by_one_file_is_that_files_alone(app, client, monkeypatch, caplog):
+    model = app.extensions["model"]
+    infer, lock, calls = model.infer, threading.Lock(), []
+
+    def fails_once(batch, deadline):
+        with lock:
+            calls.append(1)
+            if len(calls) == 1:
+                raise RuntimeError("secret")
+        return infer(batch, deadline)
+    monkeypatch.setattr(model, "infer", fails_once)
+    response = post_files(client, ("a.jpg", CAT), ("b.jpg", CAT), ("c.jpg", CAT))
+    assert (response.status_code, response.json["failed"]) == (200, 1)
+    assert "secret" not in response.text
+    assert "RuntimeError: secret" in caplog.text
+    monkeypatch.setattr(model, "infer", lambda batch, deadline: 1 / 0)
+    response = post_files(client, ("a.jpg", CAT))
+    assert (response.status_code, response.json["error"]) == (500, "INTERNAL_ERROR")
+
+
+def test_a_batch_is_longer_than_the_queue_and_a_full_queue_refuses_it(app, client, monkeypatch):
+    model = app.extensions["model"]
+    scheduler = Scheduler(slots=1, max_queue=0)
+    monkeypatch.setattr(model, "scheduler", scheduler)
+    assert post_files(client, *[("a.jpg", CAT)] * 5).json["failed"] == 0
+    with scheduler.take_slot(Deadline(5)):
+        response = post_files(client, ("a.jpg", CAT))
+    assert (response.status_code, response.json["error"]) == (503, "OVERLOADED")
+    assert int(response.headers["Retry-After"]) >= 1
+
+
+def test_single_requests_get_their_turn_within_a_batch():
+    scheduler = Scheduler(slots=1, max_queue=4)
+    done = []
+
+    def call(i):
+        with scheduler.take_slot(Deadline(10), admitted=True):
+            time.sleep(0.02)
+            done.append(i)
+    futures = scheduler.start_batch([lambda i=i: call(i) for i in range(20)])
+    time.sleep(0.05)
+    with scheduler.take_slot(Deadline(10)):
+        done.append("single")
+    for future in futures:
+        future.result(10)
+    assert done.index("single") < 10
+    assert [d for d in done if d != "single"] == list(range(20))
+
+
+def test_batches_that_wait_are_bounded():
+    scheduler, gate = Scheduler(slots=1, max_queue=4), threading.Event()
+    futures = scheduler.start_batch([gate.wait] * 5)
+    with pytest.raises(ServiceError) as e:
+        scheduler.start_batch([gate.wait])
+    assert e.value.code == "OVERLOADED"
+    gate.set()
+    for future in futures:
+        future.result(5)
+    until = time.monotonic() + 5
+    while scheduler.batched and time.monotonic() < until:
+        time.sleep(0.01)
+    assert scheduler.batched == 0
+
+
+def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):
+    model = app.extensions["model"]
+    infer = model.infer
+
+    def slow(batch, deadline):
+        time.sleep(0.6)
+        return infer(batch, deadline)
+    monkeypatch.setattr(model, "infer", slow)
+    monkeypatch.setattr(model, "scheduler", Scheduler(slots=1, max_queue=4))
+    hasty = create_app(dataclasses.replace(settings, request_timeout=1.5), model).test_client()
+    results = post_files(hasty, *[("a.jpg", CAT)] * 6).json["results"]
+    assert results[0]["status"] == "success"
+    assert {r["error"] for r in results[3:]} == {"DEADLINE_EXCEEDED"}
+    assert model.scheduler.batched <= 2  # what had not begun was cancelled

@@ -1,0 +1,178 @@
+"""Every form in which a file may come, and what bad ones are told."""
+import base64
+import dataclasses
+import json
+
+import pytest
+from conftest import encoded, photo, post
+from urllib3 import encode_multipart_formdata
+
+from app import create_app
+
+CAT = encoded(photo("chelsea"), "JPEG")
+CAT_64 = base64.b64encode(CAT).decode()
+
+
+@pytest.fixture(scope="module")
+def answer(app):
+    """What multipart/form-data is answered: the other forms must be answered the same."""
+    return post(app.test_client(), CAT, "cat.jpg").json["predictions"]
+
+
+def error_of(response):
+    assert sorted(response.json) == ["error", "message", "request_id", "status"]
+    return response.status_code, response.json["error"], response.json["message"]
+
+
+def form(client, *parts, path="/predict"):
+    """POST multipart/form-data; parts: (name, text) or (name, (filename, bytes))."""
+    body, content_type = encode_multipart_formdata(parts)
+    return client.post(path, data=body, content_type=content_type)
+
+
+@pytest.mark.parametrize("content_type", ["image/jpeg", "image/x-any", "video/mp4", "application/octet-stream", None])
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_raw_body(client, answer, content_type, method):
+    response = client.open("/predict", method=method, data=CAT, content_type=content_type)
+    assert response.json["predictions"] == answer
+    assert response.json["metadata"]["filename"] is None
+
+
+@pytest.mark.parametrize("body", [
+    {"image": CAT_64},
+    {"file": CAT_64},
+    {"image": f"data:image/jpeg;base64,{CAT_64}"},
+    {"image": f"data:image/jpeg;charset=x;BASE64,{CAT_64}"},
+    {"image": f"data:application/octet-stream;base64,{CAT_64}"},
+    {"image": "\n".join(CAT_64[i:i + 76] for i in range(0, len(CAT_64), 76))},
+    {"image": base64.urlsafe_b64encode(CAT).decode().rstrip("=")},
+    {"image": {"b64": CAT_64}},
+    {"instances": [{"b64": CAT_64}]},
+    {"instances": [{"image_bytes": {"b64": CAT_64}}], "signature_name": "serving_default"},
+    {"instances": [CAT_64]},
+    {"image": CAT_64, "video": None, "top_k": None},
+], ids=range(12))
+def test_json(client, answer, body):
+    assert client.post("/predict", json=body).json["predictions"] == answer
+
+
+def test_json_of_a_vendors_type(client, answer):
+    body = json.dumps({"image": CAT_64})
+    assert client.post("/predict", data=body, content_type="application/vnd.api+json").json["predictions"] == answer
+
+
+def test_base64_of_the_largest_file_fits(app, settings):
+    exact = create_app(dataclasses.replace(settings, max_file_size=2 * 2**20), app.extensions["model"]).test_client()
+    padded = CAT + bytes(2 * 2**20 - len(CAT))
+    assert exact.post("/predict", json={"image": base64.b64encode(padded).decode()}).status_code == 200
+    status, code, _ = error_of(exact.post("/predict", json={"image": base64.b64encode(padded + b"\0").decode()}))
+    assert (status, code) == (413, "FILE_TOO_LARGE")
+
+
+@pytest.mark.parametrize("top_k", [3, "3", 3.0])
+def test_options_in_json(client, top_k):
+    assert len(client.post("/predict", json={"image": CAT_64, "top_k": top_k}).json["predictions"]) == 3
+
+
+def test_options_of_a_raw_body_are_in_the_query(client):
+    assert len(client.post("/predict?top_k=2", data=CAT, content_type="image/jpeg").json["predictions"]) == 2
+
+
+def test_an_option_in_the_body_wins_over_the_query(client):
+    assert len(form(client, ("file", ("c.jpg", CAT)), ("top_k", "3"), path="/predict?top_k=2").json["predictions"]) == 3
+    assert len(client.post("/predict?top_k=2", json={"image": CAT_64, "top_k": 3}).json["predictions"]) == 3
+
+
+def test_a_repeated_option_is_refused(client):
+    twice = (400, "INVALID_PARAMETER", "top_k must be sent once, got it 2 times")
+    cat = ("file", ("c.jpg", CAT))
+    assert error_of(form(client, cat, path="/predict?top_k=2&top_k=2")) == twice
+    assert error_of(form(client, cat, ("top_k", "1"), ("top_k", "1"))) == twice
+
+
+@pytest.mark.parametrize(("top_k", "got"), [([1], "a list"), ({}, "an object"), (True, "true"), (1.5, "1.5"),
+                                             ("abc", "abc"), (10**30, "1" + 30 * "0")])
+def test_bad_option_in_json_is_named(client, top_k, got):
+    status, code, message = error_of(client.post("/predict", json={"image": CAT_64, "top_k": top_k}))
+    assert (status, code) == (400, "INVALID_PARAMETER")
+    assert message.startswith("top_k must be ")
+    assert message.endswith(f", got {got}")
+
+
+def test_an_unchosen_file_input_beside_a_chosen_one(client, answer):
+    assert form(client, ("file", ("", b"")), ("image", ("c.jpg", CAT))).json["predictions"] == answer
+    assert error_of(form(client, ("file", ("", b""))))[:2] == (400, "MISSING_FILE")
+
+
+@pytest.mark.parametrize("value", ["@@@", "abcde", "data:image/png;base64,@", "data:image/png,abc", 5, True, [], ["x"],
+                                   {"b64": None}, {"b64": "AAAA", "x": 1}, {"a": {"b": {"c": "AAAA"}}}, "é"])
+def test_broken_base64(client, value):
+    for body, field in (({"image": value}, "image"), ({"instances": [value]}, "instances[0]")):
+        status, code, message = error_of(client.post("/predict", json=body))
+        assert (status, code) == (400, "INVALID_PARAMETER")
+        assert message.startswith(f"{field} must be base64, a base64 data: URL or ")
+
+
+@pytest.mark.parametrize("url", ["data:text/plain;base64,aGVsbG8=", "data:,hello", "data:text/html,<b>",
+                                 "DATA:application/pdf;base64,"])
+def test_data_url_of_something_else(client, url):
+    status, code, message = error_of(client.post("/predict", json={"image": url}))
+    assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert "send one that holds image/" in message
+
+
+@pytest.mark.parametrize(("body", "code", "says"), [
+    (b"[1, 2]", "INVALID_JSON", "must be a JSON object such as {\"image\": \"<base64>\"}, got a list"),
+    (b"\"text\"", "INVALID_JSON", "got a string"),
+    (b"null", "INVALID_JSON", "got null"),
+    (b"7", "INVALID_JSON", "got a number"),
+    (b"{\"image\": ", "INVALID_JSON", "cannot be parsed"),
+    (b"", "INVALID_JSON", "cannot be parsed"),
+    (b"\xff\xfe\xfd", "INVALID_JSON", "cannot be parsed"),
+    (b"[" * 50_000, "INVALID_JSON", "cannot be parsed"),
+    (b"{\"image\": \"AAAA\", \"top_k\": 1, \"top_k\": 2}", "INVALID_JSON", "'top_k' is repeated"),
+    (b"{}", "MISSING_FILE", "No file provided: send one as"),
+    (b"{\"image\": null}", "MISSING_FILE", "No file provided: send one as"),
+    (b"{\"instances\": []}", "MISSING_FILE", "No file provided: the list instances is empty"),
+    (b"{\"instances\": {\"b64\": \"AAAA\"}}", "INVALID_JSON", "instances must be a list"),
+    (b"{\"instances\": [\"AAAA\", \"AAAA\"]}", "TOO_MANY_FILES", "send one, or all of them to /predict/batch"),
+    (b"{\"image\": \"AAAA\", \"instances\": [\"AAAA\"]}", "TOO_MANY_FILES", "has image and instances; send one"),
+    (b"{\"image\": \"\"}", "EMPTY_FILE", "send one that has content"),
+    (b"{\"image\": \"aGVsbG8=\"}", "INVALID_IMAGE", "not a picture"),
+])
+def test_bad_json(client, body, code, says):
+    status, found, message = error_of(client.post("/predict", data=body, content_type="application/json"))
+    assert (status, found) == (400, code)
+    assert says in message
+
+
+def test_two_files_in_a_form(client):
+    for names in (("file", "file"), ("file", "image")):
+        status, code, message = error_of(form(client, *[(name, ("c.jpg", CAT)) for name in names]))
+        assert (status, code) == (400, "TOO_MANY_FILES")
+        assert "/predict/batch" in message
+
+
+@pytest.mark.parametrize("name", ["image", "instances"])
+def test_a_file_and_text_where_a_file_belongs(client, name):
+    status, code, message = error_of(form(client, ("file", ("c.jpg", CAT)), (name, '{"b64": "AAAA"}')))
+    assert (status, code) == (400, "TOO_MANY_FILES")
+    assert f"leave {name} out" in message
+
+
+def test_a_forgotten_at_sign_of_curl(client):
+    status, code, message = error_of(form(client, ("file", "photo.jpg")))
+    assert (status, code) == (400, "MISSING_FILE")
+    assert message.startswith("No file provided")
+    assert "-F file=@photo.jpg" in message
+
+
+def test_curls_data_binary_without_a_type_is_told_what_to_add(client):
+    response = client.post("/predict", data=CAT, content_type="application/x-www-form-urlencoded")
+    status, code, message = error_of(response)
+    assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert "add -H 'Content-Type: image/jpeg'" in message
+
+
+def test_empty_raw_body(client):
+    assert error_of(client.post("/predict", data=b"", content_type="image/jpeg"))[:2] == (400, "EMPTY_FILE")
