@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from app.bundle import installed_versions
@@ -115,19 +116,28 @@ class Bench:
         try:
             self.keep(system, "seconds to ready", running.seconds_to_ready)
             for size, connections in self.plan():
-                result = call("bench.load", {**self.load_of(size, system), "port": running.port,
-                                             "connections": connections, "warm_s": 1, "seconds": self.seconds})
-                self.keep(system, f"{size} c={connections}", result)
+                self.put_load(system, running, f"{size} c={connections}",
+                              {**self.load_of(size, system), "connections": connections,
+                               "warm_s": 1 if connections <= 8 else 2, "seconds": self.seconds})
             if last:
                 capacity = statistics.median(r["throughput"] for r in self.results[system][f"{SMALL} c=8"])
                 for share, factor in OVER_CAPACITY.items():
-                    result = call("bench.load", {**self.load_of(SMALL, system), "port": running.port,
-                                                 "rate": capacity * factor, "warm_s": 2,
-                                                 "seconds": 2 * self.seconds})
-                    self.keep(system, f"{SMALL} {share}", result)
+                    self.put_load(system, running, f"{SMALL} {share}",
+                                  {**self.load_of(SMALL, system), "rate": capacity * factor, "warm_s": 2,
+                                   "seconds": 2 * self.seconds})
             self.keep(system, "PSS MB", running.pss_mb())
         finally:
             running.stop()
+
+    def put_load(self, system, running, measurement, load):
+        """Measure one load, and with it what the service and everybody else had of the processor, in cores."""
+        machine_before, service_before, started = services.machine_cpu_s(), running.cpu_s(), time.perf_counter()
+        result = call("bench.load", {**load, "port": running.port})
+        elapsed = time.perf_counter() - started
+        result["service_cpu"] = (running.cpu_s() - service_before) / elapsed
+        spent = (services.machine_cpu_s() - machine_before) / elapsed
+        result["others_cpu"] = max(0.0, spent - result["service_cpu"] - result["client_cpu"])
+        self.keep(system, measurement, result)
 
     def summary(self):
         agreement = None

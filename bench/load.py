@@ -142,6 +142,26 @@ class Tally:
         return self.tolerance is None or off <= self.tolerance
 
 
+def answers_right(spec):
+    """Send the first file of a specification once; whether it is answered, and right. Raises OSError."""
+    with open(spec["files"][0], "rb") as f:
+        request = build_request(spec["port"], spec["path"], f.read())
+    with selectors.DefaultSelector() as selector:
+        connection = Connection(spec["port"], selector)
+        try:
+            connection.send((0, 0), request)
+            done = None
+            while done is None:
+                ready = selector.select(DRAIN_S)
+                if not ready:
+                    raise TimeoutError(f"no answer within {DRAIN_S} s")
+                done = connection.step(ready[0][1])
+            status, body = done
+            return status == 200 and Tally(spec["expected"], spec["tolerance"]).check(0, body)
+        finally:
+            connection.close()
+
+
 def run(spec):
     """Put the load of a specification on the service; returns the result as a dictionary."""
     requests = []
@@ -188,7 +208,7 @@ def run(spec):
             else:
                 for _ in range(spec["connections"] - len(busy)):
                     dispatch(time.perf_counter())
-                wait_s = max(0.0, end - time.perf_counter())
+                wait_s = max(0.0, end - time.perf_counter()) if len(busy) == spec["connections"] else 0
         else:
             tally.unanswered += sum(counted(start, now) for start in due)
             due.clear()

@@ -50,8 +50,9 @@ def markdown(outcome):
     services = [system for system in systems if not system.startswith("limit")]
     versions = ", ".join(f"{name} {version}" for name, version in outcome["versions"].items())
     settings = "".join(f"; {name}={value}" for name, value in outcome["settings"].items())
+    others, most = disturbance(outcome)
     parts = [f"{outcome['machine']['name']}. {outcome['date']}, {outcome['mode']} run, medians of {outcome['rounds']} "
-             f"rounds{settings}. {versions}.",
+             f"rounds{settings}. {versions}. Other programs had {others:.2f} cores on average, {most:.2f} at most.",
              "### Images a second, 8 connections (share of the limit)",
              table(["", *SIZES, "memory (PSS)", "ready after"], [throughput_row(outcome, s) for s in systems]),
              "### Latency and answers",
@@ -68,6 +69,13 @@ def markdown(outcome):
                      f"{agreement['top1_changes']} other top-1, a probability moved by {agreement['max_dp']:.3f} at "
                      f"most, that of the best class by {agreement['mean_dp_top1']:.4f} on average.")
     return "\n\n".join(parts)
+
+
+def disturbance(outcome):
+    """How much of the processor programs beyond the service and the load generator had: (mean, largest) in cores."""
+    others = [result["others_cpu"] for system in outcome["results"].values() for rounds in system.values()
+              for result in rounds if isinstance(result, dict) and "others_cpu" in result]
+    return (statistics.mean(others), max(others)) if others else (0.0, 0.0)
 
 
 def throughput_row(outcome, system):
