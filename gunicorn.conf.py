@@ -3,16 +3,16 @@ import math
 import os
 import sys
 
-from app import state
-from app.config import Settings, SettingsError
+from app import lifecycle, state
+from app.config import Settings, StartError
 from app.machine import plan as plan_of
 from app.observability import logging_config
-from app.prepare import PrepareError, prepared
+from app.prepare import prepared
 
 try:
     settings = Settings.load()
     plan = plan_of(settings)
-except (SettingsError, ValueError) as e:
+except StartError as e:
     sys.exit(f"error: {e}")
 
 # Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
@@ -20,12 +20,12 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 bind = f"{settings.host}:{settings.port}"
-worker_class = "gthread"
+worker_class = "app.worker.Worker"
 workers = plan.workers
 threads = plan.threads
 worker_connections = 4 * plan.threads
 backlog = 512
-timeout = 30            # seconds without a heartbeat, which gthread gives whatever its threads do
+timeout = 15            # seconds without a heartbeat; the main loop gives it whatever the threads do
 graceful_timeout = math.ceil(settings.request_timeout) + 5
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -41,7 +41,7 @@ def on_starting(server):
     """Get the model ready once, before the workers; a model that cannot be had stops the start."""
     try:
         ready = prepared(settings)
-    except PrepareError as e:
+    except StartError as e:
         sys.exit(f"error: {e}")
     state.create()
     state.publish(ready)
@@ -50,20 +50,31 @@ def on_starting(server):
                                        "model": str(ready.folder.name)})
 
 
-def when_ready(server):
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    print(f"\nServing on http://{host}:{settings.port} - try:\n"
-          f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
-
-
 def pre_fork(server, worker):
-    """Each worker its device: of several GPUs the one that has the fewest workers."""
-    taken = [w.device for w in server.WORKERS.values()]
-    worker.device = min(plan.devices, key=taken.count)
+    """Each worker its device: of several GPUs the one with the fewest workers, then the one whose are oldest (in a
+    reload they end next)."""
+    ages = {device: [w.age for w in server.WORKERS.values() if w.device == device] for device in plan.devices}
+    worker.device = min(plan.devices, key=lambda d: (len(ages[d]), max(ages[d], default=0)))
 
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
+
+
+def when_ready(server):
+    lifecycle.install(server, settings.drain_seconds)
+
+
+def post_worker_init(worker):
+    state.set_ready(worker.pid)
+    if worker.age == 1:  # the first one has its model: say how to try it
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        print(f"\nServing on http://{host}:{settings.port} - try:\n"
+              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n", file=sys.stderr)
+
+
+def child_exit(server, worker):
+    state.set_gone(worker.pid)
 
 
 def on_exit(server):

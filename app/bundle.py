@@ -18,6 +18,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.config import StartError
+
 FORMAT = 1  # raised whenever an older bundle would be read wrongly
 
 
@@ -44,13 +46,21 @@ class Manifest:
     format: int = FORMAT
 
 
-class BundleError(Exception):
+class BundleError(StartError):
     """A bundle that is not what its manifest says; one line."""
 
 
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def users_sha256(variable, path):
+    """The SHA-256 of a file that a setting names, None where it names none. Raises StartError."""
+    try:
+        return sha256(path) if path else None
+    except OSError as e:
+        raise StartError(f"{variable} {path} cannot be read: {e.strerror}") from e
 
 
 def installed_versions(*names):
@@ -87,10 +97,10 @@ def verify(folder):
 
 def find(settings, name, engine):
     """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH and the
-    installed libraries, or None. Its files are not verified yet. Raises OSError where MODEL_PATH cannot be read.
+    installed libraries, or None. Its files are not verified yet. Raises StartError where one of them cannot be read.
     """
-    weights_sha256 = sha256(settings.model_path) if settings.model_path else None
-    labels_sha256 = sha256(settings.labels_path) if settings.labels_path else None
+    weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
+    labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
     installed = installed_versions("openvino", "torch", "torchvision")
     folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
     for path in folders:

@@ -10,8 +10,12 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb":
          "g": 2**30, "gb": 2**30, "gib": 2**30}
 
 
-class SettingsError(Exception):
-    """A setting that cannot be used; the message is one line that names the variable."""
+class StartError(Exception):
+    """Why the service cannot start; the message is one line for the person who starts it."""
+
+
+class SettingsError(StartError):
+    """A setting that cannot be used; the line names the variable."""
 
 
 def integer(low, high):
@@ -49,19 +53,19 @@ def one_of(*choices):
     return parse
 
 
-def model_name(text):
+def name_of_model(text):
     if not re.fullmatch(r"[a-z0-9_]{1,64}", text):
         raise ValueError("a model's name such as resnet50 or mobilenet_v2")
     return text
 
 
-def device(text):
+def device_name(text):
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text.lower()):
         raise ValueError("auto, cpu, cuda or cuda:N")
     return text.lower()
 
 
-def log_level(text):
+def level(text):
     return one_of("debug", "info", "warning", "error", "critical")(text).upper()
 
 
@@ -72,13 +76,13 @@ def setting(parse, default):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
-    model_name: str = setting(model_name, "resnet50")
+    model_name: str = setting(name_of_model, "resnet50")
     model_path: Path | None = setting(Path, None)
     labels_path: Path | None = setting(Path, None)
-    model_fallback: str | None = setting(model_name, None)
+    model_fallback: str | None = setting(name_of_model, None)
     model_dir: Path = setting(Path, Path("models"))
     weights_mirror: str | None = setting(str, None)
-    device: str = setting(device, "auto")
+    device: str = setting(device_name, "auto")
     engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
     precision: str = setting(one_of("fp32", "bf16", "fp16", "auto"), "fp32")
     host: str = setting(str, "0.0.0.0")
@@ -89,10 +93,11 @@ class Settings:
     batch_timeout_ms: int = setting(integer(0, 1000), 2)
     max_queue: int | None = setting(integer(0, 1000), None)
     request_timeout: float = setting(seconds(0.1, 3600), 30.0)
+    drain_seconds: float = setting(seconds(0, 600), 5.0)
     max_file_size: int = setting(byte_size, 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
     top_k: int = setting(integer(1, 10), 5)
-    log_level: str = setting(log_level, "INFO")
+    log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
 
     @classmethod

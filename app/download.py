@@ -9,13 +9,14 @@ import urllib.error
 import urllib.request
 
 from app.bundle import sha256
+from app.config import StartError
 
 ATTEMPTS = 3
 TIMEOUT_S = 5  # to connect, and between two pieces
 PIECE = 1 << 18
 
 
-class DownloadError(Exception):
+class DownloadError(StartError):
     """A file that cannot be had; one line."""
 
 

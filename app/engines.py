@@ -1,7 +1,8 @@
 """Run a batch through the network: OpenVINO on a CPU, torch on a GPU (or on a CPU, as the reference).
 
 An engine is made from a bundle and has two calls:
-    infer(batch, deadline): float32 (N, 3, H, W) → float32 (N, outputs); raises DeadlineExceeded
+    infer(batch, deadline): float32 (N, 3, H, W) → float32 (N, outputs); raises DeadlineExceeded, MemoryError
+    hung_seconds(): how long an inference has gone on past the deadline of everyone who waited for it
     close()
 """
 import collections
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 
+from app.config import StartError
 from app.scheduler import Batcher, DeadlineExceeded
 
 # OpenVINO's package reports its use to a statistics server when it is imported. A service that its user did not ask
@@ -20,7 +22,7 @@ sys.modules.setdefault("openvino_telemetry", None)
 POLL_S = 0.05
 
 
-class EngineError(Exception):
+class EngineError(StartError):
     """An engine that cannot run here as asked; one line."""
 
 
@@ -106,31 +108,52 @@ class OpenVINOEngine:
                 self.idle.put(request)
             for _, request in running:
                 request.cancel()
-                self.overdue.append(request)
+                self.overdue.append((request, time.monotonic()))
         return np.concatenate(outputs)
 
     def finish(self, i, request, outputs, deadline):
-        if not request.wait_for(max(1, int(1000 * deadline.remaining()))):
-            raise DeadlineExceeded("inference")
+        try:
+            if not request.wait_for(max(1, int(1000 * deadline.remaining()))):
+                raise DeadlineExceeded("inference")
+        except RuntimeError as e:
+            raise (MemoryError(str(e)) if is_out_of_memory(e) else e) from e
         outputs[i] = request.get_output_tensor(0).data.copy()
 
     def take(self, deadline):
         """An idle request, waiting for one until the deadline."""
         while True:
             for _ in range(len(self.overdue)):
-                request = self.overdue.popleft()
-                if request.wait_for(0):
+                request, since = self.overdue.popleft()
+                if has_ended(request):
                     self.idle.put(request)
                 else:
-                    self.overdue.append(request)
+                    self.overdue.append((request, since))
             try:
                 return self.idle.get(timeout=max(0.0, min(POLL_S, deadline.remaining())))
             except queue.Empty:
                 if deadline.remaining() <= 0:
                     raise DeadlineExceeded("queue") from None
 
+    def hung_seconds(self):
+        """How long the oldest inference runs on after its caller has left."""
+        return max((time.monotonic() - since for request, since in list(self.overdue) if not has_ended(request)),
+                   default=0.0)
+
     def close(self):
         pass
+
+
+def is_out_of_memory(e):
+    """Whether an engine's RuntimeError is about memory: OpenVINO and torch (CUDA and CPU) say it in these words."""
+    return any(words in str(e) for words in ("bad_alloc", "out of memory", "can't allocate memory", "allocate"))
+
+
+def has_ended(request):
+    """Whether an inference that was cancelled is over; its outcome interests nobody."""
+    try:
+        return request.wait_for(0)
+    except RuntimeError:  # OpenVINO's word for «cancelled» or «failed»
+        return True
 
 
 class TorchEngine:
@@ -169,11 +192,19 @@ class TorchEngine:
                                             non_blocking=True)
         else:
             tensor = tensor.to(self.dtype)
-        with torch.inference_mode():
-            return self.module(tensor).float().cpu().numpy()
+        try:
+            with torch.inference_mode():
+                return self.module(tensor).float().cpu().numpy()
+        except RuntimeError as e:
+            if is_out_of_memory(e) and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise (MemoryError(str(e)) if is_out_of_memory(e) else e) from e
 
     def infer(self, batch, deadline):
         return self.batcher.run(batch, deadline)
+
+    def hung_seconds(self):
+        return self.batcher.overdue_seconds()
 
     def close(self):
         self.batcher.close()

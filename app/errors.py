@@ -1,5 +1,7 @@
 """The service's errors, and the one place that turns any error into JSON."""
+import gc
 import logging
+import math
 from http import HTTPStatus
 
 from flask import g, jsonify
@@ -36,7 +38,7 @@ def render(error):
     response = jsonify({**error.body(), "request_id": g.get("request_id")})
     response.status_code = error.status
     if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     g.error_code = error.code
     return response
 
@@ -55,6 +57,13 @@ def render_http_exception(e):
     return response
 
 
+def render_out_of_memory(e):
+    log.error("out of memory: %s", e)
+    gc.collect()
+    return render(ServiceError(503, "OUT_OF_MEMORY", "There was not enough memory for this request; try again later.",
+                               retry_after_s=5))
+
+
 def render_bug(e):
     log.exception("unexpected error")
     return render(ServiceError(500, "INTERNAL_ERROR",
@@ -64,4 +73,5 @@ def render_bug(e):
 def register(app):
     app.register_error_handler(ServiceError, render)
     app.register_error_handler(HTTPException, render_http_exception)
+    app.register_error_handler(MemoryError, render_out_of_memory)
     app.register_error_handler(Exception, render_bug)

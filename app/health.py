@@ -3,6 +3,7 @@ import time
 
 from flask import Blueprint, current_app, jsonify
 
+from app import state
 from app.info import VERSION
 
 bp = Blueprint("health", __name__)
@@ -12,12 +13,13 @@ bp = Blueprint("health", __name__)
 @bp.get("/ready")
 def health():
     model = current_app.extensions["model"]
-    body = {"status": "healthy" if model.ready else "unhealthy",
+    reason = "draining" if state.draining() else model.state
+    body = {"status": "unhealthy" if reason else "healthy",
             "model": model.name if model.ready else current_app.extensions["settings"].model_name,
-            "device": model.device, "model_loaded": model.ready, "uptime_seconds": round(time.monotonic() - model.started, 1),
-            "version": VERSION, "timestamp": time.time()}
-    if not model.ready:
-        return jsonify({**body, "reason": model.state}), 503
+            "device": model.device, "model_loaded": model.ready,
+            "uptime_seconds": round(time.monotonic() - model.started, 1), "version": VERSION, "timestamp": time.time()}
+    if reason:
+        return jsonify({**body, "reason": reason}), 503
     if model.fallback_reason:
         body["fallback_for"] = current_app.extensions["settings"].model_name
     return jsonify(body)

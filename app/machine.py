@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.config import StartError
+
 STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before Python's lock costs throughput
 QUEUE_PER_SLOT = 16     # waiting requests a slot: about half a second of ResNet-50 on one core
 SPARE_THREADS = 16      # never given to predictions, so that probes always find one
@@ -69,20 +71,20 @@ class Plan:
 
 
 def plan(settings):
-    """Work out the Plan from the settings and this machine. Raises ValueError for a device that is not there."""
+    """Work out the Plan from the settings and this machine. Raises StartError for a device that is not there."""
     gpus = cuda_devices() if settings.device != "cpu" else []
     if settings.device.startswith("cuda"):
         if not gpus:
-            raise ValueError(f"DEVICE is {settings.device}, but no NVIDIA GPU with a CUDA build of torch is here")
+            raise StartError(f"DEVICE is {settings.device}, but no NVIDIA GPU with a CUDA build of torch is here")
         if ":" in settings.device:
             index = int(settings.device.partition(":")[2])
             if index not in gpus:
-                raise ValueError(f"DEVICE is {settings.device}, but this machine has cuda:0 to cuda:{gpus[-1]}")
+                raise StartError(f"DEVICE is {settings.device}, but this machine has cuda:0 to cuda:{gpus[-1]}")
             gpus = [index]
     if gpus and settings.engine == "openvino" and settings.device == "auto":
         gpus = []
     if gpus and settings.engine == "openvino":
-        raise ValueError("ENGINE=openvino runs on the CPU; use ENGINE=torch or auto with DEVICE=cuda")
+        raise StartError("ENGINE=openvino runs on the CPU; use ENGINE=torch or auto with DEVICE=cuda")
 
     if gpus:
         engine, devices = "torch", tuple(f"cuda:{i}" for i in gpus)

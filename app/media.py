@@ -28,13 +28,15 @@ def read_image(data, max_pixels, shorter_side=None):
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
+    except MemoryError:
+        raise
     except Exception as e:  # Pillow's decoders raise many kinds on a client's bytes: each is the client's 400
         raise invalid_image("it is none of " + ", ".join(FORMATS) + ", or is damaged") from e
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
                                                    f"at most {max_pixels} are taken.")
     try:
-        if shorter_side and image.format == "JPEG" and min(width, height) > 2 * DRAFT_MARGIN * shorter_side:
+        if shorter_side and image.format == "JPEG" and min(width, height) > DRAFT_MARGIN * shorter_side:
             scale = DRAFT_MARGIN * shorter_side / min(width, height)
             image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
         image.load()
@@ -42,6 +44,8 @@ def read_image(data, max_pixels, shorter_side=None):
         image = to_rgb(image)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
+    except MemoryError:  # the service's trouble, not the client's
+        raise
     except Exception as e:
         raise invalid_image("it is damaged or cut off") from e
     return image, (height, width) if turned in range(5, 9) else (width, height)

@@ -5,7 +5,9 @@ import time
 import numpy as np
 
 from app import bundle, engines, state
-from app.machine import plan
+from app.config import StartError
+from app.errors import ServiceError
+from app.machine import SPARE_THREADS, plan
 from app.prepare import prepared
 from app.preprocess import Preprocessing
 from app.scheduler import Deadline, Scheduler
@@ -15,9 +17,10 @@ log = logging.getLogger(__name__)
 # How far a probability of the self-test may be from torch's at fp32. bf16 has 8 bits of mantissa.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 SELF_TEST_TIMEOUT_S = 60
+HUNG_AFTER_S = 10
 
 
-class ModelError(Exception):
+class ModelError(StartError):
     """A model that does not load or answers wrongly; one line."""
 
 
@@ -33,12 +36,11 @@ class ModelLoader:
     def ready(self):
         return self.state is None
 
-    def load(self):
-        """Find or make the bundle, load it, and check the answer to a known input. Raises PrepareError, BundleError,
-        EngineError, ModelError."""
+    def load(self, source=None):
+        """Find or make the bundle (or take `source`, a Prepared), load it, and check the answer to a known input. Raises StartError."""
         machine = plan(self.settings)
         self.device = machine.device
-        source = state.served() or prepared(self.settings)
+        source = source or state.served() or prepared(self.settings)
         self.fallback_reason = source.fallback_reason
         self.manifest = bundle.read(source.folder)
         if self.manifest is None:
@@ -46,7 +48,7 @@ class ModelLoader:
         self.name, self.task, self.labels = self.manifest.name, self.manifest.task, self.manifest.labels
         self.preprocessing = Preprocessing(**self.manifest.preprocessing)
         self.engine = engines.create(self.manifest, source.folder, machine, self.settings, self.device)
-        self.scheduler = Scheduler(machine.slots, machine.queue)
+        self.scheduler = Scheduler(machine.slots, machine.queue, max(1, machine.threads - SPARE_THREADS))
         self.self_test()
         self.load_seconds = time.monotonic() - self.started
         self.state = None
@@ -59,11 +61,15 @@ class ModelLoader:
 
     def self_test(self):
         """The warm-up inference, compared with what the torch network answered. Raises ModelError."""
-        self.state = "self_test_failed"
         expected = np.array([self.manifest.self_test["outputs"]], np.float32)
-        outputs = self.engine.infer(engines.self_test_input(self.preprocessing), Deadline(SELF_TEST_TIMEOUT_S))
-        error = np.abs(self.scores(outputs) - self.scores(expected)).max()
+        try:
+            outputs = self.engine.infer(engines.self_test_input(self.preprocessing), Deadline(SELF_TEST_TIMEOUT_S))
+            error = np.abs(self.scores(outputs) - self.scores(expected)).max()
+        except (ServiceError, RuntimeError) as e:
+            self.state = "self_test_failed"
+            raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
+            self.state = "self_test_failed"
             raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g}")
 
     def scores(self, outputs):
@@ -71,8 +77,23 @@ class ModelLoader:
         return softmax(outputs)
 
     def infer(self, batch, deadline):
-        """float32 (N, 3, H, W), preprocessed → scores (N, K). Raises DeadlineExceeded."""
-        return self.scores(self.engine.infer(batch, deadline))
+        """float32 (N, 3, H, W), preprocessed → scores (N, K). Raises DeadlineExceeded, MemoryError."""
+        try:
+            outputs = self.engine.infer(batch, deadline)
+        except (ServiceError, MemoryError):
+            raise
+        except Exception:  # the network itself failed: is it still right?
+            self.self_test()
+            raise
+        return self.scores(outputs)
+
+    def needs_restart(self):
+        """Why this process can no longer be trusted with the model, in words for the log, or None."""
+        if self.state == "self_test_failed":
+            return "the model failed its self-test"
+        if self.ready and self.engine.hung_seconds() > HUNG_AFTER_S:
+            return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
+        return None
 
     def top_k(self, scores, k):
         """(K,) probabilities → [{"class", "confidence", "class_id"}], highest first."""

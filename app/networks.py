@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from app.config import StartError
 from app.preprocess import Preprocessing
 
 
-class WeightsError(Exception):
+class WeightsError(StartError):
     """Weights that cannot be served; one line that says what was found and what was expected."""
 
 

@@ -31,15 +31,8 @@ class Preprocessing:
 
     def resize_and_crop(self, image):
         """RGB PIL image → the crop × crop PIL image that the model sees."""
-        width, height = resized_size(image.size, self.resize)
-        if min(width, height) < self.crop:  # torchvision pads with black; rare: a resize smaller than the crop
-            return centre_crop(image.resize((width, height), getattr(Image, self.interpolation.upper())), self.crop)
-        # Resize only what the crop keeps: the same filter at the same places as cropping afterwards.
-        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
-        x_scale, y_scale = image.width / width, image.height / height
-        box = (left * x_scale, top * y_scale, (left + self.crop) * x_scale, (top + self.crop) * y_scale)
-        box = box[:2] + (min(box[2], image.width), min(box[3], image.height))
-        return image.resize((self.crop, self.crop), getattr(Image, self.interpolation.upper()), box=box)
+        image = image.resize(resized_size(image.size, self.resize), getattr(Image, self.interpolation.upper()))
+        return centre_crop(image, self.crop)
 
 
 def resized_size(size, shorter_side):
@@ -51,7 +44,9 @@ def resized_size(size, shorter_side):
 
 
 def centre_crop(image, side):
+    """The middle side × side square; what the picture lacks is black, one pixel more right and below if odd."""
     pad_x, pad_y = max(0, side - image.width), max(0, side - image.height)
-    image = ImageOps.expand(image, (pad_x // 2, pad_y // 2, (pad_x + 1) // 2, (pad_y + 1) // 2))
+    if pad_x or pad_y:
+        image = ImageOps.expand(image, (pad_x // 2, pad_y // 2, (pad_x + 1) // 2, (pad_y + 1) // 2))
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))

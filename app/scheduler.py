@@ -35,14 +35,32 @@ class Deadline:
 
 
 class Scheduler:
-    """`slots` requests run at once, first come first served; `max_queue` more wait; the rest is refused at once."""
+    """`slots` requests run at once, first come first served; `max_queue` more wait; the rest is refused at once.
 
-    def __init__(self, slots, max_queue):
+    A request that comes while the queue is full is refused before its body is read, and so is one that would take the
+    last of the threads: `max_inside` bounds the requests that read, wait or run.
+    """
+
+    def __init__(self, slots, max_queue, max_inside=None):
         self.slots, self.max_queue = slots, max_queue
-        self.running = 0
+        self.max_inside = max_inside or slots + max_queue
+        self.inside = self.running = 0
         self.waiting = collections.deque()  # an Event each, oldest first
         self.lock = threading.Lock()
         self.seconds_per_request = 0.05  # a running mean of the time in a slot
+
+    @contextlib.contextmanager
+    def admission(self):
+        """Around a whole request, before its body is read. Raises ServiceError OVERLOADED."""
+        with self.lock:
+            if self.inside >= self.max_inside or self.running == self.slots and len(self.waiting) >= self.max_queue:
+                raise self.overloaded()
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
 
     def take_slot(self, deadline):
         """Wait for a slot; returns a context manager that gives it back at its end. Raises ServiceError OVERLOADED at
@@ -65,8 +83,7 @@ class Scheduler:
                 self.running += 1
                 return
             if len(self.waiting) >= self.max_queue:
-                raise ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.",
-                                   retry_after_s=self.seconds_to_drain())
+                raise self.overloaded()
             turn = threading.Event()
             self.waiting.append(turn)
         if turn.wait(max(0, deadline.remaining())):
@@ -85,8 +102,10 @@ class Scheduler:
             else:
                 self.running -= 1
 
-    def seconds_to_drain(self):
-        return self.seconds_per_request * (len(self.waiting) + self.running) / self.slots
+    def overloaded(self):
+        """The refusal, with the time in which what is here now will be done."""
+        seconds = self.seconds_per_request * (len(self.waiting) + self.running) / self.slots
+        return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
 
 class Batcher:
@@ -99,6 +118,7 @@ class Batcher:
     def __init__(self, run, threads, max_batch, wait_s):
         self.call, self.max_batch, self.wait_s = run, max_batch, wait_s
         self.jobs = queue.SimpleQueue()  # (array (n, …), Future, Deadline), or None to stop
+        self.due = {}  # thread name → when the last deadline of the batch that it runs passes
         self.threads = [threading.Thread(target=self.work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
         for thread in self.threads:
             thread.start()
@@ -145,16 +165,24 @@ class Batcher:
                 return
 
     def run_batch(self, batch):
+        name = threading.current_thread().name
+        self.due[name] = max(deadline.at for _, _, deadline in batch)
         try:
             outputs = self.call(np.concatenate([rows for rows, _, _ in batch]) if len(batch) > 1 else batch[0][0])
         except Exception as e:  # whatever the network raised belongs to those who asked, not to this thread
             for _, future, _ in batch:
                 future.set_exception(e)
             return
+        finally:
+            del self.due[name]
         start = 0
         for rows, future, _ in batch:
             future.set_result(outputs[start:start + len(rows)])
             start += len(rows)
+
+    def overdue_seconds(self):
+        """How long the oldest batch runs on after everyone who waited for it has left."""
+        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def close(self):
         for _ in self.threads:

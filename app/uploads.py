@@ -4,6 +4,7 @@ import os.path
 from dataclasses import dataclass
 
 from flask import Request, request
+from werkzeug.exceptions import ClientDisconnected
 
 from app.errors import ServiceError, invalid_parameter
 
@@ -14,7 +15,6 @@ FORM_OVERHEAD = 64 * 1024  # bytes of a multipart body beside the file: boundari
 class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
     max_form_parts = 64
-    max_form_memory_size = FORM_OVERHEAD
 
     def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
         return io.BytesIO()
@@ -27,8 +27,16 @@ class Upload:
     filename: str | None
 
 
-def read_file(settings):
+def read_file(settings, deadline):
     """The one file of the current request. Raises ServiceError."""
+    try:
+        return parse_file(settings)
+    except ClientDisconnected as e:  # also what the worker's read deadline looks like from here
+        deadline.check("read")
+        raise ServiceError(400, "BAD_REQUEST", "The connection ended before the whole request was there.") from e
+
+
+def parse_file(settings):
     if request.mimetype != "multipart/form-data":
         if not request.mimetype and not request.content_length:
             raise missing_file()

@@ -14,6 +14,7 @@ import pytest
 import requests
 import skimage
 from PIL import Image
+from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings
@@ -91,7 +92,8 @@ def client(app):
 
 def post(client, data, filename="picture.jpg", path="/predict", **options):
     """POST a file's bytes as multipart, options as form fields; returns the response."""
-    return client.post(path, data={"file": (io.BytesIO(data), filename), **options})
+    body, content_type = encode_multipart_formdata({"file": (filename, data), **{k: str(v) for k, v in options.items()}})
+    return client.post(path, data=body, content_type=content_type)
 
 
 class Service:
@@ -105,7 +107,7 @@ class Service:
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stdout=log, stderr=log,
-                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), **variables})
+                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables})
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s

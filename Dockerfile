@@ -1,0 +1,48 @@
+# syntax=docker/dockerfile:1
+# docker build -t image-classifier-service .                                     ResNet-50, baked into the image
+# docker build -t … --build-arg MODEL_NAME=efficientnet_lite0 .                  another model
+# docker build -t … --build-arg PIP_EXTRA_INDEX_URL=<index of CPU builds> .      torch without CUDA: gigabytes less
+# docker build -t … --target slim .                                              without torch: the baked model only
+ARG BASE_IMAGE=python:3.11-slim
+
+# --- packages and the exported model; nothing of this stage but /opt/venv and /app/models is shipped ---
+FROM ${BASE_IMAGE} AS build
+ARG PIP_EXTRA_INDEX_URL=
+ARG MODEL_NAME=resnet50
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
+WORKDIR /app
+RUN python3 -m venv /opt/venv
+COPY requirements.txt .
+RUN pip install -r requirements.txt
+COPY app app
+RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && rm -rf models/weights
+# The same packages without what only an export needs.
+RUN cp -a /opt/venv /opt/slim && /opt/slim/bin/python -m pip freeze | sed 's/[ =@].*//' \
+    | grep -E '^(torch|torchvision|triton|sympy|networkx|mpmath|fsspec|nvidia-.*|cuda-.*)$' \
+    | xargs /opt/slim/bin/python -m pip uninstall --yes --quiet
+
+# --- what every image has ---
+FROM ${BASE_IMAGE} AS base
+ARG MODEL_NAME=resnet50
+ENV MODEL_NAME=${MODEL_NAME} PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+RUN useradd --system --uid 10001 --home-dir /app --shell /usr/sbin/nologin service \
+    && mkdir -p /app/models && chown service /app /app/models
+WORKDIR /app
+COPY gunicorn.conf.py .
+COPY app app
+COPY --from=build --chown=10001 /app/models models
+EXPOSE 5000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\") or 5000}/health', timeout=2.5)"]
+STOPSIGNAL SIGTERM
+CMD ["gunicorn", "app:create_app()"]
+
+# --- the small image: serves the baked model on the CPU ---
+FROM base AS slim
+COPY --from=build /opt/slim /opt/venv
+USER 10001
+
+# --- the default image: every model, MODEL_PATH, GPUs ---
+FROM base AS full
+COPY --from=build /opt/venv /opt/venv
+USER 10001

@@ -1,0 +1,121 @@
+"""Gunicorn's threaded worker, with what a model server needs beside it: a heartbeat while the model loads, a deadline
+for slow clients, an end for a worker whose model can no longer be trusted, errors in the service's one shape.
+"""
+import http.client
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.gthread import ThreadWorker
+
+from app import state
+from app.config import StartError
+
+HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
+LOAD_WITHIN_S = 600     # no more heartbeats for a model that takes longer to load
+RETRY_LOAD_AFTER_S = 2  # a worker that cannot load while others serve is started again after this time
+
+
+class Worker(ThreadWorker):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read_until = {}  # connection → when its read side is shut
+        self.restart_reason = None
+
+    # --- the model ---
+
+    def load_wsgi(self):
+        """Load the application and its model. Failing, the worker ends: with an exit code that stops the service if it
+        is the only one, with another, after a pause, if others serve."""
+        loaded = threading.Event()
+        threading.Thread(target=self.beat_until, args=(loaded,), daemon=True).start()
+        try:
+            super().load_wsgi()
+        except StartError as e:
+            self.log.critical("this worker cannot serve: %s", e)
+            self.give_up()
+        except Exception:  # whatever it was, it must not take the other workers along
+            self.log.exception("this worker cannot serve")
+            self.give_up()
+        finally:
+            loaded.set()
+
+    def beat_until(self, loaded):
+        until = time.monotonic() + LOAD_WITHIN_S
+        while not loaded.wait(1) and time.monotonic() < until:
+            self.notify()
+
+    def give_up(self):
+        if not state.ready_workers():
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+        time.sleep(RETRY_LOAD_AFTER_S)
+        sys.exit(1)
+
+    def is_parent_alive(self):
+        """Called once a turn of the main loop: also looks after the model and the slow clients."""
+        model = self.wsgi.extensions["model"]
+        self.restart_reason = self.restart_reason or model.needs_restart()
+        if self.restart_reason and self.alive:
+            self.log.error("this worker restarts: %s", self.restart_reason)
+            state.set_gone(self.pid)
+            self.alive = False
+        self.shut_late_reads()
+        return super().is_parent_alive()
+
+    def run(self):
+        super().run()
+        if self.restart_reason:  # a thread that hangs in native code would hold up an orderly exit
+            logging.shutdown()
+            os._exit(1)
+
+    # --- slow clients ---
+
+    def handle(self, conn):
+        self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
+        try:
+            return super().handle(conn)
+        finally:
+            self.read_until.pop(conn, None)
+
+    def handle_request(self, req, conn):
+        self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout
+        return super().handle_request(req, conn)
+
+    def shut_late_reads(self):
+        """End the waiting for bytes that should have come: the thread that reads sees the end of the stream."""
+        now = time.monotonic()
+        for conn, until in list(self.read_until.items()):
+            if now > until:
+                self.read_until.pop(conn, None)
+                try:
+                    conn.sock.shutdown(socket.SHUT_RD)
+                except OSError:  # gone by itself
+                    continue
+
+    # --- requests that Gunicorn refuses before the application sees them ---
+
+    def handle_error(self, req, client, addr, exc):
+        super().handle_error(req, OneShape(client), addr, exc)
+
+
+class OneShape:
+    """Stands for the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def sendall(self, page):
+        status = int(page.split(b" ", 2)[1])
+        request_id = str(uuid.uuid4())
+        code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
+            "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
+        body = json.dumps({"status": "error", "error": code, "message": message, "request_id": request_id}).encode()
+        head = (f"HTTP/1.1 {status} {http.client.responses.get(status, 'Bad Request')}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n")
+        self.client.sendall(head.encode() + body)

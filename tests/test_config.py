@@ -1,0 +1,78 @@
+"""Settings are checked, frozen, and the same in code, .env.example and README."""
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+from dotenv import dotenv_values
+
+from app.config import Settings, SettingsError
+
+EXAMPLE = ROOT / ".env.example"
+NAMES = [field.name.upper() for field in dataclasses.fields(Settings)]
+
+
+def test_example_file_has_every_setting_and_no_other():
+    assert sorted(dotenv_values(EXAMPLE)) == sorted(NAMES)
+
+
+def test_example_file_gives_the_defaults():
+    assert Settings.parse(dotenv_values(EXAMPLE)) == Settings()
+
+
+def test_every_setting_of_the_example_file_has_a_sentence():
+    text = EXAMPLE.read_text(encoding="utf-8")
+    for name in NAMES:
+        comment = re.search(rf"((?:^#.*\n)+)(?:[A-Z_]+=.*\n)?{name}=", text, re.M)
+        assert comment, name
+        assert comment[1].rstrip().endswith("."), name
+
+
+def test_readme_lists_every_setting_with_its_default():
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    assert sorted(rows) == sorted(NAMES)
+    for name, default in dotenv_values(EXAMPLE).items():
+        assert rows[name] == (f"`{default}`" if default else ""), name
+
+
+@pytest.mark.parametrize(("variable", "text", "takes"), [
+    ("PORT", "0", "an integer from 1 to 65535"),
+    ("PORT", "five", "an integer from 1 to 65535"),
+    ("TOP_K", "11", "an integer from 1 to 10"),
+    ("DEVICE", "gpu", "auto, cpu, cuda or cuda:N"),
+    ("ENGINE", "onnx", "one of auto, openvino, torch"),
+    ("PRECISION", "int4", "one of fp32, bf16, fp16, auto"),
+    ("MAX_FILE_SIZE", "10 parsecs", "a number of bytes"),
+    ("MAX_FILE_SIZE", "0", "a number of bytes"),
+    ("REQUEST_TIMEOUT", "nan", "a number of seconds from 0.1 to 3600"),
+    ("REQUEST_TIMEOUT", "-1", "a number of seconds from 0.1 to 3600"),
+    ("MODEL_NAME", "../etc/passwd", "a model's name"),
+    ("LOG_LEVEL", "loud", "one of debug, info"),
+])
+def test_bad_value_is_refused_in_one_line(variable, text, takes):
+    with pytest.raises(SettingsError) as e:
+        Settings.parse({variable: text})
+    assert str(e.value).startswith(f"{variable} must be {takes}")
+    assert str(e.value).endswith(f"got {text!r}")
+
+
+def test_values_are_parsed():
+    settings = Settings.parse({"MAX_FILE_SIZE": "5 MiB", "DEVICE": "CUDA:1", "LOG_LEVEL": "Debug", "WORKERS": " 3 "})
+    assert (settings.max_file_size, settings.device, settings.log_level, settings.workers) == (
+        5 * 2**20, "cuda:1", "DEBUG", 3)
+
+
+def test_empty_value_means_the_default():
+    assert Settings.parse({"PORT": "", "MODEL_PATH": " "}) == Settings()
+
+
+def test_environment_wins_over_the_file(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("PORT=7000\nTOP_K=3\n")
+    monkeypatch.setenv("PORT", "7001")
+    settings = Settings.load(tmp_path / ".env")
+    assert (settings.port, settings.top_k) == (7001, 3)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().port = 1
