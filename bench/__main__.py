@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def call(module, specification):
     return json.loads(done.stdout)
 
 
+def children_cpu_s():
+    """Seconds of processor time of the processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 class Bench:
     def __init__(self, arguments):
         self.quick, self.cores = arguments.quick, usable_cores()
@@ -55,8 +62,8 @@ class Bench:
         self.systems = [f"{kind} {precision}" for precision in precisions for kind in ("limit", "this")] + [*RIVALS]
         if arguments.only:
             self.systems = [system for system in self.systems if system in arguments.only]
-        self.rounds = arguments.rounds or (2 if self.quick else 3)
-        self.seconds = 2 if self.quick else 6
+        self.rounds = arguments.rounds or (1 if self.quick else 3)
+        self.seconds = 3 if self.quick else 6
         self.results = {system: {} for system in self.systems}  # system → measurement → one result a round
 
     def variables(self, precision):
@@ -104,10 +111,13 @@ class Bench:
                                load["tolerance"], at_work, 0.5, self.seconds])
         if self.cores == 1:  # alone is all cores
             phases += [[phase[0].replace("alone", "all cores"), *phase[1:]] for phase in phases[::2]]
+        machine_before, own_before, started = services.machine_cpu_s(), children_cpu_s(), time.perf_counter()
         measured = call("bench.limit", {"variables": self.variables(system.split()[1]), "processes": self.cores,
                                         "phases": phases})
+        others = services.machine_cpu_s() - machine_before - (children_cpu_s() - own_before)
         for measurement, result in measured.items():
-            self.keep(system, measurement, result)
+            self.keep(system, measurement,
+                      {**result, "others_cpu": max(0.0, others / (time.perf_counter() - started))})
 
     def measure_service(self, system, last):
         name, _, precision = system.partition(" ")
@@ -119,7 +129,7 @@ class Bench:
                 self.put_load(system, running, f"{size} c={connections}",
                               {**self.load_of(size, system), "connections": connections,
                                "warm_s": 1 if connections <= 8 else 2, "seconds": self.seconds})
-            if last:
+            if last and (name == "this" or not self.quick):
                 capacity = statistics.median(r["throughput"] for r in self.results[system][f"{SMALL} c=8"])
                 for share, factor in OVER_CAPACITY.items():
                     self.put_load(system, running, f"{SMALL} {share}",
@@ -162,8 +172,8 @@ def rival_versions():
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="about four minutes instead of twenty")
-    parser.add_argument("--rounds", type=int, help="default: 3, or 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="about four minutes instead of half an hour")
+    parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument("--only", action="append", metavar="SYSTEM", help="this fp32, limit bf16, litserve, …")
     parser.add_argument("--set", action="append", default=[], metavar="VARIABLE=VALUE", help="of this service")
     parser.add_argument("--output", type=Path, help="default: bench/results.json, or results-quick.json with --quick")

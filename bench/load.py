@@ -113,17 +113,22 @@ class Tally:
         self.latencies, self.refusals, self.finished = [], [], []
         self.off, self.stages, self.staged = 0.0, collections.Counter(), 0
 
-    def add(self, index, status, body, latency_s, now):
+    def add(self, index, status, body, latency_s, now, counted):
+        """counted: whether the request is one of those that are reported; in an open loop, one that was due before
+        the window and is answered in it is not, and still is work done: it goes into the throughput."""
+        right = status == 200 and self.check(index, body)
+        if right:
+            self.finished.append(now)
+        if not counted:
+            return
         self.statuses[status] += 1
         if status != 200:
             self.refusals.append(latency_s)
-            return
-        if not self.check(index, body):
+        elif right:
+            self.right += 1
+            self.latencies.append(latency_s)
+        else:
             self.wrong += 1
-            return
-        self.right += 1
-        self.latencies.append(latency_s)
-        self.finished.append(now)
 
     def check(self, index, body):
         try:
@@ -227,8 +232,7 @@ def run(spec):
                 if done is None:
                     continue
                 now = time.perf_counter()
-                if counted(start, now):
-                    tally.add(index, *done, now - start, now)
+                tally.add(index, *done, now - start, now, counted(start, now))
             except OSError:
                 connection.closing = True
                 tally.lost += counted(start, time.perf_counter())
@@ -242,11 +246,11 @@ def run(spec):
     cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
     for connection in [*idle, *busy]:
         connection.close()
-    return result(spec, tally, cpu_share, opened, end)
+    return result(spec, tally, cpu_share, opened, count_from, end)
 
 
-def result(spec, tally, cpu_share, opened, end):
-    finished = [t for t in tally.finished if t < end]
+def result(spec, tally, cpu_share, opened, count_from, end):
+    finished = [t for t in tally.finished if count_from <= t < end]
     if spec.get("rate"):
         throughput = len(finished) / spec["seconds"]
     else:  # between the first and the last answer: a short run is not rounded to whole answers in a window

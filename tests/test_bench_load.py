@@ -1,14 +1,14 @@
 """The benchmark's load generator counts and checks right: a benchmark that cannot fail proves nothing."""
 import pytest
+from conftest import encoded, free_port, photo
 
 from bench import load
-from conftest import encoded, free_port, photo
 
 
 @pytest.fixture(scope="module")
 def chelsea(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "chelsea.png"
-    path.write_bytes(encoded(photo("chelsea")))
+    path = tmp_path_factory.mktemp("pictures") / "chelsea.jpg"
+    path.write_bytes(encoded(photo("chelsea"), "JPEG"))
     return str(path)
 
 
