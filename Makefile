@@ -35,7 +35,7 @@ $(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-install
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Measure against the limit and the rivals, half an hour, nothing else running
+bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Measure against the limit and the rivals, 20 minutes, nothing else running
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## The same in 4 minutes

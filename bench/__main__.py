@@ -63,7 +63,7 @@ class Bench:
         if arguments.only:
             self.systems = [system for system in self.systems if system in arguments.only]
         self.rounds = arguments.rounds or (1 if self.quick else 3)
-        self.seconds = 3 if self.quick else 6
+        self.seconds = 3 if self.quick else 4
         self.results = {system: {} for system in self.systems}  # system → measurement → one result a round
 
     def variables(self, precision):
@@ -172,7 +172,7 @@ def rival_versions():
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench")
-    parser.add_argument("--quick", action="store_true", help="about four minutes instead of half an hour")
+    parser.add_argument("--quick", action="store_true", help="about four minutes instead of twenty")
     parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument("--only", action="append", metavar="SYSTEM", help="this fp32, limit bf16, litserve, …")
     parser.add_argument("--set", action="append", default=[], metavar="VARIABLE=VALUE", help="of this service")
