@@ -26,7 +26,23 @@ test: $(VENV)/tests-installed  ## Run the tests
 lint: $(VENV)/tests-installed  ## Check the style
 	@$(BIN)/ruff check .
 
+RIVALS := litserve flask fastapi
+
+$(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-installed  # sees the service's packages, torch among them
+	$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/service.pth
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Measure against the limit and the rivals, 20 minutes, nothing else running
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## The same in 4 minutes
+	@$(BIN)/python -m bench --quick $(ARGS)
+
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint docker-build
+.PHONY: help run test lint bench bench-quick docker-build
+.PRECIOUS: $(VENV)-rival-%/installed

@@ -1,0 +1,28 @@
+"""LitServe around torch: one worker a core.
+
+    python -m bench.rivals.litserve_torch WORKERS PORT
+"""
+import sys
+
+import litserve
+
+
+class ClassifierAPI(litserve.LitAPI):
+    def setup(self, device):
+        from bench.rivals.resnet50 import ResNet50  # in the workers only: the process that talks HTTP has no use for it
+        self.model = ResNet50()
+
+    def decode_request(self, request):
+        return self.model.preprocess(request["file"].file.read())
+
+    def predict(self, batch):
+        return self.model.predict(batch)
+
+    def encode_response(self, predictions):
+        return {"predictions": predictions}
+
+
+if __name__ == "__main__":
+    workers, port = map(int, sys.argv[1:])
+    server = litserve.LitServer(ClassifierAPI(), accelerator="cpu", workers_per_device=workers)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")

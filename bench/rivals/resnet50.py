@@ -1,0 +1,32 @@
+"""ResNet-50 with torch as every rival has it: weights from MODEL_PATH, torchvision's own transforms, one thread."""
+import io
+import os
+
+import torch
+from PIL import Image
+
+try:
+    import torchvision
+except RuntimeError:  # torchvision's operators for CUDA beside a CPU build of torch: see app/networks.py
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+
+
+class ResNet50:
+    def __init__(self):
+        torch.set_num_threads(1)  # as many processes as cores: more threads would fight for them
+        self.transforms = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
+        self.module = torchvision.models.resnet50()
+        self.module.load_state_dict(torch.load(os.environ["MODEL_PATH"], weights_only=True))
+        self.module.eval()
+
+    def preprocess(self, data):
+        """A picture file's bytes → float32 (1, 3, 224, 224)."""
+        return self.transforms(Image.open(io.BytesIO(data)).convert("RGB"))[None]
+
+    def predict(self, batch):
+        """float32 (1, 3, 224, 224) → the five best classes."""
+        with torch.inference_mode():
+            probabilities, classes = self.module(batch)[0].softmax(0).topk(5)
+        return [{"class_id": i, "confidence": p} for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]

@@ -1,0 +1,126 @@
+"""Start this service and its rivals as their users do, wait until they answer, weigh them, stop them."""
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from app.config import Settings
+from bench import load
+
+ROOT = Path(__file__).parent.parent
+READY_WITHIN_S = 120
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def machine_cpu_s():
+    """Seconds of processor time that the whole machine has spent, with what its host took away."""
+    ticks = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    user, nice, system, _, _, irq, softirq, steal, *_ = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def rival_python(name):
+    """The Python of a rival's virtual environment, which the Makefile puts beside this one."""
+    return f"{sys.prefix}-rival-{name}/bin/python"
+
+
+def commands(port, cores):
+    """The command line of each service by name, on a port of loopback."""
+    return {
+        "this": [sys.executable, "-m", "gunicorn", "app:create_app()"],
+        "litserve": [rival_python("litserve"), "-m", "bench.rivals.litserve_torch", str(cores), str(port)],
+        "flask": [rival_python("flask"), "-m", "gunicorn", "--workers", str(cores),
+                  "--bind", f"127.0.0.1:{port}", "bench.rivals.flask_torch:app"],
+        "fastapi": [rival_python("fastapi"), "-m", "uvicorn", "--workers", str(cores), "--host", "127.0.0.1",
+                    "--port", str(port), "--no-access-log", "bench.rivals.fastapi_torch:app"],
+    }
+
+
+def environment(variables):
+    """This process's environment with the service's settings at their defaults (an empty text is unset, and wins over
+    `.env`) but for `variables`."""
+    return {**os.environ, **{name.upper(): "" for name in Settings.__dataclass_fields__}, **variables}
+
+
+class Running:
+    """A started service: `port`, `seconds_to_ready` from the start to its first right answer."""
+
+    def __init__(self, name, variables, cores, folder, probe):
+        """variables: for the environment. folder: where its log goes. probe: a load specification of one picture."""
+        self.port = free_port()
+        self.log = folder / f"{name}-{self.port}.log"
+        started = time.perf_counter()
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                commands(self.port, cores)[name], stdout=log, stderr=log, start_new_session=True,
+                cwd=ROOT if name == "this" else folder,  # gunicorn.conf.py is this service's alone
+                env=environment({"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0",
+                                 "PYTHONPATH": str(ROOT), **variables}))
+        try:
+            self.wait_ready(probe)
+        except BaseException:
+            self.stop()
+            raise
+        self.seconds_to_ready = time.perf_counter() - started
+
+    def wait_ready(self, probe):
+        """Until one request is answered right. Raises RuntimeError."""
+        until = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
+            with contextlib.suppress(OSError):
+                if load.answers_right({**probe, "port": self.port}):
+                    return
+            time.sleep(0.01)
+        raise RuntimeError(f"not ready within {READY_WITHIN_S} s:\n{self.log.read_text()[-2000:]}")
+
+    def processes(self):
+        """Ids of all its processes: it was started as the leader of a session."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                session = int(path.read_text().rpartition(")")[2].split()[3])
+            except (OSError, ValueError):
+                continue
+            if session == self.process.pid:
+                found.append(int(path.parent.name))
+        return found
+
+    def pss_mb(self):
+        """Proportional set size of all its processes, in 10⁶ bytes: memory shared between them counts once."""
+        kib = 0
+        for pid in self.processes():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:  # it has just ended
+                continue
+            kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return kib * 1024 / 1e6
+
+    def cpu_s(self):
+        """Seconds of processor time that all its processes have had."""
+        ticks = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
