@@ -10,7 +10,7 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.errors import ServiceError
-from app.scheduler import Deadline, Scheduler
+from app.scheduler import Deadline, DeadlineExceeded, Scheduler
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
 TEXT = b"hello, I am a text\n" * 50
@@ -143,6 +143,15 @@ def test_single_requests_get_their_turn_within_a_batch():
         future.result(10)
     assert done.index("single") < 10
     assert [d for d in done if d != "single"] == list(range(20))
+
+
+def test_a_file_of_a_batch_waits_where_a_single_request_is_refused():
+    scheduler = Scheduler(slots=1, max_queue=0)
+    with scheduler.take_slot(Deadline(10)):
+        with pytest.raises(ServiceError, match="at its limit"):
+            scheduler.take_slot(Deadline(10))
+        with pytest.raises(DeadlineExceeded):
+            scheduler.take_slot(Deadline(0.05), admitted=True)
 
 
 def test_batches_that_wait_are_bounded():

@@ -13,6 +13,7 @@ from conftest import encoded, free_port, need, photo, post
 from app import create_app
 from app.cache import KEY_PREFIX
 from app.config import Settings, SettingsError
+from app.errors import ServiceError
 from app.scheduler import Scheduler
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
@@ -204,20 +205,21 @@ def test_who_waits_for_an_equal_request_stands_in_the_queue(cached, app, monkeyp
     assert sorted(r.status_code for r in finish()) == [200, 200, 200, 503, 503]
 
 
-def test_when_the_one_that_computes_fails_the_next_one_computes(cached, app, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError(503, "OVERLOADED", "Later.")])
+def test_when_the_one_that_computes_fails_the_next_one_computes(cached, app, monkeypatch, error):
     model = app.extensions["model"]
     counting = Counting(model)
 
     def infer(batch, deadline):
         scores = counting(batch, deadline)
         if len(counting.calls) == 1:
-            raise RuntimeError("a bug")
+            raise error
         return scores
     monkeypatch.setattr(model, "infer", infer)
     finish = at_once(cached(), 3)
     wait_until(lambda: model.scheduler.onlookers == 2)
     counting.gate.set()
-    assert sorted(r.status_code for r in finish()) == [200, 200, 500]
+    assert sorted(r.status_code for r in finish()) == [200, 200, getattr(error, "status", 500)]
 
 
 def test_redis_is_shared_and_holds_plain_json(cached, redis_server):

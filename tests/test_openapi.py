@@ -22,6 +22,17 @@ def test_document_is_valid_openapi_3_1(document):
     openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
 
 
+def test_every_reference_leads_somewhere_and_every_response_has_its_id(document):
+    for reference in re.findall(r"'\$ref': '#/([^']+)'", str(document)):
+        target = document
+        for name in reference.split("/"):
+            target = target[name]
+    responses = [r for operations in document["paths"].values() for operation in operations.values()
+                 for r in operation["responses"].values() if "$ref" not in r]
+    for response in [*responses, *document["components"]["responses"].values()]:
+        assert "X-Request-ID" in response["headers"]
+
+
 def test_document_has_every_path_and_method_and_no_other(app, document):
     served = {(rule.rule, method.lower()) for rule in app.url_map.iter_rules() if not rule.arguments
               for method in rule.methods - {"HEAD", "OPTIONS"}}
@@ -58,12 +69,12 @@ def test_limits_of_the_document_are_the_settings(document, settings):
     assert schema["properties"]["instances"]["maxItems"] == settings.max_batch_files
 
 
-def test_running_service_does_what_the_document_says(service):
+def test_running_service_does_what_the_document_says(service, tmp_path):
     """schemathesis asks every endpoint, with what the document allows and with what it does not."""
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
          service.url + "/openapi.json"],
-        cwd=ROOT / "tests", capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(ROOT / "tests")})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "No issues found" in done.stdout
