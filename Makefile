@@ -21,7 +21,7 @@ run: $(VENV)/installed  ## Serve on port 5000: ResNet-50, or EfficientNet-Lite0 
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
 test: $(VENV)/tests-installed  ## Run the tests
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest $(ARGS)
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/tests-installed  ## Check the style
 	@$(BIN)/ruff check .

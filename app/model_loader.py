@@ -37,7 +37,8 @@ class ModelLoader:
         return self.state is None
 
     def load(self, source=None):
-        """Find or make the bundle (or take `source`, a Prepared), load it, and check the answer to a known input. Raises StartError."""
+        """Find or make the bundle (or take `source`, a Prepared), load it, and check the answer to a known input.
+        Raises StartError."""
         machine = plan(self.settings)
         self.device = machine.device
         source = source or state.served() or prepared(self.settings)

@@ -62,7 +62,7 @@ def make(settings):
     cannot be had. Imports torch. Returns Prepared; raises StartError."""
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(settings.model_dir / ".lock", "w")
+        lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
     except OSError as e:
         raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
     with lock:

@@ -42,7 +42,8 @@ def free_port():
 
 
 def need(program):
-    """The path of a program beyond Python; skips the test where it is missing, fails it where REQUIRE_PROGRAMS is set."""
+    """The path of a program beyond Python; skips the test where it is missing, fails it where REQUIRE_PROGRAMS is
+    set."""
     path = shutil.which(program)
     if path is None and os.environ.get("REQUIRE_PROGRAMS"):
         pytest.fail(f"{program} is not installed, and REQUIRE_PROGRAMS is set")
@@ -92,7 +93,8 @@ def client(app):
 
 def post(client, data, filename="picture.jpg", path="/predict", **options):
     """POST a file's bytes as multipart, options as form fields; returns the response."""
-    body, content_type = encode_multipart_formdata({"file": (filename, data), **{k: str(v) for k, v in options.items()}})
+    fields = {"file": (filename, data), **{k: str(v) for k, v in options.items()}}
+    body, content_type = encode_multipart_formdata(fields)
     return client.post(path, data=body, content_type=content_type)
 
 
@@ -107,7 +109,8 @@ class Service:
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stdout=log, stderr=log,
-                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables})
+                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port),
+                                             "DRAIN_SECONDS": "0", **variables})
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s

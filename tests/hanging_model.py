@@ -23,7 +23,8 @@ def build():
     loop.set_special_body_ports([-1, 0])
     loop.set_merged_input(y, picture.output(0), body.get_results()[1].output(0))
     mean = ops.reduce_mean(loop.get_iter_value(body.get_results()[1].output(0), -1), np.array([1, 2, 3]), False)
-    logits = ops.multiply(ops.reshape(mean, [1, 1], False), ops.constant(np.linspace(0, 1, 1000, dtype=np.float32)[None]))
+    ramp = ops.constant(np.linspace(0, 1, 1000, dtype=np.float32)[None])
+    logits = ops.multiply(ops.reshape(mean, [1, 1], False), ramp)
     return openvino.Model([ops.result(logits)], [picture])
 
 

@@ -116,7 +116,8 @@ def refused(data):
     return e.value.status, e.value.code
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"%PDF-1.7\n", bytes(5000), b"RIFF    WEBPVP8 "])
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"%PDF-1.7\n", bytes(5000),
+                                  b"RIFF    WEBPVP8 "])
 def test_what_is_no_picture_is_refused(data):
     assert refused(data) == (400, "INVALID_IMAGE")
 

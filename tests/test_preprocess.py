@@ -20,7 +20,8 @@ def test_tensor_equals_torchvisions(name, model):
     assert np.abs(spec_of(preset)(image) - preset(image).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("size", [(451, 300), (300, 451), (233, 1999), (1, 1), (3, 700), (224, 224), (231, 232), (97, 61)])
+@pytest.mark.parametrize("size", [(451, 300), (300, 451), (233, 1999), (1, 1), (3, 700), (224, 224), (231, 232),
+                                  (97, 61)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_tensor_equals_torchvisions_at_odd_sizes(size, interpolation):
     image = photo("coffee").resize(size)

@@ -305,7 +305,8 @@ def test_out_of_memory_is_a_503_and_passes(start_service):
     assert service.workers() == [worker]
 
 
-@pytest.mark.parametrize("raw", [b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+@pytest.mark.parametrize("raw", [b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                                 b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
                                  b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"])
 def test_gunicorns_own_errors_have_the_one_shape(service, raw):
     with socket.create_connection(("127.0.0.1", service.port)) as s:
