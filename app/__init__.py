@@ -1,20 +1,19 @@
 """One vision model behind HTTP: the application factory."""
-from flask import Flask
-
-from app import batch, cache, errors, health, info, observability, openapi, predict
-from app.config import Settings
-from app.model_loader import ModelLoader
-from app.uploads import FORM_OVERHEAD, MemoryRequest
-
-
-class Service(Flask):
-    request_class = MemoryRequest
 
 
 def create_app(settings=None, model=None):
     """The Flask application. model: a loaded ModelLoader, else one is loaded here, once a worker."""
+    # Imported here: the Gunicorn master, which imports this package too, then holds 10 MB less.
+    from flask import Flask
+
+    from app import batch, cache, errors, health, info, observability, openapi, predict
+    from app.config import Settings
+    from app.model_loader import ModelLoader
+    from app.uploads import FORM_OVERHEAD, MemoryRequest
+
     settings = settings or Settings.load()
-    app = Service(__name__)
+    app = Flask(__name__)
+    app.request_class = MemoryRequest
     app.json.sort_keys = False
     app.config["MAX_CONTENT_LENGTH"] = FORM_OVERHEAD  # the endpoints that take files raise it
     app.extensions["settings"] = settings

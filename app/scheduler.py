@@ -111,6 +111,10 @@ class Scheduler:
     def is_full(self):
         return self.running >= self.slots and len(self.waiting) + self.onlookers >= self.max_queue
 
+    def is_alone(self):
+        """Whether at most one request is here, and no batch: it may have the whole processor."""
+        return self.inside <= 1 and not self.batched
+
     @contextlib.contextmanager
     def held_slot(self):
         started = time.monotonic()

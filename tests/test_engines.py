@@ -1,6 +1,7 @@
 """Both engines give the same answers, for batches too, and keep their deadlines."""
 import dataclasses
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,57 @@ def test_many_threads_get_their_own_answers(loaded):
         thread.join()
     for i in range(8):
         assert all(np.abs(a - expected[i]).max() < 1e-6 for a in answers[i])
+
+
+@pytest.fixture
+def two_streams(loaded):
+    """An engine as on a machine of two cores; resnet18's weights are small enough for a second copy."""
+    model = loaded("openvino", WORKERS="1")
+    plan = dataclasses.replace(machine.plan(model.settings), streams=2)
+    folder = model.settings.model_dir / "bundles"
+    (folder,) = folder.glob(f"{model.name}-{model.manifest.weights['sha256'][:12]}-openvino")
+    yield engines.create(model.manifest, folder, plan, model.settings, "cpu"), folder
+
+
+def test_a_lone_picture_gets_all_cores(two_streams):
+    engine, _ = two_streams
+    picture = images(1)
+    expected = engine.infer(picture, Deadline(60))
+    everything, taken = engine.on_all_cores.qsize(), []
+    original = engine.finish
+    engine.finish = lambda *args: taken.append((engine.on_all_cores.qsize(), engine.idle.qsize())) or original(*args)
+    assert np.abs(engine.infer(picture, Deadline(60), alone=True) - expected).max() < 1e-4
+    engine.infer(picture, Deadline(60))
+    engine.infer(images(2), Deadline(60), alone=True)
+    assert everything == 1
+    assert taken == [(0, 2), (1, 1), (1, 0), (1, 0)]
+    assert (engine.on_all_cores.qsize(), engine.idle.qsize()) == (1, 2)
+
+
+def test_a_lone_picture_does_without_all_cores_while_another_hangs_there(two_streams):
+    engine, _ = two_streams
+    hung = engine.on_all_cores.get()
+    hung.infer({0: images(1)})
+    assert engine.infer(images(1), Deadline(60), alone=True).shape == (1, 1000)
+    engine.overdue.append((hung, engine.on_all_cores, 0))
+    engine.infer(images(1), Deadline(60), alone=True)
+    assert (engine.on_all_cores.qsize(), engine.idle.qsize()) == (1, 2)
+
+
+def test_the_weights_file_is_not_kept_in_memory(two_streams):
+    engine, folder = two_streams
+    engine.infer(images(1), Deadline(60), alone=True)
+    size = resident = 0
+    of_the_file = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
+            of_the_file = line.endswith(f" {folder / 'model.bin'}")
+        elif of_the_file and line.startswith("Size:"):
+            size += int(line.split()[1])
+        elif of_the_file and line.startswith("Rss:"):
+            resident += int(line.split()[1])
+    assert size > 40_000
+    assert resident < size / 4
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
