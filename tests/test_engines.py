@@ -61,7 +61,7 @@ def two_streams(loaded):
     plan = dataclasses.replace(machine.plan(model.settings), streams=2)
     folder = model.settings.model_dir / "bundles"
     (folder,) = folder.glob(f"{model.name}-{model.manifest.weights['sha256'][:12]}-openvino")
-    yield engines.create(model.manifest, folder, plan, model.settings, "cpu"), folder
+    return engines.create(model.manifest, folder, plan, model.settings, "cpu"), folder
 
 
 def test_a_lone_picture_gets_all_cores(two_streams):
