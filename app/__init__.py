@@ -1,7 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 from flask import Flask
 
-from app import errors, health, info, observability, predict
+from app import errors, health, info, metrics, observability, predict
 from app.config import Settings
 from app.model_loader import ModelLoader
 from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -20,7 +20,8 @@ def create_app(settings=None, model=None):
     app.extensions["settings"] = settings
     app.extensions["model"] = model or ModelLoader(settings).load()
     observability.register(app)
+    metrics.register(app, app.extensions["model"])
     errors.register(app)
-    for module in (predict, health, info):
+    for module in (predict, health, info, metrics):
         app.register_blueprint(module.bp)
     return app

@@ -17,6 +17,7 @@ ENDPOINTS = {
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
     "/info": "the model, the limits and the versions",
+    "/metrics": "counts and times, for Prometheus",
 }
 
 
