@@ -1,7 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 from flask import Flask
 
-from app import errors, health, info, metrics, observability, predict
+from app import access, errors, health, info, metrics, observability, predict
 from app.config import Settings
 from app.model_loader import ModelLoader
 from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -22,6 +22,7 @@ def create_app(settings=None, model=None):
     observability.register(app)
     metrics.register(app, app.extensions["model"])
     errors.register(app)
+    access.register(app, settings)
     for module in (predict, health, info, metrics):
         app.register_blueprint(module.bp)
     return app

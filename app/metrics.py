@@ -144,6 +144,8 @@ def end_worker(number):
 
 def note_model(model):
     """What this worker says of its model and its place in the service."""
+    if not model.ready:
+        return
     own = counts.own
     worker = str(counts.regions.index(own)) if own in counts.regions else "-"
     own.set(key("model_load_seconds", worker), model.load_seconds)
