@@ -4,7 +4,7 @@ import math
 import os
 import sys
 
-from app import lifecycle, state
+from app import counts, lifecycle, metrics, state
 from app.config import Settings, StartError
 from app.machine import plan as plan_of
 from app.observability import logging_config
@@ -45,6 +45,7 @@ def on_starting(server):
     except StartError as e:
         sys.exit(f"error: {e}")
     state.create()
+    counts.share(2 * plan.workers + 16)  # a reload has one more worker than usual; SIGTTIN adds others
     state.publish(ready)
     server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
                                        "streams": plan.streams, "queue": plan.queue, "threads": plan.threads,
@@ -55,6 +56,7 @@ def pre_fork(server, worker):
     """Each worker its device: of several GPUs the one with the fewest workers, then the one whose are oldest (in a
     reload they end next)."""
     ages = {device: [w.age for w in server.WORKERS.values() if w.device == device] for device in plan.devices}
+    worker.region = counts.free_region(w.region for w in server.WORKERS.values())
     worker.device = min(plan.devices, key=lambda d: (len(ages[d]), max(ages[d], default=0)))
 
 
@@ -64,6 +66,7 @@ def post_fork(server, worker):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-8, 2)  # M_ARENA_MAX
+    metrics.start_worker(worker.region)
 
 
 def when_ready(server):
@@ -81,6 +84,7 @@ def post_worker_init(worker):
 
 def child_exit(server, worker):
     state.set_gone(worker.pid)
+    metrics.end_worker(worker.region)
 
 
 def on_exit(server):

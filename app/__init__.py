@@ -6,7 +6,7 @@ def create_app(settings=None, model=None):
     # Imported here: the Gunicorn master, which imports this package too, then holds 10 MB less.
     from flask import Flask
 
-    from app import batch, cache, errors, health, info, observability, openapi, predict
+    from app import access, batch, cache, errors, health, info, metrics, observability, openapi, predict
     from app.config import Settings
     from app.model_loader import ModelLoader
     from app.uploads import FORM_OVERHEAD, MemoryRequest
@@ -20,7 +20,9 @@ def create_app(settings=None, model=None):
     app.extensions["model"] = model or ModelLoader(settings).load()
     app.extensions["cache"] = cache.ResultCache(settings, app.extensions["model"]) if settings.cache_url else None
     observability.register(app)
+    metrics.register(app, app.extensions["model"])
     errors.register(app)
-    for module in (predict, batch, health, info, openapi):
+    access.register(app, settings)
+    for module in (predict, batch, health, info, metrics, openapi):
         app.register_blueprint(module.bp)
     return app

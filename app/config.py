@@ -77,8 +77,35 @@ def level(text):
     return one_of("debug", "info", "warning", "error", "critical")(text).upper()
 
 
-def setting(parse, default):
-    return dataclasses.field(default=default, metadata={"parse": parse})
+def storage_url(text):
+    parts = urllib.parse.urlsplit(text)
+    if text != "memory://" and (parts.scheme not in ("redis", "rediss") or not parts.netloc):
+        raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
+    return text
+
+
+def rate_limit(text):
+    import limits
+    try:
+        limits.parse_many(text)
+    except ValueError:
+        raise ValueError("a limit such as 60/minute, or several with ; between them") from None
+    return text
+
+
+def listed(part, takes):
+    """A parser of comma-separated texts, each of which must match the pattern `part`."""
+    def parse(text):
+        parts = tuple(p.strip() for p in text.split(",") if p.strip())
+        if not parts or not all(re.fullmatch(part, p) for p in parts):
+            raise ValueError(takes)
+        return parts
+    return parse
+
+
+def setting(parse, default, secret=False):
+    """secret: the value is never shown, not even where it is wrong."""
+    return dataclasses.field(default=default, repr=not secret, metadata={"parse": parse, "secret": secret})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +135,14 @@ class Settings:
     cache_url: str | None = setting(cache_url, None)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
+    api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "keys of visible ASCII characters with commas between them"),
+                                     None, secret=True)
+    rate_limit: str | None = setting(rate_limit, None)
+    rate_limit_storage: str = setting(storage_url, "memory://", secret=True)
+    trusted_proxies: int = setting(integer(0, 10), 0)
+    cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
+                                                "* or origins such as https://example.org, with commas between them"),
+                                         None)
     log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
 
@@ -128,5 +163,6 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as e:
-                raise SettingsError(f"{variable} must be {e}, got {text!r}") from e
+                got = "something else" if field.metadata["secret"] else repr(text)
+                raise SettingsError(f"{variable} must be {e}, got {got}") from e
         return cls(**values)

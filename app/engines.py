@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from app import metrics
 from app.config import StartError
 from app.scheduler import Batcher, DeadlineExceeded
 
@@ -116,6 +117,7 @@ class OpenVINOEngine:
                 request = idle.pop()
                 request.start_async({0: batch[i:i + 1]}, share_inputs=True)
                 running.append((i, request))
+                metrics.observe("batch_size", 1)
             while running:
                 self.finish(*running[0], outputs, deadline)
                 idle.append(running.popleft()[1])

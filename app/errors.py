@@ -40,6 +40,8 @@ def render(error):
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     g.error_code = error.code
     return response
 

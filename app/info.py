@@ -19,6 +19,7 @@ ENDPOINTS = {
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
     "/info": "the model, the limits and the versions",
+    "/metrics": "counts and times, for Prometheus",
     "/openapi.json": "the OpenAPI document of all this",
     "/docs": "the same to read and to try, in a browser",
 }

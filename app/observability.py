@@ -7,6 +7,8 @@ import uuid
 
 from flask import g, has_request_context, request
 
+from app import metrics
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 log = logging.getLogger("app.request")
 
@@ -21,7 +23,8 @@ class Stages:
     def __call__(self, stage):
         started = time.perf_counter()
         try:
-            yield
+            with metrics.in_stage(stage):
+                yield
         finally:
             spent = 1000 * (time.perf_counter() - started)
             self.timings_ms[stage] = round(self.timings_ms.get(stage, 0) + spent, 2)

@@ -10,6 +10,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 
+from app import metrics
 from app.errors import ServiceError
 
 
@@ -212,6 +213,7 @@ class Batcher:
                 return
 
     def run_batch(self, batch):
+        metrics.observe("batch_size", sum(len(rows) for rows, _, _ in batch))
         name = threading.current_thread().name
         self.due[name] = max(deadline.at for _, _, deadline in batch)
         try:

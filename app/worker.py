@@ -14,7 +14,7 @@ import uuid
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
-from app import state
+from app import metrics, state
 from app.config import StartError
 
 HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
@@ -119,6 +119,7 @@ class OneShape:
         request_id = str(uuid.uuid4())
         code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
             "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
+        metrics.count_answer("none", "other", status, code)
         body = json.dumps({"status": "error", "error": code, "message": message, "request_id": request_id}).encode()
         head = (f"HTTP/1.1 {status} {http.client.responses.get(status, 'Bad Request')}\r\nConnection: close\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n")
