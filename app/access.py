@@ -28,7 +28,8 @@ def register(app, settings):
     if settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0)
     if settings.cors_origins:
-        CORS(app, origins=list(settings.cors_origins), methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
+        CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
+             methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
              allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
              expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Request-ID"])
     if settings.api_keys:

@@ -17,7 +17,8 @@ WASTE_DOUBLES = 32         # at the region's end: takes what found no room, and 
 class Region:
     """What one process counts: a log of entries, each a key (text) with some float64 values.
 
-    An entry: int32 bytes of the key, int32 number of values, the key in UTF-8 padded with spaces to 8 bytes, the values.
+    An entry: int32 bytes of the key, int32 number of values, the key in UTF-8 padded with spaces to 8 bytes, the
+    values.
     """
 
     def __init__(self, memory):

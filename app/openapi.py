@@ -46,8 +46,9 @@ def document(settings, model):
                                 "stable code in `error` and in `message` what to change."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
-        "paths": tagged(paths(settings)),
+        "paths": tagged(paths(settings), settings),
         "components": {"schemas": schemas(settings, getattr(model, "task", "classification")), "headers": HEADERS,
+                       "securitySchemes": SECURITY,
                        "responses": {status: error_response(status, settings) for status in ERRORS}}}
 
 
@@ -61,6 +62,8 @@ ERRORS = {
     "400": ("The request or the file cannot be used.",
             ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES",
              "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
+    "401": ("The service has API_KEYS, and this request carries none of them.", ["UNAUTHORIZED"],
+            "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
     "404": ("There is nothing at this path.", ["NOT_FOUND"],
             "There is nothing at this path; GET / lists the endpoints."),
     "405": ("This path does not take this method.", ["METHOD_NOT_ALLOWED"],
@@ -69,6 +72,8 @@ ERRORS = {
             "The file has 20971520 bytes; at most 10485760 are taken."),
     "415": ("This kind of content is not taken.", ["UNSUPPORTED_MEDIA_TYPE"],
             "Content-Type text/plain is not taken here: send one as multipart/form-data in the field 'file'."),
+    "429": ("More than RATE_LIMIT allows.", ["RATE_LIMITED"],
+            "Too many requests: 60 per 1 minute are allowed; try again later."),
     "500": ("A bug of the service.", ["INTERNAL_ERROR"],
             "The service failed; the request id finds the reason in its log."),
     "503": ("Not now.", ["OVERLOADED", "OUT_OF_MEMORY", "SHUTTING_DOWN"],
@@ -77,7 +82,8 @@ ERRORS = {
             "The time allowed for this request ran out (during queue)."),
 }
 EVERYWHERE = ("405", "500")
-OF_A_PREDICTION = ("400", "413", "415", "503", "504", *EVERYWHERE)
+OF_A_PREDICTION = ("400", "401", "413", "415", "429", "503", "504", *EVERYWHERE)
+KEY_NEEDED = ("/predict", "/predict/batch", "/info", "/metrics")
 
 HEADERS = {
     "X-Request-ID": {"description": "The id of the request in every line of the log: yours, if you sent one of 1 to "
@@ -90,7 +96,12 @@ HEADERS = {
     "Retry-After": {"description": "Seconds to wait before trying again.", "required": True,
                     "schema": {"type": "string", "pattern": "^[0-9]+$"}},
     "Allow": {"description": "The methods that this path takes.", "required": True, "schema": {"type": "string"}},
+    "WWW-Authenticate": {"description": "How to send a key.", "required": True, "schema": {"const": "Bearer"}},
 }
+
+
+SECURITY = {"bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
 
 
 def header(*names):
@@ -103,7 +114,8 @@ def ref(name):
 
 def error_response(status, settings):
     description, codes, message = ERRORS[status]
-    further = {"405": ["Allow"], "503": ["Retry-After"]}.get(status, [])
+    further = {"401": ["WWW-Authenticate"], "405": ["Allow"], "429": ["Retry-After"],
+               "503": ["Retry-After"]}.get(status, [])
     schema = {"allOf": [ref("Error"), {"properties": {"error": {"enum": codes}}}]}
     example = {"status": "error", "error": codes[0], "message": message,
                "request_id": "0f4b3c1e-6d1a-4b5e-9d59-3f2c8a7e6b10"}
@@ -129,11 +141,13 @@ def get(summary, schema, example=None, further=None, description=None):
     return {"get": operation if description is None else {**operation, "description": description}}
 
 
-def tagged(paths):
+def tagged(paths, settings):
     for path, operations in paths.items():
         tag = "Predict" if path.startswith("/predict") else "Documentation" if path in DOCUMENTATION else "Status"
         for operation in operations.values():
             operation["tags"] = [tag]
+            if path in KEY_NEEDED and settings.api_keys:
+                operation["security"] = [{name: []} for name in SECURITY]
     return paths
 
 
@@ -141,9 +155,11 @@ DOCUMENTATION = ("/", "/openapi.json", "/docs")
 
 
 def paths(settings):
-    query = [{"name": name, "in": "query", "description": description, "schema": schema,
-              "allowEmptyValue": True}
-             for name, (description, schema) in options(settings).items()]
+    parameters = [{"name": name, "in": "query", "description": description, "schema": schema, "allowEmptyValue": True}
+                  for name, (description, schema) in options(settings).items()]
+    parameters.append({"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
+                       "description": "Seconds after which you no longer want the answer, if fewer than "
+                                      f"{settings.request_timeout:g}."})
     fields = {name: {**schema, "description": description} for name, (description, schema) in options(settings).items()}
     members = {name: {**schema, "type": [schema["type"], "null"]} for name, schema in fields.items()}
     raw = {"schema": {"type": "string", "format": "binary"}}
@@ -173,16 +189,18 @@ def paths(settings):
                                               "text/html": {"schema": {"type": "string"}}}},
                           **errors(*EVERYWHERE)}}},
         "/predict": {
-            "post": {"summary": "One picture in, one prediction out", "operationId": "predict", "parameters": query,
+            "post": {"summary": "One picture in, one prediction out", "operationId": "predict",
+                     "parameters": parameters,
                      "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
                      "responses": answered},
             "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
-                    "parameters": query, "requestBody": {"required": True, "content": raws}, "responses": answered}},
+                    "parameters": parameters, "requestBody": {"required": True, "content": raws},
+                    "responses": answered}},
         "/predict/batch": {"post": {
             "summary": "Several pictures in, one result for each, in order", "operationId": "predictBatch",
             "description": f"At most {settings.max_batch_files} files, together at most "
                            f"{BATCH_BODY_FILES * settings.max_file_size} bytes. One bad file never spoils the others.",
-            "parameters": query,
+            "parameters": parameters,
             "requestBody": {"required": True, "content": {
                 "multipart/form-data": {
                     "schema": {"type": "object", "required": ["files"], "properties": {
@@ -202,7 +220,14 @@ def paths(settings):
         "/ready": get("The same as /health", ref("Health"), further=health),
         "/live": get("Liveness: 200 as long as the process answers", ref("Live"),
                      {"status": "alive", "version": VERSION, "timestamp": 1767225600.5}),
-        "/info": get("The model, the limits and the versions", ref("Info")),
+        "/info": get("The model, the limits and the versions", ref("Info"), further=errors("401")),
+        "/metrics": {"get": {
+            "summary": "Counts and times over all workers, for Prometheus",
+            "responses": {"200": {"description": "Prometheus' text format, or OpenMetrics where that is preferred.",
+                                  "headers": header("X-Request-ID"),
+                                  "content": {"text/plain": {"schema": {"type": "string"}},
+                                              "application/openmetrics-text": {"schema": {"type": "string"}}}},
+                          **errors("401", *EVERYWHERE)}}},
         "/openapi.json": get("This document", {"type": "object"}),
         "/docs": {"get": {"summary": "This document, to read and to try", "responses": {
             "200": {"description": "The page.", "headers": header("X-Request-ID"),
