@@ -166,3 +166,9 @@ class Settings:
                 got = "something else" if field.metadata["secret"] else repr(text)
                 raise SettingsError(f"{variable} must be {e}, got {got}") from e
         return cls(**values)
+
+    def variables(self):
+        """The mapping that parse() makes these Settings of, for another process."""
+        texts = {field.name.upper(): getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
+                for name, value in texts.items()}

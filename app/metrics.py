@@ -45,6 +45,7 @@ MEASURES = {
                                       SECONDS),
     "batch_size": Measure(HistogramMetricFamily, "Pictures in each batch that the engine ran, self-tests included.",
                           buckets=POWERS_OF_2),
+    "cache_requests": Measure(CounterMetricFamily, "Predictions asked of the result cache.", ("result",)),
     "overloaded": Measure(CounterMetricFamily, "Requests refused because the queue was full."),
     "deadline_exceeded": Measure(CounterMetricFamily, "Requests whose time ran out."),
     "worker_exits": Measure(CounterMetricFamily, "Workers that ended: crashed, killed, or replaced by a reload."),

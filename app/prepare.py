@@ -45,9 +45,8 @@ def find(settings):
 
 
 def make_in_subprocess(settings):
-    variables = {name.upper(): "" if value is None else str(value) for name, value in asdict(settings).items()}
     done = subprocess.run([sys.executable, "-m", "app", "prepare", "--json"], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, **variables}, cwd=Path(__file__).parent.parent, check=False)
+                          env={**os.environ, **settings.variables()}, cwd=Path(__file__).parent.parent, check=False)
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError) as e:

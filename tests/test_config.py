@@ -76,3 +76,12 @@ def test_environment_wins_over_the_file(tmp_path, monkeypatch):
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().port = 1
+
+
+def test_settings_survive_the_way_to_another_process():
+    values = {"MODEL_PATH": "a b/model.pt", "WORKERS": "2", "REQUEST_TIMEOUT": "1.5", "MAX_FILE_SIZE": "3MiB",
+              "API_KEYS": "one, two", "CORS_ORIGINS": "https://a.example,https://b.example", "LOG_LEVEL": "debug"}
+    settings = Settings.parse(values)
+    assert settings.api_keys == ("one", "two")
+    assert Settings.parse(settings.variables()) == settings
+    assert Settings.parse(Settings().variables()) == Settings()

@@ -1,7 +1,9 @@
 """/metrics is right over all workers and all that happens to them, and costs next to nothing."""
 import concurrent.futures
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from PIL import Image
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import counts, metrics
+from app import counts, create_app, metrics
+from app.config import Settings
 
 CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
 WHITE = encoded(Image.new("RGB", (40, 40), "white"))
@@ -115,6 +118,15 @@ def test_model_versions_and_process_are_described(client, app):
     assert 0 < found("model_server_model_load_seconds") < 600
     assert found("process_resident_memory_bytes") > 50e6
     assert time.time() - 86400 < found("process_start_time_seconds") <= time.time() + 1
+
+
+def test_hits_and_misses_of_the_cache_are_counted(app):
+    client = create_app(Settings.parse({"CACHE_URL": "memory://"}), app.extensions["model"]).test_client()
+    before = Scrape(client.get("/metrics").text)
+    assert [post(client, WHITE).headers["X-Cache"] for _ in range(3)] == ["miss", "hit", "hit"]
+    after = Scrape(client.get("/metrics").text)
+    name = "model_server_cache_requests_total"
+    assert [after(name, result=result) - before(name, result=result) for result in ("miss", "hit")] == [1, 2]
 
 
 def test_a_histograms_bounds_are_inclusive_and_cumulative():
@@ -268,3 +280,36 @@ def test_full_shared_memory_stops_neither_predictions_nor_metrics(start_service,
 def test_importing_metrics_is_cheap_for_the_master():
     code = "import app.metrics, sys; sys.exit('torch' in sys.modules or 'openvino' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# --- the dashboard and the alerts ---
+
+def test_alerts_fire_where_they_should_and_only_there():
+    promtool = need("promtool")
+    for command in (["check", "rules", "deploy/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
+        done = subprocess.run([promtool, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is(client):
+    dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set(re.findall(r"\b((?:model_server|process)_\w+)",
+                           " ".join([*expressions, (ROOT / "deploy/alerts.yml").read_text()])))
+    names = set()
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
+        names |= {family.name + suffix for suffix in suffixes}
+    assert len(asked) > 15
+    assert asked - names == set()
+
+
+def test_dashboards_expressions_can_be_parsed(tmp_path):
+    promtool = need("promtool")
+    dashboard = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+    rules = [{"record": f"panel{i}:{j}", "expr": target["expr"].replace("$__rate_interval", "1m")}
+             for i, panel in enumerate(dashboard["panels"]) for j, target in enumerate(panel["targets"])]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run([promtool, "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True,
+                          check=False)
+    assert f"SUCCESS: {len(rules)} rules found" in done.stdout, done.stdout + done.stderr
