@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -360,6 +361,53 @@ backend model
         proxy.wait()
     assert not load.errors
     assert set(load.answers) == {(200, "tiger cat")}
+
+
+@pytest.fixture
+def nginx(tmp_path):
+    """nginx(service): the URL of a real nginx with deploy/nginx.conf before that service."""
+    program, processes = need("nginx"), []
+
+    def start(service):
+        port = free_port()
+        site = (ROOT / "deploy/nginx.conf").read_text()
+        for default, here in (("listen 8080", f"listen 127.0.0.1:{port}"), (":5000", f":{service.port}")):
+            site = site.replace(default, here)
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log; events {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {tmp_path}/body; proxy_temp_path {tmp_path}/proxy;\n"
+            f"fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;\n{site}}}\n")
+        processes.append(subprocess.Popen([program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]))
+        wait_until(lambda: health_status_of(f"http://127.0.0.1:{port}") == 200, 10)
+        return f"http://127.0.0.1:{port}"
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait(10)
+
+
+def test_slow_clients_wait_in_the_documented_proxy(service, nginx):
+    url = nginx(service)
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))))
+            client.sendall(head + CAT[:5000])
+        for _ in range(5):
+            answer = requests.post(url + "/predict", files={"file": CAT}, timeout=10)
+            assert answer.json()["predictions"][0]["class"] == "tiger cat"
+        in_progress = re.search(r"^model_server_requests_in_progress (\S+)$",
+                                requests.get(service.url + "/metrics", timeout=10).text, re.M)
+        assert in_progress[1] == "1.0"  # this scrape
+
+
+def test_refusals_pass_through_the_documented_proxy(start_service, nginx):
+    url = nginx(start_service(MAX_QUEUE="0").wait_ready())
+    with Load(url, 8) as load:
+        time.sleep(1)
+    assert set(load.answers) == {(200, "tiger cat"), (503, "OVERLOADED")}
+    assert load.retry_after
+    assert not load.errors
 
 
 def health_status_of(url):
