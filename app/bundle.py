@@ -20,6 +20,8 @@ from pathlib import Path
 
 from app.config import StartError
 
+MOST_PICTURES = 300  # to calibrate an int8 network; NNCF's own default, more change little
+FEWEST_PICTURES = 10
 FORMAT = 1  # raised whenever an older bundle would be read wrongly
 
 
@@ -30,7 +32,8 @@ class Manifest:
     network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
     weights: {"source": where from, "sha256": of the weights' file, "labels_sha256": of LABELS_PATH or None,
     "default": true if they are the ones that MODEL_NAME alone means}; self_test: {"outputs": what the torch network
-    answers to `self_test_input`}; files: {file name: SHA-256}.
+    answers to `self_test_input`}; files: {file name: SHA-256}; quantization: of an int8 network, {"calibration_sha256":
+    of the pictures, "agreement": with fp32, see quantize.py}.
     """
     name: str
     task: str
@@ -43,6 +46,7 @@ class Manifest:
     versions: dict
     self_test: dict
     files: dict
+    quantization: dict | None = None
     format: int = FORMAT
 
 
@@ -61,6 +65,30 @@ def users_sha256(variable, path):
         return sha256(path) if path else None
     except OSError as e:
         raise StartError(f"{variable} {path} cannot be read: {e.strerror}") from e
+
+
+def calibration_files(settings):
+    """At most MOST_PICTURES files of CALIBRATION_DIR, evenly spread over their sorted paths. Raises StartError."""
+    files = sorted(path for path in settings.calibration_dir.rglob("[!.]*") if path.is_file())
+    if len(files) < FEWEST_PICTURES:
+        raise StartError(f"CALIBRATION_DIR {settings.calibration_dir} has {len(files)} files; at least "
+                         f"{FEWEST_PICTURES} pictures are needed, and {MOST_PICTURES} are better")
+    return files[::-(-len(files) // MOST_PICTURES)]
+
+
+def calibration_sha256(settings):
+    """What identifies the pictures in CALIBRATION_DIR, None without one. Raises StartError."""
+    if settings.calibration_dir is None:
+        return None
+    digests = [users_sha256("CALIBRATION_DIR", path) for path in calibration_files(settings)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def is_precision(manifest, settings, calibration):
+    """Whether a bundle is int8 exactly if PRECISION is, calibrated with these pictures if there are any."""
+    if manifest.quantization is None or settings.precision != "int8":
+        return manifest.quantization is None and settings.precision != "int8"
+    return calibration in (None, manifest.quantization["calibration_sha256"])
 
 
 def installed_versions(*names):
@@ -101,6 +129,7 @@ def find(settings, name, engine):
     """
     weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
     labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
+    calibration = calibration_sha256(settings) if settings.precision == "int8" else None
     installed = installed_versions("openvino", "torch", "torchvision")
     folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
     for path in folders:
@@ -108,6 +137,7 @@ def find(settings, name, engine):
         if (manifest and manifest.name == name and manifest.engine == engine
                 and (manifest.weights["sha256"] == weights_sha256 if weights_sha256 else manifest.weights["default"])
                 and manifest.weights["labels_sha256"] == labels_sha256
+                and is_precision(manifest, settings, calibration)
                 and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
             return path.parent
     return None

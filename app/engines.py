@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from app import metrics
+from app import bundle, metrics
 from app.config import StartError
 from app.scheduler import Batcher, DeadlineExceeded
 
@@ -36,26 +36,32 @@ def self_test_input(preprocessing):
     return np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(9 * x * y)])[None].astype(np.float32)
 
 
-def reference_outputs(network):
-    """What the torch network answers to self_test_input, as a list; raises nothing of its own."""
+def export(network, engine, folder, settings):
+    """Write a loaded Network into a bundle's folder for this engine.
+
+    Returns (the names of the files, what the network answers to self_test_input, as a list, the manifest's
+    `quantization`). Raises StartError.
+    """
     import torch
+    test_input = self_test_input(network.preprocessing)
     with torch.inference_mode():
-        return network.module(torch.from_numpy(self_test_input(network.preprocessing)))[0].tolist()
-
-
-def export(network, engine, folder):
-    """Write a loaded Network into a bundle's folder for this engine; returns the names of the files."""
-    import torch
+        reference = network.module(torch.from_numpy(test_input))[0].tolist()
     if engine == "torch":
         torch.save(network.module.state_dict(), folder / "model.pt")
-        return ["model.pt"]
+        return ["model.pt"], reference, None
     import openvino
     crop = network.preprocessing.crop
     with torch.inference_mode():
         model = openvino.convert_model(network.module, example_input=torch.zeros(1, 3, crop, crop),
                                        input=[1, 3, crop, crop])
+    quantization = None
+    if settings.precision == "int8":
+        from app import quantize
+        model, agreement = quantize.quantized(model, network.preprocessing, settings)
+        quantization = {"calibration_sha256": bundle.calibration_sha256(settings), "agreement": agreement}
+        reference = quantize.outputs(model, test_input)[0].tolist()
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    return ["model.xml", "model.bin"]
+    return ["model.xml", "model.bin"], reference, quantization
 
 
 def create(manifest, folder, plan, settings, device):
@@ -86,7 +92,7 @@ class OpenVINOEngine:
                 "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self.threads,
                 # Pinned streams of two processes would share the first core and leave the others idle.
                 "ENABLE_CPU_PINNING": False,
-                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]})
+                "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"})
             idle = queue.LifoQueue()
             for _ in range(count):
                 idle.put(compiled.create_infer_request())
@@ -199,6 +205,8 @@ class TorchEngine:
         precision = settings.precision
         if precision == "auto":
             precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        if precision == "int8":
+            raise EngineError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
         if precision == "fp16" and not on_gpu:
             raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.precision, self.framework = precision, f"torch {torch.__version__}"

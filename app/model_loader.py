@@ -14,8 +14,9 @@ from app.scheduler import Deadline, Scheduler
 
 log = logging.getLogger(__name__)
 
-# How far a probability of the self-test may be from torch's at fp32. bf16 has 8 bits of mantissa.
-SELF_TEST_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
+# How far an output of the self-test may be from torch's at fp32 (int8: from the int8 network's when it was made), as a
+# share of the largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
+SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 SELF_TEST_TIMEOUT_S = 60
 HUNG_AFTER_S = 10
 
@@ -67,13 +68,13 @@ class ModelLoader:
             outputs = np.concatenate([self.engine.infer(engines.self_test_input(self.preprocessing),
                                                         Deadline(SELF_TEST_TIMEOUT_S), alone)
                                       for alone in (False, True)])  # (2, K)
-            error = np.abs(self.scores(outputs) - self.scores(expected)).max()
+            error = np.abs(outputs - expected).max() / np.abs(expected).max()
         except (ServiceError, RuntimeError) as e:
             self.state = "self_test_failed"
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
             self.state = "self_test_failed"
-            raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g}")
+            raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g} of the largest output")
 
     def scores(self, outputs):
         """(N, K) float32 outputs of the network → (N, K): softmax probabilities of a classifier."""
@@ -110,6 +111,7 @@ class ModelLoader:
                 "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
                 "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
                 "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
+                "quantization": self.manifest.quantization,
                 "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
                 if self.fallback_reason else None,
                 "labels": self.labels}

@@ -87,13 +87,17 @@ def make(settings):
 
 
 def make_bundle(settings, name, engine):
+    if settings.precision == "int8":
+        from app import quantize
+        quantize.check(settings, engine)
     path, source = weights_file(settings, name)
     from app import engines, networks
     network = networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path)
     digest, labels_digest = bundle.sha256(path), bundle.users_sha256("LABELS_PATH", settings.labels_path)
-    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []), engine])
+    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []), engine,
+                            *(["int8"] if settings.precision == "int8" else [])])
     with bundle.writing(settings.model_dir, folder_name) as folder:
-        files = engines.export(network, engine, folder)
+        files, answer, quantization = engines.export(network, engine, folder, settings)
         bundle.save_manifest(folder, bundle.Manifest(
             name=name, task=network.task, engine=engine, network=network.arguments, labels=network.labels,
             preprocessing=asdict(network.preprocessing),
@@ -101,7 +105,7 @@ def make_bundle(settings, name, engine):
             weights={"source": source, "sha256": digest, "default": settings.model_path is None,
                      "labels_sha256": labels_digest},
             versions=bundle.installed_versions("torch", "torchvision", *(["openvino"] if engine == "openvino" else [])),
-            self_test={"outputs": engines.reference_outputs(network)},
+            self_test={"outputs": answer}, quantization=quantization,
             files={file: bundle.sha256(folder / file) for file in files}))
     return settings.model_dir / "bundles" / folder_name
 

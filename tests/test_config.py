@@ -41,7 +41,7 @@ def test_readme_lists_every_setting_with_its_default():
     ("TOP_K", "11", "an integer from 1 to 10"),
     ("DEVICE", "gpu", "auto, cpu, cuda or cuda:N"),
     ("ENGINE", "onnx", "one of auto, openvino, torch"),
-    ("PRECISION", "int4", "one of fp32, bf16, fp16, auto"),
+    ("PRECISION", "int4", "one of fp32, bf16, fp16, int8, auto"),
     ("MAX_FILE_SIZE", "10 parsecs", "a number of bytes"),
     ("MAX_FILE_SIZE", "0", "a number of bytes"),
     ("REQUEST_TIMEOUT", "nan", "a number of seconds from 0.1 to 3600"),
