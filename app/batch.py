@@ -4,7 +4,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from flask import Blueprint, current_app, g, jsonify
 
-from app import pipeline, uploads
+from app import metrics, pipeline, uploads
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.observability import Stages
 from app.predict import answer_or_cached, request_deadline
@@ -24,6 +24,8 @@ def predict_batch():
         with g.stages("files"):
             calls = [functools.partial(outcome, file, options, deadline) for file in files]
             outcomes = [finished(future, deadline) for future in model.scheduler.start_batch(calls)]
+    for o in outcomes:
+        metrics.count("batch_files", o.code if isinstance(o, ServiceError) else "")
     failures = [o for o in outcomes if isinstance(o, ServiceError)]
     results = [{"index": i, "filename": file.filename, **(o.body() if isinstance(o, ServiceError) else o)}
                for i, (file, o) in enumerate(zip(files, outcomes, strict=True))]

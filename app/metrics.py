@@ -45,7 +45,9 @@ MEASURES = {
                                       SECONDS),
     "batch_size": Measure(HistogramMetricFamily, "Pictures in each batch that the engine ran, self-tests included.",
                           buckets=POWERS_OF_2),
-    "cache_requests": Measure(CounterMetricFamily, "Predictions asked of the result cache.", ("result",)),
+    "cache_lookups": Measure(CounterMetricFamily, "Looks into the result cache, by result: hit or miss.", ("result",)),
+    "batch_files": Measure(CounterMetricFamily, "Files of batch requests; error is the code of the file's result, "
+                                                "empty for a success.", ("error",)),
     "overloaded": Measure(CounterMetricFamily, "Requests refused because the queue was full."),
     "deadline_exceeded": Measure(CounterMetricFamily, "Requests whose time ran out."),
     "worker_exits": Measure(CounterMetricFamily, "Workers that ended: crashed, killed, or replaced by a reload."),

@@ -44,7 +44,7 @@ def answer_or_cached(data, options, deadline, stages, admitted=False):
     if cache is None:
         return compute(), None
     answer, is_hit = cache.fetch(data, options, compute, deadline, stages, admitted)
-    metrics.count("cache_requests", "hit" if is_hit else "miss")
+    metrics.count("cache_lookups", "hit" if is_hit else "miss")
     if is_hit:
         answer = {**answer, "metadata": {**answer["metadata"], "inference_time": 0.0, "timings_ms": stages.timings_ms}}
     return answer, is_hit

@@ -1,4 +1,8 @@
 """Keys, limits and origins: who is let in, before a body is read, and what it looks like to those who are not."""
+import contextlib
+import http.client
+import json
+import socket
 import subprocess
 import time
 
@@ -45,18 +49,20 @@ def test_each_key_opens_in_either_header(client_with, headers):
                                      {"Authorization": "Basic first-key-0123456789"}, {"X-API-Key": ""},
                                      {"X-API-Key": KEYS}, {"X-API-Key": "Schl\u00fcssel"},
                                      {"Authorization": "first-key-0123456789"}])
-@pytest.mark.parametrize("path", ["/predict", "/info", "/metrics"])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/info", "/metrics"])
 def test_without_a_valid_key_the_answer_is_401(client_with, path, headers):
     client = client_with(API_KEYS=KEYS)
-    answer = client.post(path, headers=headers) if path == "/predict" else client.get(path, headers=headers)
+    answer = client.post(path, headers=headers) if path.startswith("/predict") else client.get(path, headers=headers)
     assert_refused(answer, 401, "UNAUTHORIZED")
     assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert "first" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/"])
-def test_probes_and_the_list_of_endpoints_need_no_key(client_with, path):
-    assert client_with(API_KEYS=KEYS).get(path).status_code == 200
+@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json",
+                                  "/static/page.js"])
+def test_probes_the_page_and_the_description_need_no_key(client_with, path):
+    with client_with(API_KEYS=KEYS).get(path) as answer:  # closes a file that is sent
+        assert answer.status_code == 200
 
 
 def test_without_api_keys_nothing_needs_one(client):
@@ -86,16 +92,34 @@ def test_settings_show_no_secret():
 
 def test_a_refusal_comes_before_the_body(start_service):
     service = start_service(API_KEYS=KEYS).wait_ready()
-    with requests.Session() as session:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9000000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=10))
+                  for _ in range(60)]  # more than there are threads
         started = time.monotonic()
-        import socket
-        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as s:
-            s.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-                      b"Content-Length: 9000000\r\n\r\n")
-            assert s.recv(100).startswith(b"HTTP/1.1 401 ")  # though not a byte of the body was sent
-        assert time.monotonic() - started < 5
-        answer = session.post(service.url + "/predict", files={"file": bytes(9_000_000)}, timeout=30)
-        assert answer.json()["error"] == "UNAUTHORIZED"
+        for client in silent:
+            client.sendall(head)
+        for client in silent:
+            assert client.recv(100).startswith(b"HTTP/1.1 401 ")  # though not a byte of the body was sent
+        assert requests.get(service.url + "/health", timeout=10).status_code == 200
+        assert time.monotonic() - started < 8
+
+
+def test_a_refused_upload_gets_its_answer_and_keeps_its_connection(start_service):
+    service = start_service(API_KEYS=KEYS).wait_ready()
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    with contextlib.closing(connection):
+        for size in (1000, 9_000_000, 60_000_000):  # http.client reads no answer before all of it is sent
+            for path in ("/predict", "/predict/batch"):
+                connection.request("POST", path, body=bytes(size), headers={"Content-Type": "image/png"})
+                answer = connection.getresponse()
+                assert (answer.status, json.loads(answer.read())["error"]) == (401, "UNAUTHORIZED")
+        ours = connection.sock
+        connection.request("POST", "/predict", body=WHITE, headers={"X-API-Key": "first-key-0123456789"})
+        assert connection.getresponse().status == 200
+        assert connection.sock is ours
+    answer = requests.post(service.url + "/predict", data=bytes(9_000_000), headers={"Connection": "close"}, timeout=30)
+    assert answer.status_code == 401
 
 
 # --- limits ---
@@ -105,7 +129,7 @@ def test_over_the_limit_the_answer_is_429_with_the_time_to_wait(client_with):
     assert [post(client, WHITE).status_code for _ in range(2)] == [200, 200]
     answer = post(client, WHITE)
     assert_refused(answer, 429, "RATE_LIMITED")
-    assert 1 <= int(answer.headers["Retry-After"]) <= 61  # whole seconds, rounded up twice
+    assert 1 <= int(answer.headers["Retry-After"]) <= 61  # the limiter adds a second, as Redis rounds
     assert "2 per 1 minute" in answer.json["message"]
 
 
@@ -125,6 +149,13 @@ def test_after_the_time_to_wait_the_client_is_served_again(client_with):
 def test_only_predictions_are_limited(client_with, path):
     client = client_with(RATE_LIMIT="1/hour")
     assert [client.get(path).status_code for _ in range(4)] == [200] * 4
+
+
+def test_predictions_and_batches_count_together(client_with):
+    client = client_with(RATE_LIMIT="2/hour")
+    assert [client.open(path, method=method).json["error"] for method, path in
+            (("POST", "/predict"), ("POST", "/predict/batch"), ("PUT", "/predict"), ("POST", "/predict/batch"))] == [
+        "MISSING_FILE", "MISSING_FILE", "RATE_LIMITED", "RATE_LIMITED"]
 
 
 def test_each_client_has_a_limit_of_its_own(client_with):
@@ -192,6 +223,7 @@ def test_an_unreachable_redis_breaks_no_answer(client_with, start_redis, caplog)
     client = client_with(RATE_LIMIT="3/hour", RATE_LIMIT_STORAGE=f"redis://:pass-word@127.0.0.1:{port}/0")
     assert [post(client, WHITE).status_code for _ in range(4)] == [200, 200, 200, 429]  # it counts by itself
     assert "pass-word" not in caplog.text
+    assert [r.levelname for r in caplog.records if "memory" in r.getMessage()] == ["WARNING"]
 
 
 def test_a_redis_that_dies_or_hangs_breaks_no_answer_and_comes_back(client_with, start_redis):

@@ -9,6 +9,8 @@ import pytest
 import requests
 from conftest import ROOT
 
+from app import create_app
+from app.config import Settings
 from app.uploads import FILE_FIELDS
 
 
@@ -46,6 +48,23 @@ def test_document_has_every_error_code_of_the_code(document):
     assert {"MISSING_FILE", "OVERLOADED", "NOT_FOUND", "ALL_FAILED"} <= used
     documented = str(document)
     assert [code for code in sorted(used) if code not in documented] == []
+
+
+def test_document_says_where_a_key_is_needed_just_where_it_is(app):
+    client = create_app(Settings.parse({"API_KEYS": "a-key"}), app.extensions["model"]).test_client()
+    document = client.get("/openapi.json").json
+    assert sorted(document["components"]["securitySchemes"]) == ["bearer", "header"]
+    openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            refused = client.open(path, method=method.upper()).status_code == 401
+            assert bool(operation.get("security")) == refused, path
+            assert ("401" in operation["responses"]) == refused, path
+
+
+def test_without_keys_the_document_asks_for_none(document):
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert not any(operation.get("security") for operation in operations)
 
 
 def test_document_has_every_form_and_field(document):

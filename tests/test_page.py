@@ -185,6 +185,18 @@ def test_scores_and_face_box_of_the_other_task(browser):
     screenshot(browser, "traits")
 
 
+def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):
+    service = start_service(API_KEYS="a-key-of-the-page").wait_ready()
+    chromium.get(service.url + "/")
+    field = WebDriverWait(chromium, 20).until(lambda _: find(chromium, "#api-key"))
+    assert "valid key" in find(chromium, "#problem").text
+    field.send_keys("a-key-of-the-page", Keys.ENTER)
+    wait(chromium, lambda: find(chromium, "#name").text == "efficientnet_lite0")
+    assert find(chromium, "#problem").text == ""
+    find(chromium, "#choose").send_keys(str(CAT))
+    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, "#results .bars li"))
+
+
 def test_service_that_is_gone(chromium, browser):
     chromium.execute_cdp_cmd("Network.enable", {})
     chromium.execute_cdp_cmd("Network.emulateNetworkConditions",
