@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,54 +16,9 @@ import requests
 from conftest import ROOT, encoded, free_port, need
 from hanging_model import copy_model_dir, replace_model
 from PIL import Image
+from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
 
-CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
 WHITE = encoded(Image.new("RGB", (300, 300), "white"))
-
-
-def wait_until(condition, seconds, what=""):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, what or condition
-        time.sleep(0.02)
-
-
-class Load:
-    """Closed-loop clients in threads, until stopped. answers: (status, code or class) of every request; errors: what
-    failed below HTTP; slowest: seconds."""
-
-    def __init__(self, url, clients, data=CAT, keep_alive=False):
-        self.url, self.data, self.keep_alive = url, data, keep_alive
-        self.answers, self.errors, self.slowest, self.retry_after, self.stopping = [], [], 0, [], False
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(clients)]
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping = True
-        for thread in self.threads:
-            thread.join(60)
-
-    def work(self):
-        session = requests.Session()
-        while not self.stopping:
-            started = time.monotonic()
-            try:
-                answer = (session if self.keep_alive else requests).post(
-                    self.url + "/predict", files={"file": ("cat.jpg", self.data)}, timeout=60)
-                body = answer.json()
-                self.answers.append((answer.status_code, body["error"] if body["status"] == "error"
-                                     else body["predictions"][0]["class"]))
-                if "Retry-After" in answer.headers:
-                    self.retry_after.append(int(answer.headers["Retry-After"]))
-                if answer.status_code == 503:
-                    time.sleep(0.05)
-            except requests.RequestException as e:
-                self.errors.append(e)
-            self.slowest = max(self.slowest, time.monotonic() - started)
 
 
 def test_overload_is_refused_at_once_and_health_answers(start_service):
@@ -219,23 +173,9 @@ def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
 def test_health_is_never_200_before_the_model_answers(start_service):
     service = start_service()
     seen = set()
-    wait_until(lambda: seen.add(health_status(service)) or 200 in seen, 30)
+    wait_until(lambda: seen.add(health_status(service.url)) or 200 in seen, 30)
     assert seen <= {None, 503, 200}
     assert service.predict(CAT).status_code == 200
-
-
-def health_status(service):
-    try:
-        return requests.get(service.url + "/health", timeout=5).status_code
-    except requests.RequestException:
-        return None
-
-
-def open_request(port, head=b"", length=100_000):
-    s = socket.create_connection(("127.0.0.1", port))
-    s.sendall(head or (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-                       b"Content-Length: %d\r\n\r\n--b\r\n" % length))
-    return s
 
 
 def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
@@ -253,10 +193,6 @@ def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
     assert b"DEADLINE_EXCEEDED" in answer
     for s in dripping:
         s.close()
-
-
-def descriptors(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def test_clients_that_leave_cost_nothing_lasting(start_service):
@@ -344,7 +280,7 @@ backend model
                              stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: health_status_of(url) == 200, 10)
+        wait_until(lambda: health_status(url) == 200, 10)
         with Load(url, 4) as load:
             time.sleep(1)
             assert one.stop() == 0
@@ -359,10 +295,3 @@ backend model
         proxy.wait()
     assert not load.errors
     assert set(load.answers) == {(200, "tiger cat")}
-
-
-def health_status_of(url):
-    try:
-        return requests.get(url + "/health", timeout=5).status_code
-    except requests.RequestException:
-        return None
