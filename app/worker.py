@@ -1,6 +1,7 @@
 """Gunicorn's threaded worker, with what a model server needs beside it: a heartbeat while the model loads, a deadline
 for slow clients, an end for a worker whose model can no longer be trusted, errors in the service's one shape.
 """
+import contextlib
 import http.client
 import json
 import logging
@@ -20,7 +21,12 @@ from app.config import StartError
 HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
 SLACK_S = 0.25          # the application's own deadline, which starts a little later, comes first
 LOAD_WITHIN_S = 600     # no more heartbeats for a model that takes longer to load
+LINGER_S = 0.5          # for a client to get its answer before the connection is closed
+LINGER_BYTES = 16 * 2**20  # more than socket buffers hold
 RETRY_LOAD_AFTER_S = 2  # a worker that cannot load while others serve is started again after this time
+
+
+DISCARDED = bytearray(2**18)  # what nobody wants to read is read into this, by all threads
 
 
 class Worker(ThreadWorker):
@@ -80,12 +86,34 @@ class Worker(ThreadWorker):
     def handle(self, conn):
         self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
         try:
-            return super().handle(conn)
+            kept = super().handle(conn)
         finally:
             self.read_until.pop(conn, None)
+        if kept is False:
+            self.linger(conn)
+        return kept
+
+    def linger(self, conn):
+        """Before a connection is closed, let the client get its answer and stop sending. Gunicorn would wait for that
+        in its main loop, up to 2 s for each slow client, and do nothing else meanwhile."""
+        until, left_bytes = time.monotonic() + LINGER_S, LINGER_BYTES
+        with contextlib.suppress(OSError):  # the client is gone, or too slow
+            conn.sock.shutdown(socket.SHUT_WR)
+            while left_bytes > 0 and (left_s := until - time.monotonic()) > 0:
+                conn.sock.settimeout(left_s)
+                read = conn.sock.recv_into(DISCARDED)
+                if not read:
+                    break
+                left_bytes -= read
+        with contextlib.suppress(OSError):
+            conn.sock.shutdown(socket.SHUT_RDWR)  # Gunicorn's own lingering ends at once
 
     def handle_request(self, req, conn):
         self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout + SLACK_S
+        # A request that is refused before its body is read ends its connection, and the answer says so. Gunicorn would
+        # promise to keep it, read 64 kB, and if there is more close it after all: the client's next request is lost.
+        may_close = req.should_close
+        req.should_close = lambda: may_close() or is_unread(req.body)
         return super().handle_request(req, conn)
 
     def shut_late_reads(self):
@@ -103,6 +131,12 @@ class Worker(ThreadWorker):
 
     def handle_error(self, req, client, addr, exc):
         super().handle_error(req, OneShape(client), addr, exc)
+
+
+def is_unread(body):
+    """Whether there is more of a request's body (gunicorn.http.body.Body) than was read."""
+    reader = body.reader
+    return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
 
 
 class OneShape:

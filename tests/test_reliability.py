@@ -1,5 +1,6 @@
 """Bad weather: overload, deadlines, hung inferences, killed processes, slow and vanishing clients, reloads, stops."""
 import contextlib
+import http.client
 import json
 import os
 import resource
@@ -193,6 +194,35 @@ def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
     assert b"DEADLINE_EXCEEDED" in answer
     for s in dripping:
         s.close()
+
+
+@pytest.mark.parametrize("size", [20_000, 400_000])
+def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service, size):
+    service = start_service(MAX_FILE_SIZE="10KiB", MAX_QUEUE="0").wait_ready()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
+        for path, type in (("/nothing", "image/png"), ("/predict", "text/plain")):
+            connection.request("POST", path, bytes(size), {"Content-Type": type})
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("Connection")) == (404 if path == "/nothing" else 415, "close")
+            assert json.loads(answer.read())["status"] == "error"
+        connection.request("POST", "/predict", b"no picture", {"Content-Type": "image/png"})  # read whole
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
+
+
+def test_refused_clients_that_stay_do_not_stop_the_worker(start_service):
+    service = start_service().wait_ready()
+    with contextlib.ExitStack() as stack:
+        staying = [stack.enter_context(open_request(service.port, length=10**9)) for _ in range(10)]
+        until, slowest = time.monotonic() + 8, 0
+        while time.monotonic() < until:
+            started = time.monotonic()
+            assert health_status(service.url) == 200
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.1)
+        assert slowest < 1.5
+        for s in staying:
+            assert s.recv(100).split(b" ")[1] == b"413"
 
 
 def test_clients_that_leave_cost_nothing_lasting(start_service):
