@@ -144,8 +144,8 @@ def growth_over(service, golden, count):
     return statistics.median(end) / statistics.median(middle) - 1, statistics.median(end), wrong + count - len(answers)
 
 
-@pytest.mark.check(24, "50 000 mixed requests (quick: 5 000)", "every answer right; PSS grows ≤ 5 % from the middle on; "
-                                                               "a planted leak is caught")
+@pytest.mark.check(24, "50 000 mixed requests (quick: 5 000)",
+                   "every answer right; PSS grows ≤ 5 % from the middle on; a planted leak is caught")
 def test_memory(start_service, golden, quick, record_property):
     count, control_count = (5_000, 2_000) if quick else (50_000, 4_000)
     leaking = start_service(application="tests.exam.planted:create_leaking()").wait_ready()

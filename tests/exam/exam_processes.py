@@ -46,8 +46,9 @@ def open_connections(pid, port):
     return sum(row[9] in inodes and row[3] != "0A" and int(row[1].split(":")[1], 16) == port for row in rows)
 
 
-@pytest.mark.check(4, "kill -9 a worker every 5 s under load", "lost: at most that worker's open connections; full pool "
-                                                               "again within load time + 3 s; no wrong answer")
+@pytest.mark.check(4, "kill -9 a worker every 5 s under load",
+                   "lost: at most that worker's open connections; full pool again within load time + 3 s; no wrong "
+                   "answer")
 def test_killed_workers(start_service, golden, quick, record_property):
     service = ready_service(start_service, 2)
     kills = 3 if quick else 8
@@ -188,7 +189,7 @@ def test_bad_reload(start_service, checkpoint, tmp_path, golden, record_property
     workers = service.workers()
     best = service.predict(Path(golden["files"][0]).read_bytes(), filename="cat.png").json()["predictions"][0]
     one = {**golden, "files": golden["files"][:1], "expected": [[best["class_id"], best["confidence"]]]}
-    load = BackgroundLoad(service, one, 20, connections=2)
+    load = BackgroundLoad(service, one, 45, connections=2)
     outcomes = {}
     for damage, data in {"missing": None, "cut off": good[:10**6], "no weights": b"no weights",
                          "other model": checkpoint("resnet34").read_bytes()}.items():
@@ -236,8 +237,8 @@ def test_stop_under_load(start_service, quick, record_property):
     assert codes == {0}
 
 
-@pytest.mark.check(11, "start with weights missing, truncated, one bit flipped", "non-zero exit ≤ 10 s, one clear line; "
-                                                                                 "never ready")
+@pytest.mark.check(11, "start with weights missing, truncated, one bit flipped",
+                   "non-zero exit ≤ 10 s, one clear line; never ready")
 def test_start_without_good_weights(start_service, checkpoint, tmp_path, record_property):
     good = bytearray(checkpoint("mobilenet_v2").read_bytes())
     flipped = bytearray(good)
@@ -251,7 +252,7 @@ def test_start_without_good_weights(start_service, checkpoint, tmp_path, record_
         with Watcher(service.port) as watcher:
             code = service.process.wait(60)
             took_s = time.monotonic() - started
-        lines = [line for line in service.log.splitlines() if path.name in line or "error" in line.lower()]
+        lines = [line for line in service.log.splitlines() if "error: " in line]
         record_property(damage, f"exit {code} after {took_s:.1f} s")
         assert code != 0, damage
         assert took_s <= 10, damage
@@ -285,15 +286,12 @@ def test_never_ready_too_early(start_service, record_property):
     started = time.monotonic()
     service = start_service(application="tests.exam.planted:create_slow()", WORKERS="2")
     with Watcher(service.port, every_s=0.005) as watcher:
-        while not service.log.count(READY):
-            assert 200 not in watcher.statuses(), "ready before the model was"
-            assert time.monotonic() < started + 60
-        service.wait_ready()
+        wait_until(lambda: 200 in watcher.statuses(), 60)
         answer = service.predict(CAT)
-    first = next(moment for moment, status, _ in watcher.seen if status == 200) if 200 in watcher.statuses() else None
+    first = next(moment + took_s for moment, status, took_s in watcher.seen if status == 200)  # when it was answered
     record_property("asked", len(watcher.seen))
-    record_property("first 200 after s", first and round(first - started, 2))
+    record_property("first 200 after s", round(first - started, 2))
     record_property("load of the model s", SLOW_LOAD_S)
     assert answer.json()["predictions"][0]["class"] == "tiger cat"
     assert watcher.statuses() <= {None, 503, 200}
-    assert first is None or first - started >= SLOW_LOAD_S
+    assert first - started >= SLOW_LOAD_S
