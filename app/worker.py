@@ -83,8 +83,13 @@ class Worker(ThreadWorker):
 
     # --- slow clients ---
 
-    def handle(self, conn):
+    def enqueue_req(self, conn):
+        """A connection's time begins when it has something to say, not when a thread is free to listen: of many slow
+        clients, those that waited for a thread are not given the whole time again."""
         self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
+        super().enqueue_req(conn)
+
+    def handle(self, conn):
         try:
             kept = super().handle(conn)
         finally:

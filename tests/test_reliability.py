@@ -19,6 +19,8 @@ from hanging_model import copy_model_dir, replace_model
 from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
 
+from app.worker import HEADERS_WITHIN_S
+
 WHITE = encoded(Image.new("RGB", (300, 300), "white"))
 
 
@@ -194,6 +196,22 @@ def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
     assert b"DEADLINE_EXCEEDED" in answer
     for s in dripping:
         s.close()
+
+
+def test_slow_headers_are_cut_off_together_even_where_they_outnumber_the_threads(start_service):
+    service = start_service(THREADS="18").wait_ready()
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        dripping = [stack.enter_context(open_request(service.port, b"GET / HTTP/1.1\r\nX: ")) for _ in range(60)]
+        while time.monotonic() < started + 3 * HEADERS_WITHIN_S:
+            for s in dripping:
+                with contextlib.suppress(OSError):
+                    s.sendall(b"x")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(service.url + "/health", timeout=0.5).status_code == 200:
+                    break
+    assert time.monotonic() - started < HEADERS_WITHIN_S + 4
+    assert service.predict(CAT).status_code == 200
 
 
 @pytest.mark.parametrize("size", [20_000, 400_000])

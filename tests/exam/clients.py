@@ -68,9 +68,9 @@ class Watcher:
         return load.percentiles([seconds for _, _, seconds in self.seen])["p99"]
 
 
-def ask(port, method, path, headers=None, body=None, connection=None):
+def ask(port, method, path, headers=None, body=None, connection=None, timeout_s=60):
     """One request → (status, the body's bytes). Raises OSError, HTTPException."""
-    ours = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    ours = connection or http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         ours.request(method, path, body, headers or {})
         answer = ours.getresponse()

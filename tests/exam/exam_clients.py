@@ -1,5 +1,7 @@
 """Checks 14 and 15: clients that drip, and clients that leave."""
 import contextlib
+import getpass
+import http.client
 import random
 import socket
 import struct
@@ -9,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clients import BackgroundLoad, Watcher, multipart
+from clients import BackgroundLoad, Watcher, ask, multipart
 from conftest import free_port, need
 from traffic import CAT, descriptors, open_request, wait_until
 
@@ -17,8 +19,10 @@ from app.worker import HEADERS_WITHIN_S
 
 SLOW_CLIENTS = 200
 REQUEST_TIMEOUT_S = 10
+THREADS = 50
 
 NGINX = """
+user {user};
 daemon off;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
@@ -41,8 +45,8 @@ http {{
 
 @contextlib.contextmanager
 def dripping(port):
-    """SLOW_CLIENTS that send one byte every half second: half of them in their headers, half in their bodies. Those that
-    are turned away are gone."""
+    """SLOW_CLIENTS that send one byte every half second, half of them in their headers, half in their bodies, and stay
+    turned away once they are."""
     stopping = threading.Event()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: "
     with contextlib.ExitStack() as stack:
@@ -66,7 +70,7 @@ def proxy(tmp_path):
     with contextlib.ExitStack() as stack:
         def start(service):
             port = free_port()
-            (tmp_path / "nginx.conf").write_text(NGINX.format(folder=tmp_path, port=port, upstream=service.port))
+            (tmp_path / "nginx.conf").write_text(NGINX.format(user=getpass.getuser(), folder=tmp_path, port=port, upstream=service.port))
             command = [need("nginx"), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error.log")]
             process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
             stack.callback(process.terminate)
@@ -104,9 +108,9 @@ def test_slow_clients(start_service, golden, quick, proxy, record_property):
 
 def one_is_answered(port):
     """Whether a new client gets its prediction, and within a second."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as s:
-        s.sendall(request_bytes(CAT))
-        return b"tiger cat" in s.recv(65536)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        _, body = ask(port, "POST", "/predict", *multipart(CAT), timeout_s=1)
+        return b"tiger cat" in body
     return False
 
 
@@ -138,9 +142,13 @@ def leave(port, count, seed):
 @pytest.mark.check(15, "1000 clients that leave mid-upload or mid-answer",
                    "descriptors and threads back to where they were; no traceback")
 def test_clients_that_leave(start_service, record_property):
-    service = start_service().wait_ready()
+    service = start_service(THREADS=str(THREADS)).wait_ready()
     (worker,) = service.workers()
-    leave(service.port, 200, seed=0)  # so that all its threads are there
+    with contextlib.ExitStack() as stack:  # all its threads are there from now on, and what they open once
+        for _ in range(THREADS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+        wait_until(lambda: threads(worker) >= THREADS, 10)
+    leave(service.port, 200, seed=0)
     wait_until(lambda: one_is_answered(service.port), 30)
     time.sleep(2)
     before = descriptors(worker), threads(worker)
