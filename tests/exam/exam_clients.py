@@ -70,7 +70,8 @@ def proxy(tmp_path):
     with contextlib.ExitStack() as stack:
         def start(service):
             port = free_port()
-            (tmp_path / "nginx.conf").write_text(NGINX.format(user=getpass.getuser(), folder=tmp_path, port=port, upstream=service.port))
+            configuration = NGINX.format(user=getpass.getuser(), folder=tmp_path, port=port, upstream=service.port)
+            (tmp_path / "nginx.conf").write_text(configuration)
             command = [need("nginx"), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error.log")]
             process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
             stack.callback(process.terminate)
