@@ -64,15 +64,18 @@ def processes(session):
     return found
 
 
-def pss_mb(session):
-    """Proportional set size of all processes of a session, in 10⁶ bytes: memory shared between them counts once."""
+def pss_mb(session, part="Pss"):
+    """Proportional set size of all processes of a session, in 10⁶ bytes: memory shared between them counts once.
+
+    part: Pss, or Pss_Anon for what is no file: that alone does not depend on which other programs run.
+    """
     kib = 0
     for pid in processes(session):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has just ended
             continue
-        kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        kib += sum(int(line.split()[1]) for line in lines if line.startswith(f"{part}:"))
     return kib * 1024 / 1e6
 
 

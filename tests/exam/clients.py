@@ -10,6 +10,16 @@ from conftest import ROOT
 
 from bench import load
 
+started = []  # every BackgroundLoad, so that none outlives its check
+
+
+def stop_all():
+    for background in started:
+        background.process.kill()
+        background.process.wait()
+        background.process.stdout.close()
+    started.clear()
+
 
 class BackgroundLoad:
     """bench.load in a process of its own, which ends by itself after warm_s + seconds and the last answers."""
@@ -17,6 +27,7 @@ class BackgroundLoad:
     def __init__(self, service, golden, seconds, warm_s=0, **how):
         self.process = subprocess.Popen([sys.executable, "-m", "bench.load"], cwd=ROOT, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE)
+        started.append(self)
         self.seconds = warm_s + seconds
         specification = {**golden, "port": service.port, "warm_s": warm_s, "seconds": seconds, **how}
         self.process.stdin.write(json.dumps(specification).encode())

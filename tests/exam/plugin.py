@@ -48,13 +48,17 @@ def quick(pytestconfig):
 
 
 @pytest.fixture(autouse=True)
-def time_limit():
+def bounded():
+    """Whatever happens in a check, it ends, and its load with it."""
+    import clients
+
     def too_late(*_):
         raise TimeoutError(f"the check did not end within {CHECK_WITHIN_S} s")
     signal.signal(signal.SIGALRM, too_late)
     signal.alarm(CHECK_WITHIN_S)
     yield
     signal.alarm(0)
+    clients.stop_all()
 
 
 @pytest.fixture(scope="session")
