@@ -1,6 +1,7 @@
 """Gunicorn's threaded worker, with what a model server needs beside it: a heartbeat while the model loads, a deadline
 for slow clients, an end for a worker whose model can no longer be trusted, errors in the service's one shape.
 """
+import contextlib
 import http.client
 import json
 import logging
@@ -20,7 +21,13 @@ from app.config import StartError
 HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
 SLACK_S = 0.25          # the application's own deadline, which starts a little later, comes first
 LOAD_WITHIN_S = 600     # no more heartbeats for a model that takes longer to load
+LINGER_S = 5            # for a client to send what it still sends and get its answer before the connection is closed,
+LINGER_PAUSE_S = 0.5    # as long as it does not pause
+LINGER_AT_ONCE = 8      # threads of a worker that may do so: half of those that are there for more than predictions
 RETRY_LOAD_AFTER_S = 2  # a worker that cannot load while others serve is started again after this time
+
+
+DISCARDED = bytearray(2**18)  # what nobody wants to read is read into this, by all threads
 
 
 class Worker(ThreadWorker):
@@ -28,6 +35,7 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self.read_until = {}  # connection → when its read side is shut
         self.restart_reason = None
+        self.lingering = threading.Semaphore(LINGER_AT_ONCE)
 
     # --- the model ---
 
@@ -77,15 +85,49 @@ class Worker(ThreadWorker):
 
     # --- slow clients ---
 
-    def handle(self, conn):
+    def enqueue_req(self, conn):
+        """A connection's time begins when it has something to say, not when a thread is free to listen: of many slow
+        clients, those that waited for a thread are not given the whole time again."""
         self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
+        super().enqueue_req(conn)
+
+    def handle(self, conn):
         try:
-            return super().handle(conn)
+            kept = super().handle(conn)
         finally:
             self.read_until.pop(conn, None)
+        if kept is False:
+            self.linger(conn)
+        return kept
+
+    def linger(self, conn):
+        """Before a connection is closed, let the client stop sending and get its answer: closed with bytes unread, it
+        would be reset. Gunicorn would wait for that in its main loop, up to 2 s for each slow client, and do nothing
+        else meanwhile."""
+        if self.lingering.acquire(blocking=False):
+            try:
+                self.discard(conn.sock)
+            finally:
+                self.lingering.release()
+        with contextlib.suppress(OSError):
+            conn.sock.shutdown(socket.SHUT_RDWR)  # Gunicorn's own lingering ends at once
+
+    def discard(self, sock):
+        """Read what still comes and forget it."""
+        until = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):  # the client is gone, or pauses
+            sock.shutdown(socket.SHUT_WR)
+            while (left_s := until - time.monotonic()) > 0:
+                sock.settimeout(min(left_s, LINGER_PAUSE_S))
+                if not sock.recv_into(DISCARDED):
+                    return
 
     def handle_request(self, req, conn):
         self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout + SLACK_S
+        # A request that is refused before its body is read ends its connection, and the answer says so. Gunicorn would
+        # promise to keep it, read 64 kB, and if there is more close it after all: the client's next request is lost.
+        may_close = req.should_close
+        req.should_close = lambda: may_close() or is_unread(req.body)
         return super().handle_request(req, conn)
 
     def shut_late_reads(self):
@@ -103,6 +145,12 @@ class Worker(ThreadWorker):
 
     def handle_error(self, req, client, addr, exc):
         super().handle_error(req, OneShape(client), addr, exc)
+
+
+def is_unread(body):
+    """Whether there is more of a request's body (gunicorn.http.body.Body) than was read."""
+    reader = body.reader
+    return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
 
 
 class OneShape:

@@ -135,7 +135,7 @@ class Bench:
                     self.put_load(system, running, f"{SMALL} {share}",
                                   {**self.load_of(SMALL, system), "rate": capacity * factor, "warm_s": 2,
                                    "seconds": 2 * self.seconds})
-            self.keep(system, "PSS MB", running.pss_mb())
+            self.keep(system, "PSS MB", services.pss_mb(running.process.pid))
         finally:
             running.stop()
 

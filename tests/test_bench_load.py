@@ -29,7 +29,8 @@ def served(service):
     return service.log.count('"path": "/predict"')
 
 
-@pytest.mark.parametrize("options", [{"connections": 1}, {"connections": 4}, {"rate": 40}])
+@pytest.mark.parametrize("options", [{"connections": 1}, {"connections": 4}, {"rate": 40},
+                                     {"rate": 40, "even": True}])
 def test_right_answers_are_counted(service, chelsea, right, options):
     before = served(service)
     result = put_load(service, chelsea, right, **options)
@@ -82,3 +83,16 @@ def test_open_loop_counts_latency_from_when_a_request_was_due(service, chelsea, 
     alone = put_load(service, chelsea, right, connections=1)
     assert result["latency_ms"]["p95"] > 2 * alone["latency_ms"]["p50"]
     assert result["wrong"] == result["lost"] == 0
+
+
+def test_evenly_spaced_requests_are_not_bunched(service, chelsea, right):
+    result = put_load(service, chelsea, right, rate=20, even=True)
+    assert 9 <= result["right"] <= 10
+    assert result["drain_s"] < 5
+
+
+def test_refusals_without_retry_after_are_told_apart():
+    tally = load.Tally([[1, 0.5]], None)
+    for status, retry_after in ((503, None), (503, b"1"), (400, None)):
+        tally.add(0, status, b"{}", 0.1, 1.0, counted=True, retry_after=retry_after)
+    assert tally.bare_refusals == 1

@@ -61,6 +61,14 @@ def test_other_contents_are_refused(content, message, tmp_path, capfd):
     assert "code from the checkpoint ran" not in "".join(capfd.readouterr())
 
 
+def test_one_flipped_bit_is_noticed(checkpoint, tmp_path):
+    data = bytearray(checkpoint("resnet18").read_bytes())
+    data[len(data) // 2] ^= 0x10
+    (tmp_path / "flipped.pt").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"flipped\.pt is damaged: the checksum of .*data/\d+ in it does not fit"):
+        networks.load_classifier("resnet18", tmp_path / "flipped.pt", fine_tuned=True)
+
+
 def test_weights_of_another_architecture_are_refused(checkpoint):
     with pytest.raises(WeightsError, match=r"does not fit resnet50: of its 320 .*, \d+ missing \(such as .* shape"):
         networks.load_classifier("resnet50", checkpoint("resnet18"), fine_tuned=True)

@@ -1,5 +1,6 @@
 """Bad weather: overload, deadlines, hung inferences, killed processes, slow and vanishing clients, reloads, stops."""
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,54 +18,11 @@ import requests
 from conftest import ROOT, encoded, free_port, need
 from hanging_model import copy_model_dir, replace_model
 from PIL import Image
+from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
 
-CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
+from app.worker import HEADERS_WITHIN_S
+
 WHITE = encoded(Image.new("RGB", (300, 300), "white"))
-
-
-def wait_until(condition, seconds, what=""):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, what or condition
-        time.sleep(0.02)
-
-
-class Load:
-    """Closed-loop clients in threads, until stopped. answers: (status, code or class) of every request; errors: what
-    failed below HTTP; slowest: seconds."""
-
-    def __init__(self, url, clients, data=CAT, keep_alive=False):
-        self.url, self.data, self.keep_alive = url, data, keep_alive
-        self.answers, self.errors, self.slowest, self.retry_after, self.stopping = [], [], 0, [], False
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(clients)]
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stopping = True
-        for thread in self.threads:
-            thread.join(60)
-
-    def work(self):
-        session = requests.Session()
-        while not self.stopping:
-            started = time.monotonic()
-            try:
-                answer = (session if self.keep_alive else requests).post(
-                    self.url + "/predict", files={"file": ("cat.jpg", self.data)}, timeout=60)
-                body = answer.json()
-                self.answers.append((answer.status_code, body["error"] if body["status"] == "error"
-                                     else body["predictions"][0]["class"]))
-                if "Retry-After" in answer.headers:
-                    self.retry_after.append(int(answer.headers["Retry-After"]))
-                if answer.status_code == 503:
-                    time.sleep(0.05)
-            except requests.RequestException as e:
-                self.errors.append(e)
-            self.slowest = max(self.slowest, time.monotonic() - started)
 
 
 def test_overload_is_refused_at_once_and_health_answers(start_service):
@@ -220,23 +177,9 @@ def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
 def test_health_is_never_200_before_the_model_answers(start_service):
     service = start_service()
     seen = set()
-    wait_until(lambda: seen.add(health_status(service)) or 200 in seen, 30)
+    wait_until(lambda: seen.add(health_status(service.url)) or 200 in seen, 30)
     assert seen <= {None, 503, 200}
     assert service.predict(CAT).status_code == 200
-
-
-def health_status(service):
-    try:
-        return requests.get(service.url + "/health", timeout=5).status_code
-    except requests.RequestException:
-        return None
-
-
-def open_request(port, head=b"", length=100_000):
-    s = socket.create_connection(("127.0.0.1", port))
-    s.sendall(head or (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-                       b"Content-Length: %d\r\n\r\n--b\r\n" % length))
-    return s
 
 
 def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
@@ -256,8 +199,49 @@ def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
         s.close()
 
 
-def descriptors(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def test_slow_headers_are_cut_off_together_even_where_they_outnumber_the_threads(start_service):
+    service = start_service(THREADS="18").wait_ready()
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        dripping = [stack.enter_context(open_request(service.port, b"GET / HTTP/1.1\r\nX: ")) for _ in range(60)]
+        while time.monotonic() < started + 3 * HEADERS_WITHIN_S:
+            for s in dripping:
+                with contextlib.suppress(OSError):
+                    s.sendall(b"x")
+            with contextlib.suppress(requests.RequestException):
+                if requests.get(service.url + "/health", timeout=0.5).status_code == 200:
+                    break
+    assert time.monotonic() - started < HEADERS_WITHIN_S + 4
+    assert service.predict(CAT).status_code == 200
+
+
+@pytest.mark.parametrize("size", [20_000, 400_000])
+def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service, size):
+    service = start_service(MAX_FILE_SIZE="10KiB", MAX_QUEUE="0").wait_ready()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
+        for path, type in (("/nothing", "image/png"), ("/predict", "text/plain")):
+            connection.request("POST", path, bytes(size), {"Content-Type": type})
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("Connection")) == (404 if path == "/nothing" else 415, "close")
+            assert json.loads(answer.read())["status"] == "error"
+        connection.request("POST", "/predict", b"no picture", {"Content-Type": "image/png"})  # read whole
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
+
+
+def test_refused_clients_that_stay_do_not_stop_the_worker(start_service):
+    service = start_service().wait_ready()
+    with contextlib.ExitStack() as stack:
+        staying = [stack.enter_context(open_request(service.port, length=10**9)) for _ in range(10)]
+        until, slowest = time.monotonic() + 8, 0
+        while time.monotonic() < until:
+            started = time.monotonic()
+            assert health_status(service.url) == 200
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.1)
+        assert slowest < 1.5
+        for s in staying:
+            assert s.recv(100).split(b" ")[1] == b"413"
 
 
 def test_clients_that_leave_cost_nothing_lasting(start_service):
@@ -346,7 +330,7 @@ backend model
                              stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: health_status_of(url) == 200, 10)
+        wait_until(lambda: health_status(url) == 200, 10)
         with Load(url, 4) as load:
             time.sleep(1)
             assert one.stop() == 0
@@ -378,7 +362,7 @@ def nginx(tmp_path):
             f"http {{ access_log off; client_body_temp_path {tmp_path}/body; proxy_temp_path {tmp_path}/proxy;\n"
             f"fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;\n{site}}}\n")
         processes.append(subprocess.Popen([program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]))
-        wait_until(lambda: health_status_of(f"http://127.0.0.1:{port}") == 200, 10)
+        wait_until(lambda: health_status(f"http://127.0.0.1:{port}") == 200, 10)
         return f"http://127.0.0.1:{port}"
     yield start
     for process in processes:
@@ -408,10 +392,3 @@ def test_refusals_pass_through_the_documented_proxy(start_service, nginx):
     assert set(load.answers) == {(200, "tiger cat"), (503, "OVERLOADED")}
     assert load.retry_after
     assert not load.errors
-
-
-def health_status_of(url):
-    try:
-        return requests.get(url + "/health", timeout=5).status_code
-    except requests.RequestException:
-        return None

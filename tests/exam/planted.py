@@ -1,0 +1,24 @@
+"""The service with a fault planted on purpose, for checks that need one."""
+import time
+
+from app import create_app
+
+SLOW_LOAD_S = 3
+LEAK_BYTES = 20_000
+
+
+def create_slow():
+    """The service, whose model takes longer to load."""
+    time.sleep(SLOW_LOAD_S)
+    return create_app()
+
+
+def create_leaking():
+    """The service, which forgets to free something after every request."""
+    app, kept = create_app(), []
+
+    @app.after_request
+    def leak(response):
+        kept.append(b"x" * LEAK_BYTES)
+        return response
+    return app

@@ -1,0 +1,117 @@
+"""The reliability exam as a plugin of pytest: options, golden answers, a time limit for each check, the table.
+
+A check is a test with the mark check(number, what is done, what it takes to pass); its figures are record_property's.
+"""
+import datetime
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import machine
+
+HERE = Path(__file__).parent
+CHECK_WITHIN_S = 900  # far more than any check takes: whatever hangs, the exam ends
+PICTURES = ["chelsea", "coffee", "camera", "rocket"]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("exam")
+    group.addoption("--quick", action="store_true", help="shorter and fewer: 5 minutes instead of 20")
+    group.addoption("--only", help="numbers of the checks to run, such as 2,3,15")
+    group.addoption("--output", type=Path, help="default: tests/exam/results.json, or results-quick.json with --quick")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("python_files", "exam_*.py")
+    config.addinivalue_line("markers", "check(number, what, passes): a check of the exam")
+    config.pluginmanager.register(Report(config))
+
+
+def pytest_collection_modifyitems(config, items):
+    """The chosen checks in the order of their numbers; checks that share a service are in one module, and stay so."""
+    only = config.getoption("--only")
+    chosen = [item for item in items if only is None or str(check_of(item)[0]) in only.split(",")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = sorted(chosen, key=lambda item: check_of(item)[0])
+
+
+def check_of(item):
+    return item.get_closest_marker("check").args
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig):
+    return pytestconfig.getoption("--quick")
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """Whatever happens in a check, it ends, and its load with it."""
+    import clients
+
+    def too_late(*_):
+        raise TimeoutError(f"the check did not end within {CHECK_WITHIN_S} s")
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(CHECK_WITHIN_S)
+    yield
+    signal.alarm(0)
+    clients.stop_all()
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """What a load sends and what is right: part of a specification of bench.load. The answers are torch's own."""
+    import torch
+    from conftest import encoded, photo
+
+    from app.networks import LITE0_PREPROCESSING, EfficientNetLite0, lite0_weights_path
+    folder = tmp_path_factory.mktemp("pictures")
+    module = EfficientNetLite0().eval()
+    module.load_state_dict(torch.load(lite0_weights_path(), weights_only=True))
+    files, expected = [], []
+    for name in PICTURES:
+        picture = photo(name).convert("RGB").resize((320, 256))
+        path = folder / f"{name}.png"  # without loss: torch sees the same pixels
+        path.write_bytes(encoded(picture, compress_level=1))
+        with torch.inference_mode():
+            probabilities = module(torch.from_numpy(LITE0_PREPROCESSING(picture))[None])[0].softmax(0)
+        files.append(str(path))
+        expected.append([int(probabilities.argmax()), float(probabilities.max())])
+    return {"path": "/predict", "files": files, "expected": expected, "tolerance": 1e-3}
+
+
+class Report:
+    """Gathers the outcome of every check, prints the table, writes the JSON."""
+
+    def __init__(self, config):
+        self.config, self.rows = config, []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.when == "call" or not report.passed:
+            number, what, passes = check_of(item)
+            reason = "" if report.passed else (report.longrepr[2] if report.skipped else str(call.excinfo.value))
+            verdict = "pass" if report.passed else "skipped" if report.skipped else "FAIL"
+            self.rows.append({"number": number, "check": what, "passes": passes, "measured": dict(item.user_properties),
+                              "verdict": verdict, "why": reason.splitlines()[0] if reason else "",
+                              "seconds": round(call.duration, 1)})
+        return report
+
+    def pytest_terminal_summary(self, terminalreporter):
+        rows = sorted(self.rows, key=lambda row: row["number"])
+        terminalreporter.write_line("\n| # | check | passes if | measured | |\n|---|---|---|---|---|")
+        for row in rows:
+            figures = ", ".join(f"{name} {value}" for name, value in row["measured"].items())
+            verdict = row["verdict"] if row["verdict"] == "pass" else f"**{row['verdict']}** {row['why']}"
+            cells = str(row["number"]), row["check"], row["passes"], figures, verdict
+            terminalreporter.write_line("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        quick = self.config.getoption("--quick")
+        output = self.config.getoption("--output") or HERE / ("results-quick.json" if quick else "results.json")
+        output.write_text(json.dumps({"date": datetime.date.today().isoformat(), "machine": machine(),
+                                      "mode": "quick" if quick else "full", "load_average": os.getloadavg(),
+                                      "checks": rows}, indent=1))
+        terminalreporter.write_line(f"\nWritten to {output}")
