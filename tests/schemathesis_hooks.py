@@ -6,6 +6,8 @@ import schemathesis
 from hypothesis import strategies
 from PIL import Image
 
+from app.config import FACE_METHODS, YES_OR_NO
+
 
 def picture(colour, size, format):
     buffer = io.BytesIO()
@@ -17,11 +19,13 @@ PICTURES = strategies.builds(
     picture, strategies.tuples(*[strategies.integers(0, 255)] * 3),
     strategies.tuples(*[strategies.integers(1, 40)] * 2), strategies.sampled_from(["PNG", "JPEG", "BMP", "WEBP"]))
 
-RIGHT = {"top_k": ["", *range(1, 11), *map(str, range(1, 11))]}
+RIGHT = {"top_k": ["", *range(1, 11), *map(str, range(1, 11))], "frames": ["", *range(1, 33), *map(str, range(1, 33))],
+         "method": ["", *FACE_METHODS], "tta": ["", True, False, 1, 0, *YES_OR_NO]}
 
 schemathesis.openapi.format("binary", PICTURES)
 schemathesis.openapi.format("base64-picture", PICTURES.map(lambda data: base64.b64encode(data).decode()))
 schemathesis.openapi.media_type("image/*", PICTURES)
+schemathesis.openapi.media_type("video/*", PICTURES)
 schemathesis.openapi.media_type("application/octet-stream", PICTURES)
 
 
