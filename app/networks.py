@@ -113,12 +113,12 @@ class EfficientNetLite0(nn.Module):
 TRAITS = ["extraversion", "neuroticism", "agreeableness", "conscientiousness", "openness"]
 OCEAN_PREPROCESSING = Preprocessing(resize=int(256 * 1.05), crop=256)
 
-RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3),
-          "resnet152": (3, 8, 36, 3)}  # of each of the four stages
+RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3),
+                 "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # of each of the four stages
 BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # three convolutions a block; the others have two
 OCEAN_CHECKPOINT = ("an OCEAN checkpoint: a state dict, bare or under 'model' or 'state_dict', of a torchvision ResNet "
-            f"({', '.join(RESNET_BLOCKS)}) under 'backbone.' with 'head.1.weight' and 'head.1.bias', or of a plain one whose "
-            "fc has five outputs")
+                    f"({', '.join(RESNET_BLOCKS)}) under 'backbone.' with 'head.1.weight' and 'head.1.bias', or of a "
+                    "plain one whose fc has five outputs")
 
 
 class OceanNetwork(nn.Module):

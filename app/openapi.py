@@ -42,10 +42,10 @@ def document(settings, model):
     return {
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "One vision model behind HTTP.",
-                 "description": "Send a picture or a video in any usual form, get what the model sees in it. Options may stand in "
-                                "the body or in the query; the body wins, and a repeated option is refused. Options "
-                                "that the model has no use for are ignored.\n\nEvery error has one shape, with a "
-                                "stable code in `error` and in `message` what to change."},
+                 "description": "Send a picture or a video in any usual form, get what the model sees in it. "
+                                "Options may stand in the body or in the query; the body wins, and a repeated option "
+                                "is refused. Options that the model has no use for are ignored.\n\nEvery error has "
+                                "one shape, with a stable code in `error` and in `message` what to change."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
         "paths": tagged(paths(settings)),
@@ -70,9 +70,8 @@ def options(settings):
 
 def or_null(schema):
     """The same, also for null, which JSON may have where an option is not sent."""
-    key = "enum" if "enum" in schema else "type"
-    nullable = {**schema, key: [*schema["enum"], None] if key == "enum" else [schema["type"], "null"]}
-    return {k: v for k, v in nullable.items() if k != "type" or key == "type"}
+    wider = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
 
 
 ERRORS = {
@@ -172,7 +171,8 @@ def paths(settings):
     one_file = {"multipart/form-data": {"schema": {
         "type": "object", "properties": {"file": {
             "type": "string", "format": "binary",
-            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are taken as well."}, **fields},
+            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are taken as well."},
+            **fields},
         "required": ["file"]}}}
     as_json = {"application/json": {
         "schema": {"anyOf": [
@@ -194,8 +194,8 @@ def paths(settings):
                                               "text/html": {"schema": {"type": "string"}}}},
                           **errors(*EVERYWHERE)}}},
         "/predict": {
-            "post": {"summary": "One picture or video in, one prediction out", "operationId": "predict", "parameters": query,
-                     "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
+            "post": {"summary": "One picture or video in, one prediction out", "operationId": "predict",
+                     "parameters": query, "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
                      "responses": answered},
             "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
                     "parameters": query, "requestBody": {"required": True, "content": raws}, "responses": answered}},
@@ -247,7 +247,7 @@ def schemas(settings, task):
     predictions = classes if task == "classification" else traits
     shot = record({"index": {**some, "description": "Number of the frame in the order of showing, from 0."},
                    "time_s": milliseconds},
-                  {"predictions": {**predictions, "description": "Of this frame alone; missing where it does not count."},
+                  {"predictions": {**predictions, "description": "Of this frame; missing where it does not count."},
                    "face_detected": {"type": "boolean"},
                    "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
                                 "description": "[x, y, width, height] of the crop, in pixels; null for all of it."}})
@@ -279,9 +279,10 @@ def schemas(settings, task):
         "Answer": record({"status": success_word, **prediction}, example={
             "status": "success",
             "predictions": [{"class": "golden retriever", "confidence": 0.8532, "class_id": 207}],
-            "metadata": {"filename": "dog.jpg", "media_type": "image", "model": "resnet50", "device": "cpu", "image_size": [1024, 768],
-                         "inference_time": 0.037, "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
-                                                                 "preprocess": 3.1, "inference": 36.9}}}),
+            "metadata": {"filename": "dog.jpg", "media_type": "image", "model": "resnet50", "device": "cpu",
+                         "image_size": [1024, 768], "inference_time": 0.037,
+                         "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
+                                        "preprocess": 3.1, "inference": 36.9}}}),
         "Metadata": metadata,
         "BatchResult": {"oneOf": [record({**position, "status": success_word, **prediction}),
                                   record({**position, "status": error_word, "error": text, "message": wording})]},

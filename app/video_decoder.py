@@ -104,7 +104,8 @@ class Reader:
 
     def check_size(self, pixels):
         if pixels > self.max_pixels:
-            raise Refused("VIDEO_TOO_LARGE", f"its frames have {pixels:.0f} pixels; at most {self.max_pixels} are taken")
+            raise Refused("VIDEO_TOO_LARGE", f"its frames have {pixels:.0f} pixels, "
+                                             f"at most {self.max_pixels} are taken")
 
     def grab(self):
         """Go on to the next frame; False at the end."""
