@@ -1,8 +1,8 @@
 """The process that decodes videos: what FFmpeg makes of a stranger's file stays in here. Started by video.py as a
 program of its own that imports OpenCV and nothing of the service.
 
-Standard input is one end of a socket pair; on it, over and over: a line of JSON {"size", "frames" or "at", "max_pixels",
-"max_seconds", "cpu_seconds"} and `size` bytes of file come in; a line of JSON {"index", "time_s", "shape": [height,
+Standard input is one end of a socket pair; on it, over and over: a line of JSON {"size", "frames" or "at",
+"max_pixels", "max_seconds", "cpu_seconds"} and `size` bytes of file come in; a line of JSON {"index", "time_s", "shape": [height,
 width, 3]} and that many bytes of RGB go out for each chosen frame, in the order of the file, then {"done": true}; or,
 at any point, {"error": code, "message"}.
 """
@@ -18,6 +18,7 @@ import cv2
 
 MEMORY = 768 * 2**20    # bytes of address space beside what OpenCV takes: 4K H.264 with 16 reference frames fits
 SEEK_AHEAD = 17         # OpenCV seeks to the key frame before the 16th frame before the wanted one
+DAMAGED = 30            # frames in a row that are passed over
 NOTHING_READ = -1.0     # no frame has such a time
 HIDDEN_VP8 = 0x10       # show_frame of the first byte (RFC 6386, 9.1); not set: a frame for reference only
 
@@ -108,12 +109,13 @@ class Reader:
                                              f"at most {self.max_pixels} are taken")
 
     def grab(self):
-        """Go on to the next frame; False at the end."""
-        if not self.capture.grab():
-            return False
-        self.position += 1
-        self.time = self.capture.get(cv2.CAP_PROP_POS_MSEC)
-        return True
+        """Go on to the next frame that is not damaged; False at the end, or after too many that are."""
+        for _ in range(DAMAGED):
+            self.position += 1
+            if self.capture.grab():
+                self.time = self.capture.get(cv2.CAP_PROP_POS_MSEC)
+                return True
+        return False
 
     def read(self, index):
         """(index, time_s, RGB) of the frame, or of the first one after it that can be read; None where none can.
