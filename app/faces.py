@@ -13,7 +13,7 @@ SIMILAR = 0.2      # how far rectangles of one group may be apart, of the smalle
 MARGIN = 1.35      # side of the crop, of the face's longer side
 REACH = 1.45       # 1 + 2 · SIMILAR and the rounding of boxes: how much larger a window may be than one near it
 MOST_RAW = 1500    # rectangles before grouping, above which they are not compared with each other
-STEP = 1.25        # ratio of the largest to the smallest window size of a range
+SIZES_AT_ONCE = 2
 
 cv2.setNumThreads(1)  # a slot is one core
 local = threading.local()
@@ -35,21 +35,30 @@ def largest_face(image):
     """[x, y, width, height] of the largest face in an RGB PIL image, in pixels, or None.
 
     The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), without looking for small
-    faces once a large one is certain: window sizes are searched from the largest down, range by range.
+    faces once a large one is certain: windows are searched from the largest size down.
     """
     grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
     raw = np.empty((0, 4), int)
-    above = max(grey.shape) + 1
-    while above > MIN_SIZE:
-        size = max(MIN_SIZE, int(above / STEP))
-        raw = np.concatenate([windows(grey, size, above - 1), raw])
-        above = size
+    sizes = window_sizes(min(grey.shape))
+    for end in range(len(sizes), 0, -SIZES_AT_ONCE):
+        at_once = sizes[max(0, end - SIZES_AT_ONCE):end]
+        raw = np.concatenate([windows(grey, at_once[0], at_once[-1]), raw])
         boxes = cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]
         if len(boxes):
             largest = max(boxes.tolist(), key=lambda box: box[2] * box[3])
-            if size == MIN_SIZE or is_final(largest, raw, size):
+            if end <= SIZES_AT_ONCE or is_final(largest, raw, at_once[0]):
                 return largest
     return None
+
+
+def window_sizes(largest):
+    """Sides of the square windows that OpenCV looks through in a picture whose shorter side is `largest`, rising."""
+    sizes, factor = [], 1.0
+    original = detector().getOriginalWindowSize()[0]
+    while round(original * factor) <= largest:
+        sizes.append(round(original * factor))
+        factor *= SCALE_FACTOR
+    return [size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE]
 
 
 def windows(grey, smallest, largest):
