@@ -38,14 +38,15 @@ def largest_face(image):
     faces once a large one is certain: windows are searched from the largest size down.
     """
     grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
-    raw = np.empty((0, 4), int)
     sizes = window_sizes(min(grey.shape))
-    for end in range(len(sizes), 0, -SIZES_AT_ONCE):
-        at_once = sizes[max(0, end - SIZES_AT_ONCE):end]
-        raw = np.concatenate([windows(grey, at_once[0], at_once[-1]), raw])
-        boxes = cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]
-        if len(boxes):
-            largest = max(boxes.tolist(), key=lambda box: box[2] * box[3])
+    wanted = [size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE]
+    raw = np.empty((0, 4), int)
+    for end in range(len(wanted), 0, -SIZES_AT_ONCE):
+        at_once = wanted[max(0, end - SIZES_AT_ONCE):end]
+        raw = np.concatenate([windows(grey, at_once[0], at_once[-1], sizes), raw])
+        boxes = [clip(box, image.size) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
+        if boxes:
+            largest = max(boxes, key=lambda box: box[2] * box[3])
             if end <= SIZES_AT_ONCE or is_final(largest, raw, at_once[0]):
                 return largest
     return None
@@ -58,14 +59,26 @@ def window_sizes(largest):
     while round(original * factor) <= largest:
         sizes.append(round(original * factor))
         factor *= SCALE_FACTOR
-    return [size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE]
+    return sizes
 
 
-def windows(grey, smallest, largest):
-    """(N, 4) x, y, width, height of all windows of these sizes that the cascade takes for a face, not grouped."""
-    found = detector().detectMultiScale(grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest),
-                                        (largest, largest))
-    return np.array(found, int).reshape(-1, 4)
+def windows(grey, smallest, largest, sizes):
+    """(N, 4) x, y, side, side of all windows of these sizes that the cascade takes for a face, not grouped.
+
+    Rounding puts some a little over the edge, and OpenCV cuts them there: before it groups them they have one of
+    `sizes`, so that is put back.
+    """
+    found = np.array(detector().detectMultiScale(grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest),
+                                                 (largest, largest)), int).reshape(-1, 4)
+    if len(found):
+        nearest = np.searchsorted(sizes, found[:, 2:].max(axis=1))
+        found[:, 2:] = np.array(sizes)[np.minimum(nearest, len(sizes) - 1), None]
+    return found
+
+
+def clip(box, size):
+    x, y, w, h = map(int, box)
+    return [x, y, min(w, size[0] - x), min(h, size[1] - y)]
 
 
 def is_final(box, raw, searched):

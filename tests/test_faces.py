@@ -1,4 +1,4 @@
-"""The face is the one that OpenCV finds when it looks for all of them, and its crop is the one that models.md derives."""
+"""The face is the largest of those that OpenCV finds when it looks for all of them; its crop is worked out by hand."""
 import threading
 
 import cv2
@@ -34,12 +34,12 @@ def collage(seed):
         face = astronaut.crop((80, 0, 410, 330)) if random.random() < 0.5 else astronaut
         place = int(random.integers(0, width - side + 1)), int(random.integers(0, height - side + 1))
         image.paste(face.resize((side, side)), place)
-    return image
+    return image.crop((width // 6, height // 6, width - 60, height - 60)) if seed % 2 else image  # faces at the edges
 
 
 def test_the_largest_face_is_that_of_the_whole_search():
     outcomes = set()
-    for seed in range(40):
+    for seed in range(30):
         image = collage(seed)
         expected = max(all_faces(image), key=lambda box: box[2] * box[3], default=None)
         assert faces.largest_face(image) == expected, seed
@@ -49,8 +49,8 @@ def test_the_largest_face_is_that_of_the_whole_search():
 
 def test_a_large_face_ends_the_search_early(monkeypatch):
     searched, windows = [], faces.windows
-    monkeypatch.setattr(faces, "windows", lambda grey, smallest, largest: searched.append(smallest) or windows(
-        grey, smallest, largest))
+    monkeypatch.setattr(faces, "windows", lambda grey, smallest, *rest: searched.append(smallest) or windows(
+        grey, smallest, *rest))
     image = photo("astronaut").crop((100, 0, 350, 250)).resize((900, 900))
     assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
     assert min(searched) > 100

@@ -256,7 +256,7 @@ def cut(state, *names):
     (lambda s: cut(s, "head.1.bias"), "1 missing (such as head.1.bias)"),
     (lambda s: cut(s, "backbone.layer4.1.conv2.weight"), "1 missing (such as backbone.layer4.1.conv2.weight)"),
     (lambda s: {**s, "head.2.weight": torch.zeros(1)}, "1 unexpected (such as head.2.weight)"),
-    (lambda s: {k: v for k, v in s.items() if ".layer4." not in k}, "has a backbone of 2-2-2-0 blocks, expected one of"),
+    (lambda s: {k: v for k, v in s.items() if ".layer4." not in k}, "has a backbone of 2-2-2-0 blocks, expected one"),
     (lambda s: {**plain(s), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)},
      "has a head of 1000 outputs, expected 5"),
     (lambda s: {"features.0.weight": torch.zeros(3)}, "found a dict with the keys features.0.weight"),

@@ -15,7 +15,7 @@ from app.errors import ServiceError
 from app.scheduler import Deadline, DeadlineExceeded
 
 COUNT = 200
-UNEVEN_MS = [round(10 * i + i * i / 4) if i < 100 else 3500 + (i - 100) * 70 for i in range(COUNT)]  # 100 to 14 a second
+UNEVEN_MS = [round(10 * i + i * i / 4) if i < 100 else 3500 + (i - 100) * 70 for i in range(COUNT)]
 KINDS = {
     "mp4": {"bf": "3", "g": "50"},
     "one key frame": {"bf": "3", "g": "1000"},

@@ -68,7 +68,8 @@ def motion_jpeg(pictures, width, height, rate=30):
     def chunk(name, content):
         return name + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
     main = struct.pack("<14I", 1_000_000 // rate, 0, 0, 0, len(pictures), 0, 1, 0, width, height, 0, 0, 0, 0)
-    stream = struct.pack("<4s4s10I4h", b"vids", b"MJPG", 0, 0, 0, 1, rate, 0, len(pictures), 0, 0, 0, 0, 0, width, height)
+    stream = struct.pack("<4s4s10I4h", b"vids", b"MJPG", 0, 0, 0, 1, rate, 0, len(pictures), 0, 0, 0, 0, 0, width,
+                         height)
     picture = struct.pack("<IiiHH4sIiiII", 40, width, height, 1, 24, b"MJPG", 0, 0, 0, 0, 0)
     streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", picture))
     frames = b"movi" + b"".join(chunk(b"00dc", picture) for picture in pictures)
