@@ -85,9 +85,10 @@ function showOptions(classifies, takesVideo) {
   $("#options").replaceChildren(...[key, ...fields].filter(Boolean));
 }
 
-function chosenOptions() {
+function chosenOptions(file) {
   const chosen = {};
   for (const input of document.querySelectorAll("#options [name]")) {
+    if (input.name === "frames" && !file.type.startsWith("video/")) continue;
     if (input.value !== "") chosen[input.name] = input.type === "checkbox" ? String(input.checked) : input.value;
   }
   return chosen;
@@ -107,7 +108,7 @@ function take(files) {
     $("figcaption", card).textContent = file.name;
     showPicture(card, file);
     $("#results").prepend(card);
-    queue.unshift({card, file, options: chosenOptions()});
+    queue.unshift({card, file, options: chosenOptions(file)});
   }
   while ($("#results").children.length > MOST_CARDS) {
     const oldest = $("#results").lastElementChild;
