@@ -1,5 +1,7 @@
 """One vision model behind HTTP: the application factory."""
 
+NAME, VERSION = "image-classifier-service", "0.1.0"
+
 
 def create_app(settings=None, model=None):
     """The Flask application. model: a loaded ModelLoader, else one is loaded here, once a worker."""

@@ -11,8 +11,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 from cachelib import RedisCache, SimpleCache
 
+from app import VERSION
 from app.errors import ServiceError
-from app.info import VERSION
 from app.scheduler import DeadlineExceeded
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,10 @@ from dotenv import dotenv_values
 UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb": 2**20, "mib": 2**20,
          "g": 2**30, "gb": 2**30, "gib": 2**30}
 
+YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+FACE_METHODS = ("face", "middle", "face+middle")
+MOST_FRAMES = 32
+
 
 class StartError(Exception):
     """Why the service cannot start; the message is one line for the person who starts it."""
@@ -59,6 +63,12 @@ def one_of(*choices):
             raise ValueError("one of " + ", ".join(choices))
         return text.lower()
     return parse
+
+
+def yes_or_no(text):
+    if text.lower() not in YES_OR_NO:
+        raise ValueError("true or false")
+    return YES_OR_NO[text.lower()]
 
 
 def name_of_model(text):
@@ -132,10 +142,15 @@ class Settings:
     drain_seconds: float = setting(seconds(0, 600), 5.0)
     max_file_size: int = setting(byte_size, 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
+    max_video_size: int = setting(byte_size, 50 * 2**20)
+    max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
     cache_url: str | None = setting(cache_url, None)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
+    face_method: str = setting(one_of(*FACE_METHODS), "face+middle")
+    tta: bool = setting(yes_or_no, True)
+    video_frames: int = setting(integer(1, MOST_FRAMES), 1)
     api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "keys of visible ASCII characters with commas between them"),
                                      None, secret=True)
     rate_limit: str | None = setting(rate_limit, None)

@@ -3,8 +3,7 @@ import time
 
 from flask import Blueprint, current_app, jsonify
 
-from app import state
-from app.info import VERSION
+from app import VERSION, state
 
 bp = Blueprint("health", __name__)
 

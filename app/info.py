@@ -3,18 +3,15 @@ import platform
 
 from flask import Blueprint, current_app, jsonify, make_response, render_template, request
 
-from app import uploads
+from app import NAME, VERSION, media, uploads, video
 from app.bundle import installed_versions
-from app.media import EXTENSIONS
-
-NAME, VERSION = "image-classifier-service", "0.1.0"
 
 bp = Blueprint("info", __name__)
 
 ENDPOINTS = {
     "/": "this list; in a browser, a page to try it",
-    "/predict": "POST a picture, get its classes",
-    "/predict/batch": "POST several pictures, get one result for each",
+    "/predict": "POST a picture or a video, get its prediction",
+    "/predict/batch": "POST several pictures or videos, get one result for each",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
@@ -53,12 +50,15 @@ def info():
         "status": "success",
         "model": model.info(),
         "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
-                   "allowed_extensions": list(EXTENSIONS), "max_batch_files": settings.max_batch_files,
-                   "max_batch_size": uploads.BATCH_BODY_FILES * settings.max_file_size,
+                   "max_video_size": settings.max_video_size, "max_video_seconds": settings.max_video_seconds,
+                   "allowed_extensions": [*media.EXTENSIONS, *video.EXTENSIONS],
+                   "max_batch_files": settings.max_batch_files,
+                   "max_batch_size": uploads.batch_limit(settings),
                    "request_timeout": settings.request_timeout,
                    "cache": settings.cache_url and settings.cache_url.partition(":")[0],
                    "cache_ttl": settings.cache_ttl,
-                   "top_k": settings.top_k},
+                   "top_k": settings.top_k, "face_method": settings.face_method, "tta": settings.tta,
+                   "video_frames": settings.video_frames},
         "versions": {"service": VERSION, "python": platform.python_version(),
                      **installed_versions("flask", "gunicorn", "numpy", "opencv-python-headless", "openvino", "pillow",
                                           "torch", "torchvision")}})

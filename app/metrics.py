@@ -13,8 +13,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from app import counts, state
-from app.info import VERSION
+from app import VERSION, counts, state
 
 PREFIX = "model_server_"
 SEPARATOR = "\x1f"  # between the parts of a key: the metric's name and its labels

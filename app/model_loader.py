@@ -48,6 +48,7 @@ class ModelLoader:
         if self.manifest is None:
             raise ModelError(f"{source.folder} has no manifest")
         self.name, self.task, self.labels = self.manifest.name, self.manifest.task, self.manifest.labels
+        self.classifies = self.task == "classification"
         self.preprocessing = Preprocessing(**self.manifest.preprocessing)
         self.engine = engines.create(self.manifest, source.folder, machine, self.settings, self.device)
         self.scheduler = Scheduler(machine.slots, machine.queue, max(1, machine.threads - SPARE_THREADS))
@@ -77,8 +78,9 @@ class ModelLoader:
             raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g} of the largest output")
 
     def scores(self, outputs):
-        """(N, K) float32 outputs of the network → (N, K): softmax probabilities of a classifier."""
-        return softmax(outputs)
+        """(N, K) float32 outputs of the network → (N, K): softmax probabilities of a classifier, a regression's as they
+        are."""
+        return softmax(outputs) if self.classifies else outputs
 
     def infer(self, batch, deadline):
         """float32 (N, 3, H, W), preprocessed → scores (N, K). Raises DeadlineExceeded, MemoryError."""
@@ -99,8 +101,11 @@ class ModelLoader:
             return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
         return None
 
-    def top_k(self, scores, k):
-        """(K,) probabilities → [{"class", "confidence", "class_id"}], highest first."""
+    def predictions(self, scores, k):
+        """(K,) scores as an answer has them: a classifier's k best as [{"class", "confidence", "class_id"}], highest
+        first; a regression's as {trait: score}."""
+        if not self.classifies:
+            return {trait: float(score) for trait, score in zip(self.labels, scores, strict=True)}
         best = np.argsort(-scores, kind="stable")[:k]
         return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
 
@@ -114,7 +119,8 @@ class ModelLoader:
                 "quantization": self.manifest.quantization,
                 "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
                 if self.fallback_reason else None,
-                "labels": self.labels}
+                **({} if self.classifies else {"backbone": self.manifest.network["backbone"]}),
+                "labels" if self.classifies else "traits": self.labels}
 
 
 def softmax(logits):

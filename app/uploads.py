@@ -14,12 +14,13 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected
 
 from app.errors import ServiceError, invalid_parameter
+from app.video import is_video
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body beside the files: boundaries, headers, options
-BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest files
+BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
 HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
                "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
 MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
@@ -56,9 +57,9 @@ class Upload:
         data = self.content if isinstance(self.content, bytes) else from_base64(self.content, self.field)
         if not data:
             raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
-        if len(data) > settings.max_file_size:
-            raise ServiceError(413, "FILE_TOO_LARGE",
-                               f"The file has {len(data)} bytes; at most {settings.max_file_size} are taken.")
+        kind, most = ("video", settings.max_video_size) if is_video(data) else ("file", settings.max_file_size)
+        if len(data) > most:
+            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {len(data)} bytes; at most {most} are taken.")
         return data
 
 
@@ -67,7 +68,7 @@ def read_one(settings, deadline):
 
     option(name) is that option's text, or None where it was not sent; see `option_reader`. Raises ServiceError.
     """
-    request.max_content_length = body_limit(settings.max_file_size)
+    request.max_content_length = body_limit(max(settings.max_file_size, settings.max_video_size))
     files, option = read_body(FILE_FIELDS, deadline)
     if len(files) > 1:
         raise ServiceError(400, "TOO_MANY_FILES", f"This path takes one file, found {len(files)} "
@@ -77,13 +78,18 @@ def read_one(settings, deadline):
 
 def read_batch(settings, deadline):
     """All files of the current request, none of them checked: (list of Upload in the body's order, option)."""
-    request.max_content_length = body_limit(BATCH_BODY_FILES * settings.max_file_size)
+    request.max_content_length = body_limit(batch_limit(settings))
     request.max_form_parts = 2 * settings.max_batch_files + 64
     files, option = read_body(BATCH_FIELDS, deadline)
     if len(files) > settings.max_batch_files:
         raise ServiceError(400, "TOO_MANY_FILES", f"A batch takes at most {settings.max_batch_files} files, "
                            f"found {len(files)}; send the others in a second batch.")
     return files, option
+
+
+def batch_limit(settings):
+    """Bytes that the files of a batch may have together."""
+    return max(BATCH_BODY_FILES * settings.max_file_size, settings.max_video_size)
 
 
 def body_limit(max_bytes):

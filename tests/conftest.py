@@ -76,6 +76,34 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def ocean_checkpoint(tmp_path_factory):
+    """Path of an OCEAN checkpoint in its real format, seeded, with a ResNet-18 and traits in an order of its own."""
+    import torch
+    from torch import nn
+
+    from app.networks import torchvision
+    torch.manual_seed(3)
+    backbone = torchvision().models.resnet18()
+    backbone.fc = nn.Identity()
+    network = nn.ModuleDict({"backbone": backbone, "head": nn.Sequential(nn.Dropout(0.3), nn.Linear(512, 5))})
+    path = tmp_path_factory.mktemp("ocean") / "ocean.pt"
+    torch.save({"model": network.state_dict(), "config": {"BACKBONE": "resnet18", "IMG_SIZE": 256}, "label_cols": [
+        "openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism"]}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ocean_settings(model_dir, ocean_checkpoint):
+    return Settings.parse({"MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_checkpoint), "MODEL_DIR": str(model_dir),
+                           "DEVICE": "cpu"})
+
+
+@pytest.fixture(scope="session")
+def ocean_app(ocean_settings):
+    return create_app(ocean_settings)
+
+
+@pytest.fixture(scope="session")
 def settings(model_dir):
     """Settings of the model with real weights."""
     return Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu"})

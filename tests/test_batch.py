@@ -84,7 +84,8 @@ def test_no_file_at_all(client):
 
 
 def test_one_file_over_the_limit_and_a_body_over_the_limit(app, settings):
-    small = create_app(dataclasses.replace(settings, max_file_size=len(CAT)), app.extensions["model"]).test_client()
+    small = create_app(dataclasses.replace(settings, max_file_size=len(CAT), max_video_size=len(CAT)),
+                       app.extensions["model"]).test_client()
     results = post_files(small, ("a.jpg", CAT), ("b.jpg", CAT + b"\0")).json["results"]
     assert [r.get("error") for r in results] == [None, "FILE_TOO_LARGE"]
     response = post_files(small, *[("a.jpg", CAT)] * 13)

@@ -2,6 +2,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import requests
 from conftest import ROOT, encoded, need, photo
@@ -9,6 +10,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from videos import pan_over, write
 
 CAT = ROOT / "tests/images/chelsea.jpg"
 DESKTOP, PHONE = (1280, 800), (390, 844)
@@ -46,7 +48,7 @@ def browser(chromium, service):
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
     assert asked
-    assert [url for url in asked if not url.startswith((service.url, "blob:"))] == []
+    assert [url for url in asked if not url.startswith((service.url, "blob:", "data:"))] == []
 
 
 def resize(browser, size):
@@ -161,6 +163,21 @@ def test_camera(browser):
     assert find(browser, ".card figcaption").text.startswith("camera.jpg")
     assert len(find_all(browser, ".bars li")) == 5
     assert not find(browser, "#viewfinder").is_displayed()
+
+
+def test_a_video_is_answered(browser, tmp_path):
+    path = tmp_path / "clip.webm"
+    path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+    number = find(browser, "[name=frames]")
+    number.clear()
+    number.send_keys("3")
+    send_file(browser, path)
+    assert find(browser, ".card h2").text in ("tiger cat", "Egyptian cat", "tabby")
+    assert find(browser, ".card figcaption").text == "clip.webm · 320 × 240"
+    assert "-F frames=3" in find(browser, ".card code").get_attribute("textContent")
+    shown = json.loads(find(browser, ".card .json").get_attribute("textContent"))
+    assert [frame["index"] for frame in shown["metadata"]["frames"]] == [3, 10, 16]
+    wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').videoWidth") == 320)
 
 
 def test_scores_and_face_box_of_the_other_task(browser):

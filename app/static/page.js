@@ -74,19 +74,21 @@ function showOptions(classifies, takesVideo) {
     return element("label", {}, text, input);
   };
   const number = (value, max) => element("input", {type: "number", min: 1, max, value, inputMode: "numeric"});
-  const choice = (...values) => element("select", {}, ...values.map(value => element("option", {value}, value)));
+  const choice = (chosen, ...values) => element("select", {}, ...values.map(
+    value => element("option", {value, selected: value === chosen}, value)));
   const fields = classifies
     ? [option("top_k", "Classes", number(service.config.top_k || 5, 10))]
-    : [option("method", "Crop", choice("face+middle", "face", "middle")), option("tta", "Average with mirror image",
-        element("input", {type: "checkbox", checked: true}))];
+    : [option("method", "Crop", choice(service.config.face_method, "face+middle", "face", "middle")),
+       option("tta", "Average with mirror image", element("input", {type: "checkbox", checked: service.config.tta}))];
   if (takesVideo) fields.push(option("frames", "Frames of a video", number(service.config.video_frames || 1, 32)));
   const key = $("#api-key")?.closest("label");
   $("#options").replaceChildren(...[key, ...fields].filter(Boolean));
 }
 
-function chosenOptions() {
+function chosenOptions(file) {
   const chosen = {};
   for (const input of document.querySelectorAll("#options [name]")) {
+    if (input.name === "frames" && !file.type.startsWith("video/")) continue;
     if (input.value !== "") chosen[input.name] = input.type === "checkbox" ? String(input.checked) : input.value;
   }
   return chosen;
@@ -106,7 +108,7 @@ function take(files) {
     $("figcaption", card).textContent = file.name;
     showPicture(card, file);
     $("#results").prepend(card);
-    queue.unshift({card, file, options: chosenOptions()});
+    queue.unshift({card, file, options: chosenOptions(file)});
   }
   while ($("#results").children.length > MOST_CARDS) {
     const oldest = $("#results").lastElementChild;
@@ -178,7 +180,8 @@ function showAnswer(card, {body, response}, milliseconds) {
       element("span", {}, label), element("span", {className: "value"}, value));
   }));
   const [width, height] = metadata.image_size;
-  const face = metadata.face_detected === undefined ? [] : [metadata.face_detected ? "face found" : "no face found"];
+  const face = metadata.face_detected === undefined || metadata.method === "middle" ? []
+    : [metadata.face_detected ? "face found" : "no face found"];
   $("figcaption", card).textContent = [metadata.filename, `${width} × ${height}`, ...face].filter(Boolean).join(" · ");
   showBoxes(card, metadata);
   showTimings(card, metadata.timings_ms, milliseconds, response.headers.get("X-Cache"));

@@ -1,0 +1,184 @@
+"""`python -m app predict` and `evaluate`: the answers of the API without a server."""
+import csv
+import dataclasses
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from app import media, pipeline, video
+from app.config import Settings, StartError
+from app.errors import ServiceError
+from app.model_loader import ModelLoader
+from app.observability import Stages
+from app.scheduler import Deadline
+from app.uploads import Upload
+
+SUFFIXES = {f".{extension}" for extension in (*media.EXTENSIONS, *video.EXTENSIONS)}
+TOP = 5  # classes among which the right one may be
+
+
+class CommandError(StartError):
+    """What the caller of a command has to change; one line."""
+
+
+def load(arguments):
+    """(model, settings, options) of a command. Raises StartError, ServiceError for a bad option."""
+    settings = dataclasses.replace(Settings.load(), workers=1)  # this process has all cores
+    model = ModelLoader(settings).load()
+    return model, settings, pipeline.options_from(vars(arguments).get, settings, model)
+
+
+def answers(model, settings, options, paths, crops=None):
+    """Yield (path, its answer or the ServiceError) in order, with a progress bar where someone watches.
+
+    crops: folder for the pictures that the model saw.
+    """
+    def work(path):
+        def see(index, image):
+            name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
+            model.preprocessing.resize_and_crop(image).save(crops / f"{name}-{index}.png")
+        try:
+            data = Upload(path.read_bytes(), path.name, path.name).read(settings)
+            return pipeline.answer(model, settings, data, options, Deadline(settings.request_timeout), Stages(),
+                                   see if crops else None)
+        except ServiceError as e:
+            return e
+        except OSError as e:
+            return ServiceError(400, "MISSING_FILE", f"The file cannot be read: {e.strerror}.")
+    with ThreadPoolExecutor(model.scheduler.slots) as threads:
+        progress = tqdm(threads.map(work, paths), total=len(paths), unit="file", leave=False,
+                        disable=len(paths) < 2 or not sys.stderr.isatty())
+        yield from zip(paths, progress, strict=True)
+
+
+def find_files(paths):
+    """Files as they are; of folders all pictures and videos below, by their names."""
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        else:
+            yield path
+
+
+def predict(arguments):
+    paths = list(find_files(arguments.paths))
+    if not paths:
+        raise CommandError("there is no picture and no video in " + ", ".join(map(str, arguments.paths)))
+    try:
+        if arguments.save_crop:
+            arguments.save_crop.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CommandError(f"{arguments.save_crop} cannot be made: {e.strerror}") from e
+    model, settings, options = load(arguments)
+    width = max(4, *(len(str(path)) for path in paths))
+    if not arguments.json:
+        print_row("file", width, model.labels if not model.classifies else ["classes"])
+    failed = 0
+    for path, answer in answers(model, settings, options, paths, arguments.save_crop):
+        is_error = isinstance(answer, ServiceError)
+        failed += is_error
+        if arguments.json:
+            body = answer.body() if is_error else {"status": "success", **answer}
+            tqdm.write(json.dumps({"file": str(path), **body}, ensure_ascii=False))
+        elif is_error:
+            tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
+        elif model.classifies:
+            print_row(path, width, [f"{p['class']} {p['confidence']:.1%}" for p in answer["predictions"]])
+        else:
+            print_row(path, width, [f"{answer['predictions'][trait]:.3f}".rjust(len(trait)) for trait in model.labels])
+    if failed and len(paths) > 1:
+        print(f"{failed} of {len(paths)} files failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def print_row(path, width, columns):
+    tqdm.write("  ".join([str(path).ljust(width), *columns]))
+
+
+def evaluate(arguments):
+    header, rows = read_csv(arguments.labels)
+    model, settings, options = load(arguments)
+    read_labels, measure = (class_labels, accuracy) if model.classifies else (trait_labels, closeness)
+    options = dataclasses.replace(options, top_k=TOP)
+    expected = [read_labels(model, header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
+    paths, pairs = [arguments.folder / row[0] for row in rows], []
+    for (path, answer), labels in zip(answers(model, settings, options, paths), expected, strict=True):
+        if isinstance(answer, ServiceError):
+            tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
+        else:
+            pairs.append((answer["predictions"], labels))
+    if not pairs:
+        raise CommandError(f"none of the {len(paths)} files could be answered")
+    result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measure(model, pairs)}
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print_result(result)
+    return 1 if result["failed"] else 0
+
+
+def read_csv(path):
+    """(header, rows that are as long) of a CSV file. Raises CommandError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as e:
+        raise CommandError(f"{path} cannot be read as CSV with a header") from e
+    for i, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise CommandError(f"line {i} of {path} has {len(row)} columns, the header {len(header)}")
+    if not rows or len(header) < 2:
+        raise CommandError(f"{path} has no labels: expected a header, then a line for each file")
+    return [name.strip().lower() for name in header], rows
+
+
+def trait_labels(model, header, row, where):
+    """(K,) label of each trait in the model's order, from the columns of their names. Raises CommandError."""
+    try:
+        return [float(row[header.index(trait.lower())]) for trait in model.labels]
+    except ValueError as e:
+        raise CommandError(f"{where}: expected the columns {', '.join(model.labels)} with numbers, found "
+                           f"{', '.join(header[1:])} with {', '.join(row[1:])}"[:300]) from e
+
+
+def closeness(model, pairs):
+    """1 - mean absolute error of each trait and their mean, and what the answer «always the mean label» would get."""
+    predicted = np.array([[predictions[trait] for trait in model.labels] for predictions, _ in pairs])  # (N, K)
+    labels = np.array([labels for _, labels in pairs])
+    scores = 1 - np.abs(predicted - labels).mean(axis=0)
+    constant = 1 - np.abs(labels - labels.mean(axis=0)).mean(axis=0)
+    return {"one_minus_mae": {**dict(zip(model.labels, scores.tolist(), strict=True)), "mean": float(scores.mean())},
+            "always_the_mean": {**dict(zip(model.labels, constant.tolist(), strict=True)),
+                                "mean": float(constant.mean())}}
+
+
+def class_labels(model, header, row, where):
+    """class_id of the label in the column `label`, or in the second one. Raises CommandError."""
+    text = row[header.index("label") if "label" in header else 1].strip()
+    if text in model.labels:
+        return model.labels.index(text)
+    if text.isdecimal() and int(text) < len(model.labels):
+        return int(text)
+    raise CommandError(f"{where}: {text[:60]!r} is no class of {model.name}, by name or class_id")
+
+
+def accuracy(model, pairs):
+    """Share of the files whose label is the first, or among the first five, of the classes."""
+    ranks = [[p["class_id"] for p in predictions] for predictions, _ in pairs]
+    labels = [label for _, label in pairs]
+    return {f"top_{k}": float(np.mean([label in rank[:k] for label, rank in zip(labels, ranks, strict=True)]))
+            for k in (1, TOP)}
+
+
+def print_result(result):
+    if "top_1" in result:
+        print(f"top-1  {result['top_1']:.4f}\ntop-{TOP}  {result[f'top_{TOP}']:.4f}")
+    else:
+        width = max(map(len, result["one_minus_mae"]))
+        print(f"{'':{width}}  1 - MAE  always the mean")
+        for trait, score in result["one_minus_mae"].items():
+            print(f"{trait:{width}}  {score:7.4f}  {result['always_the_mean'][trait]:15.4f}")
+    print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))

@@ -1,0 +1,258 @@
+"""The frames that are asked for come out, exactly those; whatever else is sent gets its 4xx, and opens nothing."""
+import os
+import struct
+import time
+
+import numpy as np
+import pytest
+from conftest import encoded, photo, post
+from PIL import Image
+from videos import motion_jpeg, number_on, numbered, opencv_frames, pan_over, silence, turned, write
+
+from app import create_app, video
+from app.config import Settings
+from app.errors import ServiceError
+from app.scheduler import Deadline, DeadlineExceeded
+
+COUNT = 200
+UNEVEN_MS = [round(10 * i + i * i / 4) if i < 100 else 3500 + (i - 100) * 70 for i in range(COUNT)]
+KINDS = {
+    "mp4": {"bf": "3", "g": "50"},
+    "one key frame": {"bf": "3", "g": "1000"},
+    "all key frames": {"g": "1"},
+    "uneven mp4": {"bf": "3", "g": "50", "at_ms": UNEVEN_MS},
+    "uneven mkv": {"bf": "3", "g": "50", "at_ms": UNEVEN_MS, "format": "matroska"},
+    "open groups": {"bf": "3", "g": "50", "x264-params": "open-gop=1", "format": "matroska"},
+    "mov": {"codec": "mpeg4", "bf": "2", "g": "50", "format": "mov"},
+    "webm, hidden frames": {"codec": "libvpx", "auto-alt-ref": "1", "lag-in-frames": "16", "g": "50",
+                            "deadline": "realtime", "format": "webm"},
+    "avi, b-frames": {"codec": "mpeg4", "bf": "2", "g": "50", "format": "avi"},
+    "avi, motion jpeg": {"codec": "mjpeg", "format": "avi"},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return write([numbered(i) for i in range(COUNT)], **KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def short():
+    return write([numbered(i) for i in range(9)])
+
+
+def read(data, settings=None, **asked):
+    return list(video.frames(data, settings or Settings(), Deadline(30), **asked))
+
+
+def refused(data, settings=None, **asked):
+    with pytest.raises(ServiceError) as e:
+        read(data, settings, **asked)
+    return e.value.status, e.value.code
+
+
+def test_every_frame_is_the_one_that_playing_shows(kind):
+    shown = opencv_frames(kind)
+    assert [number_on(frame) for frame in shown] == list(range(COUNT))
+    for asked in (1, 5, 31, 32):
+        frames = read(kind, count=asked)
+        expected = [int((i + 0.5) * COUNT / asked) for i in range(asked)]
+        assert [frame.index for frame in frames] == expected
+        assert [number_on(np.asarray(frame.image)) for frame in frames] == expected
+        assert (np.asarray(frames[0].image) == shown[expected[0]]).all()
+
+
+@pytest.mark.parametrize("name", ["uneven mp4", "uneven mkv"])
+def test_at_is_the_frame_on_show_then(name):
+    data = write([numbered(i) for i in range(COUNT)], **KINDS[name])
+    for number in (0, 1, 18, 99, 100, 150, COUNT - 1):
+        for after_ms in (0, 8):  # the frames are 10 ms apart and more
+            (frame,) = read(data, at_s=(UNEVEN_MS[number] + after_ms) / 1000)
+            assert (frame.index, number_on(np.asarray(frame.image))) == (number, number)
+            assert frame.time_s == pytest.approx(UNEVEN_MS[number] / 1000, abs=1e-3)
+    assert read(data, at_s=1e6)[0].index == COUNT - 1
+
+
+def test_more_frames_than_there_are(short):
+    assert [frame.index for frame in read(short, count=32)] == [int((i + 0.5) * 9 / 32) for i in range(32)]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_phone_videos_are_upright(short, degrees):
+    (frame,) = read(turned(short, degrees))
+    upright = np.rot90(read(short)[0].image, -degrees // 90)
+    assert (np.asarray(frame.image) == upright).all()
+
+
+def test_header_that_lies_about_the_count_does_no_harm():
+    data = write([numbered(i) for i in range(60)], format="avi", codec="mjpeg")
+    at = data.index(b"avih") + 8 + 16
+    for lie in (1, 30, 1_000_000):
+        lying = data[:at] + struct.pack("<I", lie) + data[at + 4:]
+        at_stream = lying.index(b"strh") + 8 + 32
+        lying = lying[:at_stream] + struct.pack("<I", lie) + lying[at_stream + 4:]
+        assert [frame.index for frame in read(lying, count=3)] == [10, 30, 50]
+
+
+def test_damaged_frames_are_passed_over():
+    pictures = [encoded(Image.fromarray(numbered(i)), "JPEG") for i in range(60)]
+    (frame,) = read(motion_jpeg([bytes(900) if 26 < i < 32 else p for i, p in enumerate(pictures)], 160, 96))
+    assert (frame.index, number_on(np.asarray(frame.image))) == (32, 32)
+    (frame,) = read(motion_jpeg([bytes(900) if i > 26 else p for i, p in enumerate(pictures)], 160, 96))
+    assert (frame.index, number_on(np.asarray(frame.image))) == (26, 26)
+
+
+@pytest.mark.parametrize("format", ["mp4", "mp4, fast start", "matroska", "avi"])
+def test_cut_off_videos_are_refused_wherever_they_end(format):
+    options = {"movflags": "faststart"} if "," in format else {}
+    data = write([numbered(i) for i in range(30)], format=format.partition(",")[0], codec="mpeg4", **options)
+    assert read(data)
+    for part in range(1, 64, 7):
+        assert refused(data[:len(data) * part // 64]) == (400, "INVALID_VIDEO"), part
+
+
+def test_sound_without_a_picture_is_refused():
+    assert refused(silence()) == (400, "INVALID_VIDEO")
+
+
+@pytest.mark.parametrize("head", [b"\0\0\0\x18ftypisom", b"\x1a\x45\xdf\xa3", b"RIFF\xff\0\0\0AVI LIST"])
+def test_a_right_beginning_alone_is_refused(head):
+    for rest in (b"", bytes(3000), os.urandom(3000)):
+        assert refused(head + rest) == (400, "INVALID_VIDEO")
+
+
+def test_too_long(short):
+    settings = Settings.parse({"MAX_VIDEO_SECONDS": "2"})
+    assert refused(write([numbered(0)] * 10, rate=4), settings) == (413, "VIDEO_TOO_LONG")
+    assert read(short, settings)
+
+
+def test_too_large_frames(short):
+    settings = Settings.parse({"MAX_IMAGE_PIXELS": "10000"})
+    assert refused(short, settings) == (413, "VIDEO_TOO_LARGE")
+
+
+@pytest.mark.parametrize("size_it_says", [(10_000, 10_000), (160, 96)])
+def test_huge_frames_stay_within_their_memory(size_it_says):
+    picture = encoded(Image.new("RGB", (10_000, 10_000)), "JPEG")
+    assert refused(motion_jpeg([picture] * 3, *size_it_says)) in [(413, "VIDEO_TOO_LARGE"), (400, "INVALID_VIDEO")]
+    assert peak_mib() < 900
+
+
+def peak_mib():
+    """The most memory that the process that decodes has had."""
+    decoder = video.decoders.take()
+    video.decoders.give_back(decoder)
+    with open(f"/proc/{decoder.process.pid}/status") as status:
+        return int(dict(line.split(":", 1) for line in status)["VmHWM"].split()[0]) // 1024
+
+
+@pytest.fixture(scope="module")
+def endless():
+    """100 000 frames in 100 seconds; without an index each is reached through all those before it."""
+    return motion_jpeg([encoded(Image.fromarray(numbered(7)), "JPEG")] * 100_000, 160, 96, rate=1000)
+
+
+def test_a_hundred_thousand_frames_end_at_the_deadline(endless, short):
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        list(video.frames(endless, Settings(), Deadline(0.5)))
+    assert time.monotonic() - started < 3
+    assert read(short)  # by a new process
+
+
+def test_a_hundred_thousand_frames_end_at_the_limit_of_calculation(endless, short, monkeypatch):
+    monkeypatch.setattr(video, "CPU_SECONDS", 0)
+    assert refused(endless, count=32) == (400, "INVALID_VIDEO")
+    assert read(short)
+
+
+def test_a_decoder_that_dies_is_replaced(short):
+    read(short)
+    decoder = video.decoders.take()
+    decoder.process.kill()
+    decoder.process.wait()
+    video.decoders.give_back(decoder)
+    assert read(short)
+
+
+TEXTS = {
+    "SDP": b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 5004 RTP/AVP 96\r\n"
+           b"a=rtpmap:96 H264/90000\r\n",
+    "HLS": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+    "concat": b"ffconcat version 1.0\nfile '/etc/passwd'\n",
+    "DASH": b"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011' type='static'><Period><BaseURL>"
+            b"http://127.0.0.1:9/</BaseURL></Period></MPD>",
+    "sound": b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x44\xac\0\0\x88\x58\1\0\2\0\x10\0data\0\0\0\0",
+    "MPEG-TS": b"\x47\x40\x11\x10" + bytes(184) + b"\x47\x40\0\x10" + bytes(184),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_is_neither_picture_nor_video_starts_no_decoder(client, name, monkeypatch):
+    monkeypatch.setattr(video, "decoders", None)
+    response = post(client, TEXTS[name], "clip.mp4")
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_IMAGE")
+
+
+@pytest.mark.parametrize("name", ["SDP", "HLS", "concat", "DASH"])
+def test_the_decoder_itself_refuses_them_and_opens_nothing(name, short):
+    """Behind the check of the first bytes: the demuxers' whitelist, and not one descriptor to be had."""
+    task = {"frames": 1, "cpu_seconds": 5, "max_pixels": 10**7, "max_seconds": 60, "size": len(TEXTS[name])}
+    decoder = video.decoders.take()
+    with pytest.raises(ServiceError) as e:
+        list(decoder.decode(task, TEXTS[name], Deadline(5)))
+    assert e.value.code == "INVALID_VIDEO"
+    opened = [os.readlink(f"/proc/{decoder.process.pid}/fd/{fd}") for fd in os.listdir(
+        f"/proc/{decoder.process.pid}/fd")]
+    assert len([path for path in opened if path.startswith("socket:")]) == 2  # the one to us, and its copy
+    with open(f"/proc/{decoder.process.pid}/limits") as limits:
+        most = next(int(line.split()[3]) for line in limits if line.startswith("Max open files"))
+    assert most <= max(map(int, os.listdir(f"/proc/{decoder.process.pid}/fd"))) + 1
+    video.decoders.give_back(decoder)
+    assert read(short)
+
+
+def test_classifiers_answer_the_mean_over_the_frames(client):
+    """With frames that do not change the answer of the whole is that of each; with others, their mean."""
+    cat, coffee = (np.asarray(photo(name).convert("RGB").resize((320, 240))) for name in ("chelsea", "coffee"))
+    data = write([cat] * 5 + [coffee] * 5, g="1")
+    answer = post(client, data, "clip.mp4", frames=2, top_k=10).json
+    assert [frame["index"] for frame in answer["metadata"]["frames"]] == [2, 7]
+    assert (answer["metadata"]["media_type"], answer["metadata"]["image_size"]) == ("video", [320, 240])
+    of_each = []
+    for frame in (opencv_frames(data)[2], opencv_frames(data)[7]):
+        of_each.append({p["class_id"]: p["confidence"] for p in post(
+            client, encoded(Image.fromarray(frame)), top_k=10).json["predictions"]})
+    for p in answer["predictions"][:2]:
+        mean = sum(scores.get(p["class_id"], 0) for scores in of_each) / 2
+        assert p["confidence"] == pytest.approx(mean, abs=2e-3)  # the other's share lies below its ten
+    assert {p["class"] for p in answer["predictions"]} >= {"espresso"}
+
+
+def test_sizes_of_files_and_videos_are_limited_apart(app, short):
+    settings = Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MAX_FILE_SIZE": "1KiB", "MAX_VIDEO_SIZE": "1MiB"})
+    client = create_app(settings, app.extensions["model"]).test_client()
+    assert len(short) > 1024
+    assert post(client, short).status_code == 200
+    for data in (bytes(2000), short + bytes(2**20)):
+        response = post(client, data)
+        assert (response.status_code, response.json["error"]) == (413, "FILE_TOO_LARGE")
+
+
+@pytest.mark.parametrize(("option", "value"), [("frames", "0"), ("frames", "33"), ("frames", "two"), ("at", "-1"),
+                                               ("at", "nan"), ("at", "inf"), ("at", "1e9"), ("method", "nose"),
+                                               ("tta", "maybe"), ("use_tta", "2")])
+def test_bad_options_are_named_by_every_model(client, option, value):
+    response = post(client, encoded(photo("chelsea")), **{option: value})
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_PARAMETER")
+    assert response.json["message"].startswith(f"{option} must be ")
+
+
+def test_pan_is_found_in_a_video_of_every_container(client):
+    """Image or video is decided by content, whatever the name."""
+    cat = np.asarray(photo("chelsea").convert("RGB"))
+    for format, codec in (("mp4", "libx264"), ("mov", "mpeg4"), ("matroska", "libx264"), ("webm", "libvpx"),
+                          ("avi", "mjpeg")):
+        answer = post(client, write(pan_over(cat, 6), format=format, codec=codec), "picture.jpg").json
+        assert answer["predictions"][0]["class"] in ("tiger cat", "Egyptian cat", "tabby"), format
