@@ -1,7 +1,7 @@
 """From a client's bytes to upright RGB pictures. Pure functions, no Flask."""
 import io
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from app.errors import ServiceError
 

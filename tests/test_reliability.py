@@ -134,7 +134,7 @@ def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_pa
     assert done.returncode == 1
     assert "the old model goes on serving" in done.stderr
     assert "reload failed" in service.log
-    assert service.workers() == workers
+    wait_until(lambda: service.workers() == workers, 5, "other workers")  # the reload's own process ends
     assert service.predict(CAT).status_code == 200
     os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
     wait_until(lambda: service.log.count("model ready") == 2, 30)
