@@ -50,5 +50,5 @@ def test_full_disk(start_service, golden, tmp_path, record_property):
                 assert result["right"] > 0
                 assert result["wrong"] == result["non_200"] == 0
                 assert service.predict(large).status_code == 200
-                assert status in (200, 404)  # 404 until the endpoint is there
+                assert status == 200
                 assert service.stop() == 0
