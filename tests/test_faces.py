@@ -56,6 +56,13 @@ def test_a_large_face_ends_the_search_early(monkeypatch):
     assert min(searched) > 100
 
 
+@pytest.mark.parametrize("x", [12, 18, 42, 66, 114, 132])
+def test_faces_that_are_cut_at_the_edge(x):
+    """OpenCV cuts windows at the edge before it gives them out, but groups them before it cuts them."""
+    image = photo("astronaut").resize((640, 640)).crop((x, 0, x + 360, 200))
+    assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
+
+
 @pytest.mark.parametrize("side", [40, 55, 59, 60, 61, 62, 63, 75, 90, 130, 300])
 def test_small_pictures_too(side):
     image = photo("astronaut").crop((150, 40, 300, 190)).resize((side, side))
