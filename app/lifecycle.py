@@ -39,6 +39,7 @@ def install(arbiter, drain_seconds):
             arbiter.log.warning("reload refused: the service is reloading or stopping already")
             return
         rolling[:] = [subprocess.Popen([sys.executable, "-m", "app", "roll", "--state", str(state.folder)])]
+        state.write_json("reloading.json", rolling[-1].pid)
 
     arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
 
@@ -67,12 +68,16 @@ def running_service(pid=None):
 def reload_and_wait(pid=None):
     """Ask the running service to reload (SIGHUP) and wait for the outcome. Returns (worked, one line)."""
     master, folder = running_service(pid)
-    outcome = folder / "reload.json"
-    outcome.unlink(missing_ok=True)
+    outcome, at_work = folder / "reload.json", folder / "reloading.json"
+    for path in (outcome, at_work):
+        path.unlink(missing_ok=True)
     os.kill(master, signal.SIGHUP)
     while not outcome.exists():
         if not alive(master):
             return False, "the service ended"
+        has_ended = at_work.exists() and not alive(state.read_json(at_work))
+        if has_ended and not outcome.exists():
+            return False, "the reload ended before it was through; the log says more"
         time.sleep(0.05)
     answer = state.read_json(outcome)
     return answer["worked"], answer["message"]

@@ -142,6 +142,20 @@ def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_pa
     assert service.wait_ready().predict(CAT).status_code == 200
 
 
+def test_a_reload_that_is_killed_is_told(start_service, tmp_path):
+    service = start_service().wait_ready()
+    workers = service.workers()
+    (folder,) = Path("/dev/shm").glob(f"model-server-{service.process.pid}-*")
+    command = subprocess.Popen([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (folder / "reloading.json").exists(), 10)
+    os.kill(int((folder / "reloading.json").read_text()), signal.SIGKILL)
+    assert "ended before it was through" in command.communicate(timeout=30)[1]
+    assert command.returncode == 1
+    assert service.workers() == workers
+    assert service.predict(CAT).status_code == 200
+
+
 def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, model_dir, app, tmp_path):
     copy_model_dir(model_dir, tmp_path)
     service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
