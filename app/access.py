@@ -9,8 +9,6 @@ import logging
 import time
 
 from flask import current_app, g, request
-from flask_cors import CORS
-from flask_limiter import Limiter, RateLimitExceeded
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app import errors
@@ -28,6 +26,7 @@ def register(app, settings):
     if settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.trusted_proxies, x_proto=0, x_host=0)
     if settings.cors_origins:
+        from flask_cors import CORS
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
              allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
@@ -64,6 +63,7 @@ def require_key():
 
 def limit(app, settings):
     """Count predictions by client in flask-limiter, in this process or in Redis; without Redis, in this process."""
+    from flask_limiter import Limiter, RateLimitExceeded  # 50 ms of a worker's start
     options = {}
     if settings.rate_limit_storage != "memory://":
         from redis.backoff import NoBackoff

@@ -1,4 +1,5 @@
 """ModelLoader: which model answers, loaded and checked once a worker, and asked for predictions."""
+import importlib
 import logging
 import time
 
@@ -49,6 +50,8 @@ class ModelLoader:
             raise ModelError(f"{source.folder} has no manifest")
         self.name, self.task, self.labels = self.manifest.name, self.manifest.task, self.manifest.labels
         self.classifies = self.task == "classification"
+        if not self.classifies:
+            importlib.import_module("app.faces")  # with OpenCV: now, not with the first request
         self.preprocessing = Preprocessing(**self.manifest.preprocessing)
         self.engine = engines.create(self.manifest, source.folder, machine, self.settings, self.device)
         self.scheduler = Scheduler(machine.slots, machine.queue, max(1, machine.threads - SPARE_THREADS))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app import faces, media, video
+from app import media, video
 from app.config import FACE_METHODS, MOST_FRAMES, YES_OR_NO
 from app.errors import invalid_parameter
 
@@ -83,6 +83,8 @@ def answer(model, settings, data, options, deadline, stages, see=None):
     with (frame's number, RGB PIL image) of each picture just as it goes into the preprocessing.
     The caller holds a slot of model.scheduler. Raises ServiceError.
     """
+    if not model.classifies:
+        from app import faces  # imports OpenCV, which a classifier does without
     is_video = video.is_video(data)
     shots, inputs, image_size = [], [], None  # what metadata.frames says; (3, H, W) float32 each; of the first frame
     for frame, size in read_frames(model, settings, data, is_video, options, deadline, stages):
