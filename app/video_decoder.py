@@ -2,9 +2,9 @@
 program of its own that imports OpenCV and nothing of the service.
 
 Standard input is one end of a socket pair; on it, over and over: a line of JSON {"size", "frames" or "at",
-"max_pixels", "max_seconds", "cpu_seconds"} and `size` bytes of file come in; a line of JSON {"index", "time_s", "shape": [height,
-width, 3]} and that many bytes of RGB go out for each chosen frame, in the order of the file, then {"done": true}; or,
-at any point, {"error": code, "message"}.
+"max_pixels", "max_seconds", "cpu_seconds"} and `size` bytes of file come in; a line of JSON {"index", "time_s",
+"shape": [height, width, 3]} and that many bytes of RGB go out for each chosen frame, in the order of the file, then
+{"done": true}; or, at any point, {"error": code, "message"}.
 """
 import bisect
 import io

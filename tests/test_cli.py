@@ -1,4 +1,4 @@
-"""The command line gives the API's answers, for one file and for many, and its exit code tells whether all went well."""
+"""The command line gives the API's answers, for one file and for many; its exit code tells whether all went well."""
 import json
 import os
 import subprocess
