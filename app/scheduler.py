@@ -15,7 +15,7 @@ from app.errors import ServiceError
 
 
 class DeadlineExceeded(ServiceError):
-    """The request's time is over. stage: what it was in: read, queue, decode, inference."""
+    """The request's time is over. stage: what it was in: read, queue, decode, face, inference."""
 
     def __init__(self, stage):
         super().__init__(504, "DEADLINE_EXCEEDED", f"The time allowed for this request ran out (during {stage}).")

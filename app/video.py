@@ -52,11 +52,12 @@ def is_cut_off(data):
         size, at = ebml_size(data, at)
         at += size
         if data[at:at + 4] != SEGMENT:
-            return True
+            return False  # whatever it is, FFmpeg sees it too
         size, at = ebml_size(data, at + 4)
         return size is not None and at + size > len(data)
-    at = 0
-    while at + 8 <= len(data):
+    at, missing = 0, {b"moov", b"mdat"}
+    while at + 8 <= len(data) and missing:  # some cameras append what is no box
+        missing.discard(data[at + 4:at + 8])
         size = int.from_bytes(data[at:at + 4], "big")
         if size == 1:
             size = int.from_bytes(data[at + 8:at + 16], "big")

@@ -127,6 +127,13 @@ def test_cut_off_videos_are_refused_wherever_they_end(format):
         assert refused(data[:len(data) * part // 64]) == (400, "INVALID_VIDEO"), part
 
 
+@pytest.mark.parametrize("format", ["mp4", "matroska", "avi"])
+def test_what_follows_a_whole_video_does_no_harm(format):
+    data = write([numbered(i) for i in range(9)], format=format, codec="mpeg4")
+    for rest in (bytes(100), b"\xff" * 100):
+        assert [frame.index for frame in read(data + rest)] == [4]
+
+
 def test_sound_without_a_picture_is_refused():
     assert refused(silence()) == (400, "INVALID_VIDEO")
 
