@@ -1,5 +1,4 @@
 """Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it by itself."""
-import ctypes
 import math
 import os
 import sys
@@ -62,10 +61,6 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
-    # A heap for each of the many threads would keep 30 MB more of what decoding leaves behind; two cost no throughput.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
-        libc.mallopt(-8, 2)  # M_ARENA_MAX
     metrics.start_worker(worker.region)
 
 
