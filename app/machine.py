@@ -11,7 +11,7 @@ from pathlib import Path
 from app.config import StartError
 
 STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before Python's lock costs throughput
-QUEUE_PER_SLOT = 16     # waiting requests a slot: about half a second of ResNet-50 on one core
+QUEUE_PER_SLOT = 8      # waiting requests a slot: on a CPU about 0.7 s of ResNet-50
 SPARE_THREADS = 16      # never given to predictions, so that probes always find one
 
 
@@ -99,9 +99,10 @@ def plan(settings):
         # Every core one single-threaded stream: two streams on two cores gave 56 images/s, one stream with two
         # threads 53 (ResNet-50, OpenVINO, fp32). Several workers round up: 2 × 2 streams on two cores cost 4 %.
         streams = max(1, math.ceil(cores / workers))
-        # While the streams infer, the next request is decoded: without it they wait, and 5 to 15 % of throughput is
-        # lost (two cores, pictures of 500×375 to 4000×3000, fp32 and bf16).
-        slots = streams + max(1, streams // 2)
+        # While the streams infer, the next requests are decoded and wait for a stream each. With as many slots as
+        # streams the streams wait instead: 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16);
+        # half as many more are 1 to 4 % short of twice as many.
+        slots = 2 * streams
     queue = settings.max_queue if settings.max_queue is not None else QUEUE_PER_SLOT * slots
     threads = settings.threads or min(1024, slots + queue + SPARE_THREADS)
     return Plan(engine, devices, workers, streams, slots, queue, threads)
