@@ -9,6 +9,18 @@ import numpy as np
 
 BITS = 10
 
+# name → what is sent as clip.mp4 and is no video: some would make FFmpeg open a socket or another file
+NO_VIDEOS = {
+    "SDP": b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=video 5004 RTP/AVP 96\r\n"
+           b"a=rtpmap:96 H264/90000\r\n",
+    "HLS": b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
+    "concat": b"ffconcat version 1.0\nfile '/etc/passwd'\n",
+    "DASH": b"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011' type='static'><Period><BaseURL>"
+            b"http://127.0.0.1:9/</BaseURL></Period></MPD>",
+    "sound": b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x44\xac\0\0\x88\x58\1\0\2\0\x10\0data\0\0\0\0",
+    "MPEG-TS": b"\x47\x40\x11\x10" + bytes(184) + b"\x47\x40\0\x10" + bytes(184),
+}
+
 
 def numbered(number, width=160, height=96):
     """RGB frame (H, W, 3) with `number` in black and white bars."""
@@ -74,6 +86,14 @@ def motion_jpeg(pictures, width, height, rate=30):
     streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", picture))
     frames = b"movi" + b"".join(chunk(b"00dc", picture) for picture in pictures)
     return chunk(b"RIFF", b"AVI " + chunk(b"LIST", b"hdrl" + chunk(b"avih", main) + streams) + chunk(b"LIST", frames))
+
+
+def saying_count(data, count):
+    """The AVI with headers that say that it has `count` frames."""
+    for name, offset in ((b"avih", 16), (b"strh", 32)):
+        at = data.index(name) + 8 + offset
+        data = data[:at] + struct.pack("<I", count) + data[at + 4:]
+    return data
 
 
 def pan_over(picture, count, width=320, height=240):
