@@ -5,7 +5,7 @@
 # docker build -t … --target slim .                                              without torch: the baked model only
 ARG BASE_IMAGE=python:3.11-slim
 
-# --- packages and the exported model; nothing of this stage but /opt/venv and /app/models is shipped ---
+# --- packages and the exported model; nothing of this stage but packages and models is shipped ---
 FROM ${BASE_IMAGE} AS build
 ARG PIP_EXTRA_INDEX_URL=
 ARG MODEL_NAME=resnet50
@@ -15,7 +15,8 @@ RUN python3 -m venv /opt/venv
 COPY requirements.txt .
 RUN pip install -r requirements.txt
 COPY app app
-RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && rm -rf models/weights
+RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && cp -a models slim-models \
+    && MODEL_NAME=${MODEL_NAME} DEVICE=cpu ENGINE=torch python -m app prepare && rm -rf models/weights slim-models/weights
 # The same packages without what only an export needs.
 RUN cp -a /opt/venv /opt/slim && /opt/slim/bin/python -m pip freeze | sed 's/[ =@].*//' \
     | grep -E '^(torch|torchvision|triton|sympy|networkx|mpmath|fsspec|nvidia-.*|cuda-.*)$' \
@@ -30,7 +31,6 @@ RUN useradd --system --uid 10001 --home-dir /app --shell /usr/sbin/nologin servi
 WORKDIR /app
 COPY gunicorn.conf.py .
 COPY app app
-COPY --from=build --chown=10001 /app/models models
 EXPOSE 5000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ.get(\"PORT\") or 5000}/health', timeout=2.5)"]
@@ -39,10 +39,12 @@ CMD ["gunicorn", "app:create_app()"]
 
 # --- the small image: serves the baked model on the CPU ---
 FROM base AS slim
+COPY --from=build --chown=10001 /app/slim-models models
 COPY --from=build /opt/slim /opt/venv
 USER 10001
 
 # --- the default image: every model, MODEL_PATH, GPUs ---
 FROM base AS full
+COPY --from=build --chown=10001 /app/models models
 COPY --from=build /opt/venv /opt/venv
 USER 10001

@@ -1,6 +1,7 @@
 """Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it by itself."""
 import math
 import os
+import resource
 import sys
 
 from app import counts, lifecycle, metrics, state
@@ -14,16 +15,22 @@ try:
     plan = plan_of(settings)
 except StartError as e:
     sys.exit(f"error: {e}")
+os.environ.update(settings.variables())  # for the workers to come: a .env that is edited later changes nothing
 
 # Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-bind = f"{settings.host}:{settings.port}"
+bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
 worker_class = "app.worker.Worker"
 workers = plan.workers
 threads = plan.threads
-worker_connections = 4 * plan.threads
+# Idle connections wait for their next request without a thread, but each with a descriptor.
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+descriptors = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
+if soft != resource.RLIM_INFINITY and soft < descriptors:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+worker_connections = max(plan.threads + 1, min(max(1000, 4 * plan.threads), descriptors - 128))
 backlog = 512
 timeout = 15            # seconds without a heartbeat; the main loop gives it whatever the threads do
 graceful_timeout = math.ceil(settings.request_timeout) + 5
@@ -61,6 +68,7 @@ def pre_fork(server, worker):
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
+    state.lock.close()  # the master's alone
     metrics.start_worker(worker.region)
 
 

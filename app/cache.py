@@ -85,7 +85,7 @@ class ResultCache:
                     raise DeadlineExceeded("queue") from None
             if error is None:
                 return flight.result(), True
-            if isinstance(error, ServiceError) and error.status < 500:
+            if isinstance(error, ServiceError) and error.status < 499:  # 499: its client left, this one did not
                 raise error
 
     def lead(self, key, flight, compute, stages):

@@ -145,7 +145,7 @@ class Settings:
     max_video_size: int = setting(byte_size, 50 * 2**20)
     max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
-    cache_url: str | None = setting(cache_url, None)
+    cache_url: str | None = setting(cache_url, None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
     face_method: str = setting(one_of(*FACE_METHODS), "face+middle")

@@ -8,6 +8,7 @@ An engine is made from a bundle and has three calls:
 """
 import collections
 import ctypes
+import os
 import queue
 import sys
 import time
@@ -23,6 +24,9 @@ from app.scheduler import Batcher, DeadlineExceeded
 sys.modules.setdefault("openvino_telemetry", None)
 
 POLL_S = 0.05
+# The streams keep every core busy. A thread that accepts, reads or refuses a request must not wait for its time slice
+# behind them, least of all while it holds Python's lock, for which all others wait then.
+STREAMS_NICE = 19
 ALL_CORES_MAX_BYTES = 128 * 2**20  # of weights, whose second copy is what a lone request on all cores costs
 
 
@@ -87,6 +91,8 @@ class OpenVINOEngine:
             raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
 
+        others = own_threads()
+
         def requests(streams, count):
             compiled = core.compile_model(folder / "model.xml", "CPU", {
                 "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self.threads,
@@ -102,6 +108,8 @@ class OpenVINOEngine:
         self.on_all_cores = requests(1, 1) \
             if streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES else None
         unload_pages(folder / "model.bin")
+        for thread in own_threads() - others:
+            os.setpriority(os.PRIO_PROCESS, thread, STREAMS_NICE)
         self.overdue = collections.deque()  # inferences whose caller has left; their requests come back when they end
 
     def infer(self, batch, deadline, alone=False):
@@ -164,7 +172,12 @@ class OpenVINOEngine:
                    default=0.0)
 
     def close(self):
-        pass
+        self.idle = self.on_all_cores = None
+
+
+def own_threads():
+    """Ids of this process' threads on Linux; elsewhere none."""
+    return {int(name) for name in os.listdir("/proc/self/task")} if os.path.isdir("/proc/self/task") else set()
 
 
 def unload_pages(path):
@@ -182,7 +195,8 @@ def unload_pages(path):
 
 def is_out_of_memory(e):
     """Whether an engine's RuntimeError is about memory: OpenVINO and torch (CUDA and CPU) say it in these words."""
-    return any(words in str(e) for words in ("bad_alloc", "out of memory", "can't allocate memory", "allocate"))
+    return any(words in str(e) for words in ("bad_alloc", "out of memory", "can't allocate memory", "allocate",
+                                             "ALLOC_FAILED"))
 
 
 def has_ended(request):
@@ -198,46 +212,69 @@ class TorchEngine:
 
     def __init__(self, manifest, folder, plan, settings, device):
         import torch
-
-        from app import networks
         self.torch, self.device = torch, torch.device(device)
-        on_gpu = self.device.type == "cuda"
+        self.on_gpu = self.device.type == "cuda"
         precision = settings.precision
-        if precision == "auto":
-            precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
         if precision == "int8":
             raise EngineError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
-        if precision == "fp16" and not on_gpu:
+        if precision == "fp16" and not self.on_gpu:
             raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
-        self.precision, self.framework = precision, f"torch {torch.__version__}"
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        if not on_gpu:
+        self.framework = f"torch {torch.__version__}"
+        self.batcher = None
+        try:
+            self.start(manifest, folder, plan, settings, precision)
+        except (RuntimeError, MemoryError) as e:  # the driver is too old, the GPU another program's, its memory full
+            if not self.on_gpu:
+                raise
+            raise EngineError(f"{device} cannot be used: {str(e).splitlines()[0]}; DEVICE=cpu serves without it") from e
+
+    def start(self, manifest, folder, plan, settings, precision):
+        from app import networks
+        torch = self.torch
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            # TF32 has 10 bits of 23: an fp32 that is not what it says.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        else:
             torch.set_num_threads(1)
+        if precision == "auto":
+            precision = "bf16" if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        self.precision = precision
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         with torch.device("meta"):
             module = networks.rebuild(**manifest.network)
         state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
         module.load_state_dict(state, assign=True)  # on a CPU the workers share the file's pages
         self.module = module.to(self.device, self.dtype,
-                                memory_format=torch.channels_last if on_gpu else torch.preserve_format)
-        self.batcher = Batcher(self.run, threads=1 if on_gpu else plan.streams,
-                               max_batch=settings.max_batch_size if on_gpu else 1,
-                               wait_s=settings.batch_timeout_ms / 1000 if on_gpu else 0)
+                                memory_format=torch.channels_last if self.on_gpu else torch.preserve_format)
+        max_batch = settings.max_batch_size if self.on_gpu else 1
+        if self.on_gpu:  # kernels are loaded and memory is taken now, not by the first requests of each size
+            side, size = manifest.preprocessing["crop"], max_batch
+            while size >= 1:
+                self.run(np.zeros((size, 3, side, side), np.float32))
+                size //= 2
+        # Two threads on a GPU: while one waits for its batch, the other gathers and copies the next.
+        self.batcher = Batcher(self.run, threads=2 if self.on_gpu else plan.streams, max_batch=max_batch,
+                               wait_s=settings.batch_timeout_ms / 1000 if self.on_gpu else 0)
 
     def run(self, batch):
-        torch = self.torch
-        tensor = torch.from_numpy(batch)
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory().to(self.device, self.dtype, memory_format=torch.channels_last,
-                                            non_blocking=True)
-        else:
-            tensor = tensor.to(self.dtype)
+        """float32 (N, 3, H, W) → float32 (N, outputs). Raises MemoryError."""
+        failure = None
         try:
-            with torch.inference_mode():
+            with self.torch.inference_mode():
+                tensor = self.torch.from_numpy(batch)
+                if self.on_gpu:  # sent as it is, and converted there
+                    tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+                tensor = tensor.to(self.dtype, memory_format=self.torch.channels_last if self.on_gpu
+                                   else self.torch.preserve_format)
                 return self.module(tensor).float().cpu().numpy()
         except RuntimeError as e:
-            if is_out_of_memory(e) and self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            raise (MemoryError(str(e)) if is_out_of_memory(e) else e) from e
+            if not is_out_of_memory(e):
+                raise
+            failure = str(e)
+        if self.on_gpu:  # out here nothing holds the activations any more
+            self.torch.cuda.empty_cache()
+        raise MemoryError(failure)
 
     def infer(self, batch, deadline, alone=False):
         return self.batcher.run(batch, deadline)
@@ -246,4 +283,8 @@ class TorchEngine:
         return self.batcher.overdue_seconds()
 
     def close(self):
+        """End the threads and give the device's memory back."""
         self.batcher.close()
+        self.module = None
+        if self.on_gpu:
+            self.torch.cuda.empty_cache()

@@ -18,6 +18,10 @@ class ServiceError(Exception):
         self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
         self.details = details or {}  # further members of the body
 
+    def retry_after(self):
+        """Whole seconds for the header Retry-After."""
+        return max(1, math.ceil(self.retry_after_s))
+
     def body(self):
         return {"status": "error", "error": self.code, "message": self.message}
 
@@ -39,7 +43,7 @@ def render(error):
     response = jsonify({**error.body(), "request_id": g.get("request_id"), **error.details})
     response.status_code = error.status
     if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        response.headers["Retry-After"] = str(error.retry_after())
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     g.error_code = error.code

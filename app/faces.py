@@ -68,8 +68,13 @@ def windows(grey, smallest, largest, sizes):
     Rounding puts some a little over the edge, and OpenCV cuts them there: before it groups them they have one of
     `sizes`, so that is put back.
     """
-    found = np.array(detector().detectMultiScale(grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest),
-                                                 (largest, largest)), int).reshape(-1, 4)
+    try:
+        found = detector().detectMultiScale(grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest),
+                                            (largest, largest))
+    except cv2.error as e:  # of a picture 4000 times as long as wide OpenCV wants 400 GB
+        raise ServiceError(413, "IMAGE_TOO_LARGE", f"No face can be searched in a picture of {grey.shape[1]} × "
+                                                   f"{grey.shape[0]} pixels; send method=middle.") from e
+    found = np.array(found, int).reshape(-1, 4)
     if len(found):
         nearest = np.searchsorted(sizes, found[:, 2:].max(axis=1))
         found[:, 2:] = np.array(sizes)[np.minimum(nearest, len(sizes) - 1), None]

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def install(arbiter, drain_seconds):
-    """Replace the master's handlers of SIGTERM and SIGHUP; called by gunicorn.conf.py in the master."""
-    stop = arbiter.handle_term
+    """Replace the master's handlers of SIGTERM, SIGHUP and SIGTTOU; called by gunicorn.conf.py in the master."""
+    stop, one_less = arbiter.handle_term, arbiter.handle_ttou
     rolling = []
 
     def handle_term():
@@ -41,7 +41,16 @@ def install(arbiter, drain_seconds):
         rolling[:] = [subprocess.Popen([sys.executable, "-m", "app", "roll", "--state", str(state.folder)])]
         state.write_json("reloading.json", rolling[-1].pid)
 
-    arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
+    def handle_ttou():
+        """One worker less: Gunicorn ends the oldest. When a reload is given up, that is one which has no model."""
+        if state.take_given_up():
+            for pid, worker in arbiter.WORKERS.items():
+                if pid not in state.ready_workers():
+                    worker.age = 0
+                    os.kill(pid, signal.SIGKILL)  # it may hang while it loads
+        one_less()
+
+    arbiter.handle_term, arbiter.handle_hup, arbiter.handle_ttou = handle_term, handle_hup, handle_ttou
 
 
 def alive(pid):
@@ -93,18 +102,25 @@ def roll(folder, master):
         from app.prepare import prepared
         settings = Settings.load()
         ready = prepared(settings)
-        ModelLoader(settings).load(ready)
+        ModelLoader(settings).load(ready).engine.close()
     except StartError as e:
         return report(False, f"reload failed, the old model goes on serving: {e}")
+    except Exception as e:
+        log.exception("the new model cannot be checked")
+        return report(False, f"reload failed, the old model goes on serving: {e!r}")
     old = state.ready_workers()
     state.publish(ready)
     for done in range(len(old)):
         known = state.ready_workers()
         os.kill(master, signal.SIGTTIN)
         if not wait_until(lambda known=known: state.ready_workers() - known, READY_WITHIN_S, master):
-            state.publish(before)
+            if not done:
+                state.publish(before)
+            state.set_given_up()
             os.kill(master, signal.SIGTTOU)
-            return report(False, f"reload failed, the old model goes on serving: worker {done + 1} did not get ready")
+            return report(False, f"reload failed, the old model goes on serving: worker {done + 1} did not get ready"
+                          if not done else f"reload stopped half way: {done} of {len(old)} workers serve "
+                          f"{ready.folder.name}, the others the old model; worker {done + 1} did not get ready")
         os.kill(master, signal.SIGTTOU)
         left = len(state.ready_workers())
         wait_until(lambda left=left: len(state.ready_workers()) < left, READY_WITHIN_S, master)

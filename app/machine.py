@@ -11,7 +11,7 @@ from pathlib import Path
 from app.config import StartError
 
 STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before Python's lock costs throughput
-QUEUE_PER_SLOT = 8      # waiting requests a slot: on a CPU about 0.7 s of ResNet-50
+QUEUE = 16              # waiting requests for each inference at once: on a CPU about 0.7 s of ResNet-50
 SPARE_THREADS = 16      # never given to predictions, so that probes always find one
 
 
@@ -100,9 +100,10 @@ def plan(settings):
         # threads 53 (ResNet-50, OpenVINO, fp32). Several workers round up: 2 × 2 streams on two cores cost 4 %.
         streams = max(1, math.ceil(cores / workers))
         # While the streams infer, the next requests are decoded and wait for a stream each. With as many slots as
-        # streams the streams wait instead: 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16);
-        # half as many more are 1 to 4 % short of twice as many.
-        slots = 2 * streams
-    queue = settings.max_queue if settings.max_queue is not None else QUEUE_PER_SLOT * slots
+        # streams the streams wait instead: 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16).
+        # Twice as many would give 1 to 4 % more, but under a flood keep those waiting that are to be refused.
+        slots = streams + max(1, streams // 2)
+    queue = settings.max_queue if settings.max_queue is not None else \
+        QUEUE * (settings.max_batch_size if gpus else streams)
     threads = settings.threads or min(1024, slots + queue + SPARE_THREADS)
     return Plan(engine, devices, workers, streams, slots, queue, threads)

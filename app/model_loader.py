@@ -73,7 +73,7 @@ class ModelLoader:
                                                         Deadline(SELF_TEST_TIMEOUT_S), alone)
                                       for alone in (False, True)])  # (2, K)
             error = np.abs(outputs - expected).max() / np.abs(expected).max()
-        except (ServiceError, RuntimeError) as e:
+        except (ServiceError, RuntimeError, MemoryError) as e:
             self.state = "self_test_failed"
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:

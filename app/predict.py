@@ -1,5 +1,4 @@
 """POST /predict: one file, one answer."""
-import select
 import socket
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -67,11 +66,11 @@ def request_deadline(settings):
 def drop_if_client_left():
     """Raises ServiceError where the client has closed the connection: nobody would read the answer."""
     connection = request.environ.get("gunicorn.socket")
-    if connection is None or not select.select([connection], [], [], 0)[0]:
+    if connection is None:
         return
     try:
         left = connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except (BlockingIOError, ValueError):  # nothing to read after all; a TLS socket cannot peek
+    except (BlockingIOError, ValueError):  # nothing to read; a TLS socket cannot peek
         left = False
     except OSError:
         left = True

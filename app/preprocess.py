@@ -3,10 +3,14 @@
 The same arithmetic as torchvision.transforms._presets.ImageClassification on a PIL image: resize of the shorter side
 with antialiasing, centre crop, /255, normalise.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
+
+MOST_RESIZED_PIXELS = 4_000_000  # 16 MB; a picture that would get larger is more than fifty times as long as wide
+REACH = {"bilinear": 1, "bicubic": 2}  # how far a filter looks, in pixels of the larger of both pictures
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,29 @@ class Preprocessing:
 
     def resize_and_crop(self, image):
         """RGB PIL image → the crop × crop PIL image that the model sees."""
-        image = image.resize(resized_size(image.size, self.resize), getattr(Image, self.interpolation.upper()))
-        return centre_crop(image, self.crop)
+        filter, size = getattr(Image, self.interpolation.upper()), resized_size(image.size, self.resize)
+        if size[0] * size[1] > MOST_RESIZED_PIXELS:
+            return centre_crop(self.resize_middle(image, size, filter), self.crop)
+        return centre_crop(image.resize(size, filter), self.crop)
+
+    def resize_middle(self, image, size, filter):
+        """What centre_crop keeps of the longer side of image.resize(size), without the rest, which may be gigabytes;
+        equal to it but for the rounding of single pixels."""
+        axis = 0 if size[0] > size[1] else 1
+        scale = image.size[axis] / size[axis]
+        start = round((size[axis] - self.crop) / 2) * scale
+        first = max(0, math.floor(start - REACH[self.interpolation] * max(1, scale)))
+        last = min(image.size[axis], math.ceil(start + (self.crop + REACH[self.interpolation]) * max(1, scale)))
+        box, kept = [0, 0, *image.size], [*size]
+        box[axis], box[axis + 2], kept[axis] = first, last, self.crop
+        middle = image.crop(box)
+        box = [0, 0, *middle.size]
+        box[axis], box[axis + 2] = start - first, start - first + self.crop * scale
+        if axis == 1 and scale < 1:  # Pillow's order, whichever costs it less
+            middle, box[2] = middle.resize((kept[0], middle.height), filter), kept[0]
+        elif axis == 1:
+            middle, box = middle.resize((middle.width, kept[1]), filter, box), None
+        return middle.resize(kept, filter, box)
 
 
 def resized_size(size, shorter_side):

@@ -236,3 +236,5 @@ class Batcher:
     def close(self):
         for _ in self.threads:
             self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()

@@ -1,4 +1,6 @@
 """What the processes of one running service share: a folder in memory, made by the Gunicorn master before it forks."""
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -10,15 +12,31 @@ from app.prepare import Prepared
 
 PREFIX = "model-server-"
 folder = None  # set in the master by create(), inherited by the workers; None without Gunicorn
+lock = None  # held by the master as long as it lives, whatever process ids it and others have in their containers
 
 
 def create():
     """Make the folder, and remove those that masters killed without warning left behind."""
-    global folder
-    for pid, left in all_folders():
-        if not Path(f"/proc/{pid}").exists():
+    global folder, lock
+    for _, left in all_folders():
+        if not is_in_use(left):
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root()))
+    made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root()))
+    lock = open(made / "lock", "w")  # noqa: SIM115 - open until the master ends
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = made.rename(root() / f"{PREFIX}{os.getpid()}-{made.name[len(PREFIX) + 1:]}")  # visible once it is locked
+
+
+def is_in_use(path):
+    """Whether the master of a folder lives."""
+    try:
+        with open(path / "lock") as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def root():
@@ -35,7 +53,7 @@ def all_folders():
 
 def services():
     """{process id of the master: folder} of the services that run."""
-    return {pid: path for pid, path in all_folders() if Path(f"/proc/{pid}").exists()}
+    return {pid: path for pid, path in all_folders() if is_in_use(path)}
 
 
 def remove():
@@ -49,7 +67,22 @@ def draining():
 
 
 def set_draining():
-    (folder / "draining").touch()
+    with contextlib.suppress(FileNotFoundError):  # somebody cleaned up in /dev/shm: stopping must work all the same
+        (folder / "draining").touch()
+
+
+def set_given_up():
+    """Note that a reload's last worker did not get ready, for the master's next SIGTTOU."""
+    (folder / "given-up").touch()
+
+
+def take_given_up():
+    """Whether set_given_up() was called since the last time."""
+    try:
+        (folder / "given-up").unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def set_ready(pid):

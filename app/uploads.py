@@ -24,7 +24,8 @@ BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of
 HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
                "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
 MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
-DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?P<parameters>[^,]*),", re.I)
+DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
+MOST_JSON_PARTS = 10_000  # lists, objects and members of a body, of which base64 has none
 
 
 class MemoryRequest(Request):
@@ -145,8 +146,11 @@ def files_of_form(fields):
 
 def files_of_json(fields):
     """(list of Upload, the object's other members as {name: [value]})."""
+    text = request.get_data(cache=False)
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_PARTS:  # parsed, a byte of these would cost a hundred
+        raise ServiceError(400, "INVALID_JSON", f"The body has more than {MOST_JSON_PARTS} lists, objects and members.")
     try:
-        body = json.loads(request.get_data(cache=False), object_pairs_hook=unique_members)
+        body = json.loads(text, object_pairs_hook=unique_members)
     except (ValueError, RecursionError) as e:
         why = e.args[0] if isinstance(e, RepeatedMember) else "it cannot be parsed"
         raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
@@ -175,11 +179,11 @@ class RepeatedMember(ValueError):
 
 
 def unique_members(pairs):
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise RepeatedMember(f"the member {repeated[:40]!r} is repeated")
+    members = {}
+    for name, value in pairs:
+        if name in members:
+            raise RepeatedMember(f"the member {name[:40]!r} is repeated")
+        members[name] = value
     return members
 
 

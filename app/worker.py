@@ -1,5 +1,6 @@
-"""Gunicorn's threaded worker, with what a model server needs beside it: a heartbeat while the model loads, a deadline
-for slow clients, an end for a worker whose model can no longer be trusted, errors in the service's one shape.
+"""Gunicorn's threaded worker, with what a model server needs beside it: a heartbeat while the model loads, threads for
+probes alone, a cheap refusal when all threads are taken, a deadline for slow clients, an end for a worker whose model
+can no longer be trusted, errors in the service's one shape.
 """
 import contextlib
 import ctypes
@@ -7,29 +8,46 @@ import http.client
 import json
 import logging
 import os
+import re
+import selectors
 import socket
 import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers.gthread import ThreadWorker
 
 from app import metrics, state
 from app.config import StartError
+from app.errors import ServiceError
 
-HEADERS_WITHIN_S = 10   # a client must have sent its request's headers by then
+HEADERS_WITHIN_S = 10   # a client must have sent its first byte by then, and in as much time again its headers
 SLACK_S = 0.25          # the application's own deadline, which starts a little later, comes first
 LOAD_WITHIN_S = 600     # no more heartbeats for a model that takes longer to load
 LINGER_S = 5            # for a client to send what it still sends and get its answer before the connection is closed,
 LINGER_PAUSE_S = 0.5    # as long as it does not pause
 LINGER_AT_ONCE = 8      # threads of a worker that may do so: half of those that are there for more than predictions
+REFUSED_PAUSE_S = 0.05  # the same for a client that is refused because all threads are taken
+LOOK_AFTER_S = 0.1      # how often the main loop looks after the model and the slow clients
 TRIM_EVERY_S = 5        # how often freed memory goes back to the system
 RETRY_LOAD_AFTER_S = 2  # a worker that cannot load while others serve is started again after this time
 
 
+PROBE = re.compile(rb"(GET|HEAD) /(health|ready|live|info|metrics)[ ?].*\r\n\r\n", re.S)
+PREDICTION = re.compile(rb"(POST|PUT) (/predict(?:/batch)?)[ ?]")
+PROBE_THREADS = 2
+REFUSING_THREADS = 12  # most of their time they wait for clients to close
+
+# A thread that comes back from a system call waits so long for Python's lock while another one calculates. With
+# Python's 5 ms, the main loop accepts 200 connections a second at worst.
+SWITCH_INTERVAL_S = 0.0003
+
 LIBC, M_ARENA_MAX = ctypes.CDLL(None), -8
+request_log = logging.getLogger("app.request")
 DISCARDED = bytearray(2**18)  # what nobody wants to read is read into this, by all threads
 
 
@@ -38,8 +56,9 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self.read_until = {}  # connection → when its read side is shut
         self.restart_reason = None
-        self.trim_at = 0
+        self.look_at = self.trim_at = 0
         self.lingering = threading.Semaphore(LINGER_AT_ONCE)
+        self.under_way = 0  # requests that have a thread of Gunicorn's pool or wait for one; of the main loop's alone
 
     # --- the model ---
 
@@ -48,6 +67,7 @@ class Worker(ThreadWorker):
         is the only one, with another, after a pause, if others serve."""
         if hasattr(LIBC, "mallopt"):  # glibc; a heap for each of the threads would keep 40 MB more
             LIBC.mallopt(M_ARENA_MAX, 2)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         loaded = threading.Event()
         threading.Thread(target=self.beat_until, args=(loaded,), daemon=True).start()
         try:
@@ -74,15 +94,19 @@ class Worker(ThreadWorker):
 
     def is_parent_alive(self):
         """Called once a turn of the main loop: also looks after the model and the slow clients."""
-        model = self.wsgi.extensions["model"]
-        self.restart_reason = self.restart_reason or model.needs_restart()
+        if time.monotonic() > self.look_at:
+            self.look_at = time.monotonic() + LOOK_AFTER_S
+            self.look_after()
+        return super().is_parent_alive()
+
+    def look_after(self):
+        self.restart_reason = self.restart_reason or self.wsgi.extensions["model"].needs_restart()
         if self.restart_reason and self.alive:
             self.log.error("this worker restarts: %s", self.restart_reason)
             state.set_gone(self.pid)
             self.alive = False
         self.shut_late_reads()
         self.give_memory_back()
-        return super().is_parent_alive()
 
     def give_memory_back(self):
         """Of what decoding large pictures in many threads has freed, the heap keeps 100 MB and more for itself. A trim
@@ -97,13 +121,68 @@ class Worker(ThreadWorker):
             logging.shutdown()
             os._exit(1)
 
-    # --- slow clients ---
+    # --- which thread a request gets ---
+
+    def init_process(self):
+        self.probes = ThreadPoolExecutor(PROBE_THREADS, "probe")
+        self.refusing = ThreadPoolExecutor(REFUSING_THREADS, "refusing")
+        super().init_process()
 
     def enqueue_req(self, conn):
-        """A connection's time begins when it has something to say, not when a thread is free to listen: of many slow
-        clients, those that waited for a thread are not given the whole time again."""
+        """Give a connection to a thread, once it has something to say: probes to one of their own, which never wait
+        behind predictions; a prediction for which no thread is free to one that refuses it without parsing it.
+
+        Refused in the application, as up to then, a request costs a millisecond of Python, two thirds of what its
+        prediction would; of more than the processor has time for, each would wait for seconds to hear that it is one
+        too many."""
+        head = first_bytes(conn)
+        if head is None and not conn.initialized:
+            self.await_first_byte(conn)
+            return
         self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
-        super().enqueue_req(conn)
+        prediction = PREDICTION.match(head or b"")
+        if PROBE.match(head or b""):
+            self.submit(self.probes, self.handle, conn)
+        elif prediction and self.under_way >= self.cfg.threads:
+            self.submit(self.refusing, self.refuse, conn, *prediction.groups())
+        else:
+            self.under_way += 1
+            self.submit(self.tpool, self.handle, conn).add_done_callback(
+                lambda _: self.method_queue.defer(self.has_ended))
+
+    def submit(self, pool, work, conn, *arguments):
+        future = pool.submit(work, conn, *arguments)
+        future.add_done_callback(lambda future: self.method_queue.defer(self.finish_request, conn, future))
+        return future
+
+    def has_ended(self):
+        self.under_way -= 1
+
+    def await_first_byte(self, conn):
+        """Gunicorn would wait for it in a thread, for 5 s."""
+        conn.sock.setblocking(False)
+        conn.timeout = time.monotonic() + HEADERS_WITHIN_S
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def refuse(self, conn, method, path):
+        """Answer 503 OVERLOADED and close. Returns False: not to be kept."""
+        started = time.monotonic()
+        error = self.wsgi.extensions["model"].scheduler.overloaded()
+        method, path, request_id = method.decode(), path.decode(), str(uuid.uuid4())
+        metrics.count_answer(path, method, 503, error.code)
+        with contextlib.suppress(OSError):
+            conn.sock.settimeout(REFUSED_PAUSE_S)
+            conn.sock.sendall(answer_in_one_shape(error, request_id))
+            conn.sock.shutdown(socket.SHUT_WR)
+            self.discard(conn.sock, REFUSED_PAUSE_S)
+        self.read_until.pop(conn, None)
+        request_log.info("request", extra={"request_id": request_id, "method": method, "path": path, "status": 503,
+                                           "duration_ms": round(1000 * (time.monotonic() - started), 2),
+                                           "error": error.code})
+        return False
+
+    # --- slow clients ---
 
     def handle(self, conn):
         try:
@@ -120,19 +199,21 @@ class Worker(ThreadWorker):
         else meanwhile."""
         if self.lingering.acquire(blocking=False):
             try:
-                self.discard(conn.sock)
+                conn.sock.shutdown(socket.SHUT_WR)
+                self.discard(conn.sock, LINGER_PAUSE_S)
+            except OSError:  # the client is gone
+                pass
             finally:
                 self.lingering.release()
         with contextlib.suppress(OSError):
             conn.sock.shutdown(socket.SHUT_RDWR)  # Gunicorn's own lingering ends at once
 
-    def discard(self, sock):
-        """Read what still comes and forget it."""
+    def discard(self, sock, pause_s):
+        """Read what still comes and forget it, until the client is done or pauses."""
         until = time.monotonic() + LINGER_S
-        with contextlib.suppress(OSError):  # the client is gone, or pauses
-            sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
             while (left_s := until - time.monotonic()) > 0:
-                sock.settimeout(min(left_s, LINGER_PAUSE_S))
+                sock.settimeout(min(left_s, pause_s))
                 if not sock.recv_into(DISCARDED):
                     return
 
@@ -161,6 +242,15 @@ class Worker(ThreadWorker):
         super().handle_error(req, OneShape(client), addr, exc)
 
 
+def first_bytes(conn):
+    """What a connection's next request begins with, as far as it is there; None where nothing is yet."""
+    try:
+        conn.sock.setblocking(False)
+        return conn.sock.recv(4096, socket.MSG_PEEK)
+    except OSError:  # nothing yet; or an error, which is as good as nothing and is met again by who reads
+        return None
+
+
 def is_unread(body):
     """Whether there is more of a request's body (gunicorn.http.body.Body) than was read."""
     reader = body.reader
@@ -178,11 +268,16 @@ class OneShape:
 
     def sendall(self, page):
         status = int(page.split(b" ", 2)[1])
-        request_id = str(uuid.uuid4())
         code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
             "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
         metrics.count_answer("none", "other", status, code)
-        body = json.dumps({"status": "error", "error": code, "message": message, "request_id": request_id}).encode()
-        head = (f"HTTP/1.1 {status} {http.client.responses.get(status, 'Bad Request')}\r\nConnection: close\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n\r\n")
-        self.client.sendall(head.encode() + body)
+        self.client.sendall(answer_in_one_shape(ServiceError(status, code, message), str(uuid.uuid4())))
+
+
+def answer_in_one_shape(error, request_id):
+    """An HTTP response, as bytes, that says a ServiceError and that the connection ends."""
+    body = json.dumps({**error.body(), "request_id": request_id}).encode()
+    retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
+    return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
+            f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{retry}"
+            f"X-Request-ID: {request_id}\r\n\r\n").encode() + body

@@ -171,6 +171,22 @@ def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, m
         assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
 
 
+def test_given_up_reload_ends_the_worker_without_a_model_not_the_one_that_serves(start_service, model_dir, tmp_path):
+    copy_model_dir(model_dir, tmp_path)
+    service = start_service(MODEL_DIR=str(tmp_path)).wait_ready()
+    (serving,) = service.workers()
+    (folder,) = Path("/dev/shm").glob(f"model-server-{service.process.pid}-*")
+    shutil.rmtree(tmp_path / "bundles")
+    service.process.send_signal(signal.SIGTTIN)
+    wait_until(lambda: "this worker cannot serve" in service.log, 15)
+    (folder / "given-up").touch()
+    service.process.send_signal(signal.SIGTTOU)
+    wait_until(lambda: service.workers() == [serving], 15)
+    time.sleep(1)
+    assert service.workers() == [serving]
+    assert service.predict(CAT).status_code == 200
+
+
 def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
     service = start_service(DRAIN_SECONDS="1.5").wait_ready()
     with Load(service.url, 4) as load:
@@ -214,19 +230,40 @@ def test_slow_bodies_lose_their_threads_at_the_deadline(start_service):
 
 
 def test_slow_headers_are_cut_off_together_even_where_they_outnumber_the_threads(start_service):
+    """Until then predictions are refused, well-formed, and the probes are answered."""
     service = start_service(THREADS="18").wait_ready()
-    started = time.monotonic()
+    started, refused = time.monotonic(), 0
     with contextlib.ExitStack() as stack:
         dripping = [stack.enter_context(open_request(service.port, b"GET / HTTP/1.1\r\nX: ")) for _ in range(60)]
+        time.sleep(0.5)
         while time.monotonic() < started + 3 * HEADERS_WITHIN_S:
             for s in dripping:
                 with contextlib.suppress(OSError):
                     s.sendall(b"x")
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(service.url + "/health", timeout=0.5).status_code == 200:
-                    break
+            assert requests.get(service.url + "/health", timeout=2).status_code == 200
+            answer = service.predict(CAT)
+            if answer.status_code == 200:
+                break
+            refused += 1
+            assert (answer.status_code, answer.json()["error"]) == (503, "OVERLOADED")
+            assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+            assert int(answer.headers["Retry-After"]) > 0
+            time.sleep(0.1)
     assert time.monotonic() - started < HEADERS_WITHIN_S + 4
-    assert service.predict(CAT).status_code == 200
+    assert refused
+    metrics = requests.get(service.url + "/metrics").text
+    assert re.search(r"overloaded_total(?:{[^}]*})? ([0-9]+)", metrics)[1] == str(refused)
+    assert service.log.count('"error": "OVERLOADED"') == refused
+
+
+def test_connections_that_say_nothing_hold_no_thread(start_service):
+    service = start_service(THREADS="18").wait_ready()
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(60)]
+        assert service.predict(CAT, timeout_s=2).status_code == 200
+        for s in silent:
+            s.settimeout(HEADERS_WITHIN_S + 4)
+            assert s.recv(1) == b""  # closed, not left for ever
 
 
 @pytest.mark.parametrize("size", [20_000, 400_000])

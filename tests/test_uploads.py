@@ -2,6 +2,7 @@
 import base64
 import dataclasses
 import json
+import time
 
 import pytest
 from conftest import encoded, photo, post
@@ -129,7 +130,8 @@ def test_data_url_of_something_else(client, url):
     (b"{\"image\": ", "INVALID_JSON", "cannot be parsed"),
     (b"", "INVALID_JSON", "cannot be parsed"),
     (b"\xff\xfe\xfd", "INVALID_JSON", "cannot be parsed"),
-    (b"[" * 50_000, "INVALID_JSON", "cannot be parsed"),
+    (b"[" * 9_000, "INVALID_JSON", "cannot be parsed"),
+    (b"[" * 50_000, "INVALID_JSON", "more than 10000 lists, objects and members"),
     (b"{\"image\": \"AAAA\", \"top_k\": 1, \"top_k\": 2}", "INVALID_JSON", "'top_k' is repeated"),
     (b"{}", "MISSING_FILE", "No file provided: send one as"),
     (b"{\"image\": null}", "MISSING_FILE", "No file provided: send one as"),
@@ -176,3 +178,24 @@ def test_curls_data_binary_without_a_type_is_told_what_to_add(client):
 
 def test_empty_raw_body(client):
     assert error_of(client.post("/predict", data=b"", content_type="image/jpeg"))[:2] == (400, "EMPTY_FILE")
+
+
+@pytest.mark.parametrize("body", [
+    b'{"image": "data:' + b"a" * 1_000_000 + b'"}',
+    b'{"image": "data:image/png' + b";a" * 500_000 + b'"}',
+    b'{"instances": [' + b"0," * 2_000_000 + b"0]}",
+    b'{"image": ' + b"[" * 1_000_000 + b"}",
+    b"{" + b",".join(b'"%d": 1' % i for i in range(9_000)) + b', "1": 1}',
+    b"{" + b",".join(b'"%d": 1' % i for i in range(200_000)) + b', "1": 1}'],
+    ids=["no comma", "parameters without end", "many instances", "deep", "repeated member", "many members"])
+def test_json_that_is_made_to_take_long_is_refused_in_no_time(client, body):
+    for path in ("/predict", "/predict/batch"):
+        started = time.process_time()
+        response = client.post(path, data=body, content_type="application/json")
+        assert response.status_code in (400, 415, 422), response.json
+        assert time.process_time() - started < 5  # it was minutes and hours
+
+
+def test_too_many_instances_are_counted_before_they_are_looked_at(client):
+    response = client.post("/predict/batch", json={"instances": [0] * 5000})
+    assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
