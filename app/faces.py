@@ -14,15 +14,20 @@ MARGIN = 1.35      # side of the crop, of the face's longer side
 REACH = 1.45       # 1 + 2 · SIMILAR and the rounding of boxes: how much larger a window may be than one near it
 MOST_RAW = 1500    # rectangles before grouping, above which they are not compared with each other
 SIZES_AT_ONCE = 2
+MOST_BUFFERED_PIXELS = 100_000_000
 
 cv2.setNumThreads(1)  # a slot is one core
 local = threading.local()
 
 
-def detector():
-    """This thread's cascade: one must not be used by two threads at a time."""
-    if not hasattr(local, "cascade"):
+def detector(width=0, height=0):
+    """This thread's cascade, for a picture of this size: one must not be used by two threads at a time. It keeps
+    buffers as wide as the widest and as high as the highest picture so far; where that would be too much, a new one."""
+    widest, highest = getattr(local, "largest", (0, 0))
+    local.largest = max(widest, width), max(highest, height)
+    if not hasattr(local, "cascade") or local.largest[0] * local.largest[1] > MOST_BUFFERED_PIXELS:
         local.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / CASCADE))
+        local.largest = width, height
     return local.cascade
 
 
@@ -68,13 +73,8 @@ def windows(grey, smallest, largest, sizes):
     Rounding puts some a little over the edge, and OpenCV cuts them there: before it groups them they have one of
     `sizes`, so that is put back.
     """
-    try:
-        found = detector().detectMultiScale(grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest),
-                                            (largest, largest))
-    except cv2.error as e:  # of a picture 4000 times as long as wide OpenCV wants 400 GB
-        raise ServiceError(413, "IMAGE_TOO_LARGE", f"No face can be searched in a picture of {grey.shape[1]} × "
-                                                   f"{grey.shape[0]} pixels; send method=middle.") from e
-    found = np.array(found, int).reshape(-1, 4)
+    found = np.array(detector(grey.shape[1], grey.shape[0]).detectMultiScale(
+        grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest), (largest, largest)), int).reshape(-1, 4)
     if len(found):
         nearest = np.searchsorted(sizes, found[:, 2:].max(axis=1))
         found[:, 2:] = np.array(sizes)[np.minimum(nearest, len(sizes) - 1), None]

@@ -107,3 +107,12 @@ def test_every_thread_has_a_detector_of_its_own():
         thread.join()
     assert len({id(detector) for detector in [*seen, faces.detector()]}) == 5
     assert results == [faces.largest_face(photo("astronaut"))] * 4
+
+
+def test_long_pictures_leave_the_detector_as_it_was():
+    """OpenCV's keeps buffers as wide as the widest and as high as the highest picture it has seen."""
+    face = photo("astronaut")
+    before = faces.largest_face(face)
+    for size in [(400_000, 60), (60, 400_000), (20_000, 100), (100, 20_000)]:
+        assert faces.largest_face(Image.new("RGB", size, "white")) is None
+    assert faces.largest_face(face) == before

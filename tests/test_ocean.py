@@ -292,10 +292,3 @@ def test_a_picture_upside_down_in_its_file_is_searched_upright(client, direct):
     expected = direct([np.asarray(photo("astronaut"))])
     check(post(client, data), expected, expected[2])
     assert expected[2][0] is not None
-
-
-def test_pictures_too_long_for_opencv_are_refused(ocean_app):
-    thread = encoded(Image.new("RGB", (100, 400_000), "white"))
-    response = post(ocean_app.test_client(), thread)
-    assert (response.status_code, response.json["error"]) == (413, "IMAGE_TOO_LARGE")
-    assert post(ocean_app.test_client(), thread, method="middle").status_code == 200
