@@ -2,6 +2,7 @@
 import math
 import os
 import resource
+import signal
 import sys
 
 from app import counts, lifecycle, metrics, state
@@ -46,6 +47,8 @@ logconfig_dict = logging_config(settings)
 
 def on_starting(server):
     """Get the model ready once, before the workers; a model that cannot be had stops the start."""
+    # Until Gunicorn sets its own: process 1 of a container would not hear it, another would leave the download behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
     try:
         ready = prepared(settings)
     except StartError as e:

@@ -42,8 +42,9 @@ def answers(model, settings, options, paths, crops=None):
             model.preprocessing.resize_and_crop(image).save(crops / f"{name}-{index}.png")
         try:
             data = Upload(path.read_bytes(), path.name, path.name).read(settings)
-            return pipeline.answer(model, settings, data, options, Deadline(settings.request_timeout), Stages(),
-                                   see if crops else None)
+            with model.scheduler.admission():  # so that a file knows whether it has the processor to itself
+                return pipeline.answer(model, settings, data, options, Deadline(settings.request_timeout), Stages(),
+                                       see if crops else None)
         except ServiceError as e:
             return e
         except OSError as e:

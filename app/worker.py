@@ -139,6 +139,7 @@ class Worker(ThreadWorker):
         if head is None and not conn.initialized:
             self.await_first_byte(conn)
             return
+        conn.data_ready = True
         self.read_until[conn] = time.monotonic() + HEADERS_WITHIN_S
         prediction = PREDICTION.match(head or b"")
         if PROBE.match(head or b""):
@@ -165,6 +166,12 @@ class Worker(ThreadWorker):
         self.pending_conns.append(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
+    def _cap_keepalive(self, deadline):
+        """Gunicorn's, when the worker stops: those who never said anything are not waited for either."""
+        super()._cap_keepalive(deadline)
+        for conn in self.pending_conns:
+            conn.timeout = min(conn.timeout, deadline)
+
     def refuse(self, conn, method, path):
         """Answer 503 OVERLOADED and close. Returns False: not to be kept."""
         started = time.monotonic()
@@ -174,9 +181,8 @@ class Worker(ThreadWorker):
         with contextlib.suppress(OSError):
             conn.sock.settimeout(REFUSED_PAUSE_S)
             conn.sock.sendall(answer_in_one_shape(error, request_id))
-            conn.sock.shutdown(socket.SHUT_WR)
-            self.discard(conn.sock, REFUSED_PAUSE_S)
         self.read_until.pop(conn, None)
+        self.let_go(conn, REFUSED_PAUSE_S)
         request_log.info("request", extra={"request_id": request_id, "method": method, "path": path, "status": 503,
                                            "duration_ms": round(1000 * (time.monotonic() - started), 2),
                                            "error": error.code})
@@ -199,23 +205,24 @@ class Worker(ThreadWorker):
         else meanwhile."""
         if self.lingering.acquire(blocking=False):
             try:
-                conn.sock.shutdown(socket.SHUT_WR)
-                self.discard(conn.sock, LINGER_PAUSE_S)
-            except OSError:  # the client is gone
-                pass
+                self.let_go(conn, LINGER_PAUSE_S)
             finally:
                 self.lingering.release()
-        with contextlib.suppress(OSError):
-            conn.sock.shutdown(socket.SHUT_RDWR)  # Gunicorn's own lingering ends at once
+        else:
+            self.let_go(conn, 0)
 
-    def discard(self, sock, pause_s):
-        """Read what still comes and forget it, until the client is done or pauses."""
+    def let_go(self, conn, pause_s):
+        """Read what still comes and forget it, until the client is done or pauses for so long. Gunicorn finds a closed
+        socket then, and its own lingering ends at once."""
         until = time.monotonic() + LINGER_S
+        with contextlib.suppress(OSError):  # the client is gone, or pauses
+            conn.sock.shutdown(socket.SHUT_WR)
+            while pause_s and (left_s := until - time.monotonic()) > 0:
+                conn.sock.settimeout(min(left_s, pause_s))
+                if not conn.sock.recv_into(DISCARDED):
+                    break
         with contextlib.suppress(OSError):
-            while (left_s := until - time.monotonic()) > 0:
-                sock.settimeout(min(left_s, pause_s))
-                if not sock.recv_into(DISCARDED):
-                    return
+            conn.sock.shutdown(socket.SHUT_RDWR)
 
     def handle_request(self, req, conn):
         self.read_until[conn] = time.monotonic() + self.wsgi.extensions["settings"].request_timeout + SLACK_S

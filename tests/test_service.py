@@ -154,3 +154,18 @@ def test_a_port_in_use_stops_the_start(start_service):
         s.listen()
         service = start_service(PORT=str(port))
         assert service.process.wait(30) != 0
+
+
+def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        service = start_service(MODEL_NAME="resnet18", MODEL_DIR=str(tmp_path / "models"),
+                                WEIGHTS_MIRROR=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()  # the download has begun, and gets nothing
+        with connection:
+            (preparing,) = service.workers()
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(10) != 0
+            assert not Path(f"/proc/{preparing}").exists()
+    assert "stopped before the model was ready" in service.log
+    assert "Traceback" not in service.log
