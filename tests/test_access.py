@@ -162,6 +162,7 @@ def test_each_client_has_a_limit_of_its_own(client_with):
     client = client_with(RATE_LIMIT="1/hour")
     assert [status("10.0.0.1"), status("10.0.0.1"), status("10.0.0.2")] == [400, 429, 400]
     assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [400, 429, 400]
+    assert [status("::ffff:10.0.0.2"), status("::ffff:10.0.0.3"), status("::ffff:10.0.0.4")] == [429, 400, 400]
     client = client_with(RATE_LIMIT="1/hour", API_KEYS="a,b")
     assert [status("10.0.0.1", X_API_KEY="a"), status("10.0.0.2", X_API_KEY="a"), status("10.0.0.1", X_API_KEY="b"),
             status("10.0.0.1")] == [400, 429, 400, 401]
@@ -301,7 +302,8 @@ def test_bad_value_is_refused_in_one_line(variable, text, takes):
 
 @pytest.mark.parametrize(("variable", "text"), [
     ("API_KEYS", ","), ("API_KEYS", "has space"), ("API_KEYS", "good-key,Schl\u00fcssel"),
-    ("RATE_LIMIT_STORAGE", "http://:pass-word@127.0.0.1"), ("RATE_LIMIT_STORAGE", "redis://")])
+    ("CACHE_URL", "http://:pass-word@127.0.0.1"), ("RATE_LIMIT_STORAGE", "http://:pass-word@127.0.0.1"),
+    ("RATE_LIMIT_STORAGE", "redis://")])
 def test_bad_value_of_a_secret_is_refused_without_showing_it(variable, text):
     with pytest.raises(SettingsError) as e:
         Settings.parse({variable: text})

@@ -205,7 +205,8 @@ def test_who_waits_for_an_equal_request_stands_in_the_queue(cached, app, monkeyp
     assert sorted(r.status_code for r in finish()) == [200, 200, 200, 503, 503]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError(503, "OVERLOADED", "Later.")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ServiceError(503, "OVERLOADED", "Later."),
+                                   ServiceError(499, "CLIENT_CLOSED_REQUEST", "The client left.")])
 def test_when_the_one_that_computes_fails_the_next_one_computes(cached, app, monkeypatch, error):
     model = app.extensions["model"]
     counting = Counting(model)

@@ -266,6 +266,23 @@ def test_connections_that_say_nothing_hold_no_thread(start_service):
             assert s.recv(1) == b""  # closed, not left for ever
 
 
+def test_predictions_go_on_beside_a_thousand_connections(start_service):
+    """Their descriptors have numbers that select() does not take."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 3000:
+        pytest.skip("this user may not have 3000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3000, limit[1]))
+    try:
+        service = start_service(THREADS="300").wait_ready()
+        with contextlib.ExitStack() as stack:
+            for _ in range(1050):
+                stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            assert service.predict(CAT).status_code == 200
+            assert descriptors(service.workers()[0]) > 1050
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
 @pytest.mark.parametrize("size", [20_000, 400_000])
 def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service, size):
     service = start_service(MAX_FILE_SIZE="10KiB", MAX_QUEUE="0").wait_ready()

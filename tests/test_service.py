@@ -1,7 +1,10 @@
 """The service as its users run it: real Gunicorn processes, real sockets."""
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -145,6 +148,26 @@ def test_a_damaged_export_is_made_again(start_service, tmp_path):
     service = start_service(MODEL_DIR=str(tmp_path)).wait_ready()
     assert "is damaged" in service.log
     assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_ipv6_addresses_can_be_listened_on(start_service):
+    service = start_service(HOST="::1")
+    service.url = f"http://[::1]:{service.port}"
+    assert service.wait_ready().predict(encoded(photo("coffee"))).status_code == 200
+
+
+def test_env_file_that_is_edited_takes_effect_at_the_next_start_only(tmp_path):
+    (tmp_path / ".env").write_text("TOP_K=3")
+    code = f"""
+import pathlib, runpy
+runpy.run_path({str(ROOT / "gunicorn.conf.py")!r})
+pathlib.Path(".env").write_text("TOP_K=4\\nTTA=false")
+from app.config import Settings
+settings = Settings.load()
+print(settings.top_k, settings.tta, Settings.load().port)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DEVICE": "cpu"})
+    assert done.stdout == "3 True 5000\n"
 
 
 def test_a_port_in_use_stops_the_start(start_service):

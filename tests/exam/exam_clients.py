@@ -15,7 +15,7 @@ from clients import BackgroundLoad, Watcher, ask, multipart
 from conftest import free_port, need
 from traffic import CAT, descriptors, open_request, wait_until
 
-from app.worker import HEADERS_WITHIN_S
+from app.worker import HEADERS_WITHIN_S, REFUSING_THREADS
 
 SLOW_CLIENTS = 200
 REQUEST_TIMEOUT_S = 10
@@ -146,9 +146,9 @@ def test_clients_that_leave(start_service, record_property):
     service = start_service(THREADS=str(THREADS)).wait_ready()
     (worker,) = service.workers()
     with contextlib.ExitStack() as stack:  # all its threads are there from now on, and what they open once
-        for _ in range(THREADS):
-            stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
-        wait_until(lambda: threads(worker) >= THREADS, 10)
+        for _ in range(THREADS + 4 * REFUSING_THREADS):
+            stack.enter_context(open_request(service.port))
+        wait_until(lambda: threads(worker) >= THREADS + REFUSING_THREADS, 10)
     leave(service.port, 200, seed=0)
     wait_until(lambda: one_is_answered(service.port), 30)
     time.sleep(2)

@@ -26,11 +26,12 @@ def decoders(worker):
 def bombs():
     """{name: a small video that asks for much}."""
     huge = encoded(Image.new("RGB", (10_000, 10_000)), "JPEG")
-    small = encoded(Image.fromarray(numbered(7)), "JPEG")
+    small, tiny = (encoded(picture, "JPEG", quality=10) for picture in (Image.fromarray(numbered(7)),
+                                                                        Image.new("L", (16, 16))))
     honest = write([numbered(i) for i in range(60)], format="avi", codec="mjpeg")
     return {"10000 × 10000": motion_jpeg([huge] * 3, 10_000, 10_000), "the same, said to be 160 × 96": motion_jpeg(
         [huge] * 3, 160, 96), "small, said to be 10000 × 10000": motion_jpeg([small] * 3, 10_000, 10_000),
-            "100 000 frames": motion_jpeg([small] * 100_000, 160, 96, rate=1000),
+            "100 000 frames": motion_jpeg([tiny] * 100_000, 16, 16, rate=1000),
             "said to have 1 frame": saying_count(honest, 1), "said to have a million": saying_count(honest, 10**6)}
 
 
