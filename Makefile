@@ -41,7 +41,7 @@ bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Measure against the limit and t
 bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## The same in 4 minutes
 	@$(BIN)/python -m bench --quick $(ARGS)
 
-exam: $(VENV)/tests-installed  ## The reliability exam, 20 minutes, nothing else running; ARGS="--quick --only 2,3"
+exam: $(VENV)/tests-installed  ## The reliability exam, 13 minutes, nothing else running; ARGS="--quick --only 2,3"
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -p tests.exam.plugin tests/exam $(ARGS)
 
 docker-build:  ## Build the container image
