@@ -7,6 +7,7 @@ An engine is made from a bundle and has three calls:
     close()
 """
 import collections
+import contextlib
 import ctypes
 import os
 import queue
@@ -109,7 +110,8 @@ class OpenVINOEngine:
             if streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES else None
         unload_pages(folder / "model.bin")
         for thread in own_threads() - others:
-            os.setpriority(os.PRIO_PROCESS, thread, STREAMS_NICE)
+            with contextlib.suppress(ProcessLookupError):  # it only helped to compile
+                os.setpriority(os.PRIO_PROCESS, thread, STREAMS_NICE)
         self.overdue = collections.deque()  # inferences whose caller has left; their requests come back when they end
 
     def infer(self, batch, deadline, alone=False):
@@ -220,7 +222,6 @@ class TorchEngine:
         if precision == "fp16" and not self.on_gpu:
             raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.framework = f"torch {torch.__version__}"
-        self.batcher = None
         try:
             self.start(manifest, folder, plan, settings, precision)
         except (RuntimeError, MemoryError) as e:  # the driver is too old, the GPU another program's, its memory full

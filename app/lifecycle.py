@@ -44,10 +44,10 @@ def install(arbiter, drain_seconds):
     def handle_ttou():
         """One worker less: Gunicorn ends the oldest. When a reload is given up, that is one which has no model."""
         if state.take_given_up():
-            for pid, worker in arbiter.WORKERS.items():
+            for pid, worker in list(arbiter.WORKERS.items()):
                 if pid not in state.ready_workers():
                     worker.age = 0
-                    os.kill(pid, signal.SIGKILL)  # it may hang while it loads
+                    arbiter.kill_worker(pid, signal.SIGKILL)  # it may hang while it loads
         one_less()
 
     arbiter.handle_term, arbiter.handle_hup, arbiter.handle_ttou = handle_term, handle_hup, handle_ttou

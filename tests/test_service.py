@@ -56,6 +56,16 @@ def test_workers_use_openvino_and_never_load_torch(service):
     assert "libopenvino" not in Path(f"/proc/{service.process.pid}/maps").read_text()
 
 
+def test_inference_yields_to_the_threads_that_accept_and_refuse(service):
+    (worker,) = service.workers()
+    nice = [int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
+            for task in Path(f"/proc/{worker}/task").iterdir()]
+    assert nice.count(19) >= 1  # the streams
+    assert nice.count(0) >= 1  # the main loop and the request threads
+    main = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[16]
+    assert main == "0"
+
+
 def test_uploads_are_not_written_to_disk(service):
     worker = service.workers()[0]
     big = encoded(photo("astronaut").resize((1500, 1500)), "PNG")
