@@ -1,10 +1,10 @@
-# Needs Python 3.11 or newer and pip's registry; everything else is installed into .venv.
+# Needs Python 3.11 or newer and a Python package index; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export MODEL_FALLBACK ?= efficientnet_lite0
 
-help:  ## Say what can be made
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: requirements.txt
@@ -17,14 +17,18 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-run: $(VENV)/installed  ## Serve on port 5000: ResNet-50, or EfficientNet-Lite0 where its weights cannot be had
+run: $(VENV)/installed  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
 test: $(VENV)/tests-installed  ## Run the tests
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-lint: $(VENV)/tests-installed  ## Check the style
+lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports --no-cache --no-logo
+
+lines: $(VENV)/tests-installed  ## Count the lines that a worker with the default settings imports: at most 3,000
+	@$(BIN)/python tests/core_lines.py 3000
 
 RIVALS := litserve flask fastapi
 
@@ -35,17 +39,17 @@ $(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-install
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Measure against the limit and the rivals, 20 minutes, nothing else running
+bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Benchmark against the limit and the alternatives (20 minutes, on an idle machine)
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## The same in 4 minutes
+bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Run a shorter benchmark (4 minutes)
 	@$(BIN)/python -m bench --quick $(ARGS)
 
-exam: $(VENV)/tests-installed  ## The reliability exam, 13 minutes, nothing else running; ARGS="--quick --only 2,3"
+exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, on an idle machine); ARGS="--quick --only 2,3"
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -p tests.exam.plugin tests/exam $(ARGS)
 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint bench bench-quick exam docker-build
+.PHONY: help run test lint lines bench bench-quick exam docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

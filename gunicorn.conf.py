@@ -1,15 +1,17 @@
 """Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it by itself."""
+import dataclasses
 import math
 import os
 import resource
 import signal
 import sys
 
-from app import counts, lifecycle, metrics, state
 from app.config import Settings, StartError
-from app.machine import plan as plan_of
-from app.observability import logging_config
-from app.prepare import prepared
+from app.prepare import outcome_of, prepared, start_making
+from app.prepare.bundles import hold, verify
+from app.server import board, counters, lifecycle
+from app.server.logs import flush, logging_config
+from app.server.machine import plan as plan_of
 
 try:
     settings = Settings.load()
@@ -23,17 +25,16 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-worker_class = "app.worker.Worker"
+worker_class = "app.server.worker.Worker"
 workers = plan.workers
-threads = plan.threads
-# Idle connections wait for their next request without a thread, but each with a descriptor.
+# A connection costs a greenlet and a descriptor, not a thread.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 descriptors = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
 if soft != resource.RLIM_INFINITY and soft < descriptors:
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
-worker_connections = max(plan.threads + 1, min(max(1000, 4 * plan.threads), descriptors - 128))
-backlog = 512
-timeout = 15            # seconds without a heartbeat; the main loop gives it whatever the threads do
+worker_connections = max(64, min(16_384, descriptors - 256))
+backlog = 2048
+timeout = 15            # seconds without a heartbeat
 graceful_timeout = math.ceil(settings.request_timeout) + 5
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -44,54 +45,82 @@ limit_request_fields = 64
 limit_request_field_size = 8190
 logconfig_dict = logging_config(settings)
 
+OURS = {"worker_class_str": worker_class, "threads": 1, "preload_app": False}
+OPTIONS = {"worker_class_str": "-k/--worker-class", "threads": "--threads", "preload_app": "--preload"}
+held = []  # the files of bundles.hold
+
+
+def nworkers_changed(server, new, old):
+    """The first hook that Gunicorn calls: what stands on its command line is taken into account, or refused."""
+    global settings, plan
+    if old is not None:
+        return
+    for name, value in OURS.items():
+        if getattr(server.cfg, name) != value:
+            sys.exit(f"error: {OPTIONS[name]} cannot be chosen: the service has a worker class of its own, which loads "
+                     "its model after the fork and needs no threads for connections")
+    if new < 1:
+        sys.exit(f"error: -w/--workers must be at least 1, got {new}")
+    if new != plan.workers:  # -w: as many workers share the cores
+        settings = dataclasses.replace(settings, workers=new)
+        plan = plan_of(settings)
+        os.environ["WORKERS"] = str(new)
+
 
 def on_starting(server):
     """Get the model ready once, before the workers; a model that cannot be had stops the start."""
     # Until Gunicorn sets its own: process 1 of a container would not hear it, another would leave the download behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
     try:
-        ready = prepared(settings)
+        ready = prepared(settings, plan.engine)
     except StartError as e:
         sys.exit(f"error: {e}")
-    state.create()
-    counts.share(2 * plan.workers + 16)  # a reload has one more worker than usual; SIGTTIN adds others
-    state.publish(ready)
+    most = 2 * plan.workers + 64  # SIGTTIN adds others
+    counters.share(board.create(counters.bytes_for(most)))
+    board.own.write(plan=dataclasses.asdict(plan))
+    publish_first(ready)
     server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
-                                       "streams": plan.streams, "queue": plan.queue, "threads": plan.threads,
+                                       "streams": plan.streams, "slots": plan.slots, "queue": plan.queue,
                                        "model": str(ready.folder.name)})
 
 
+def publish_first(ready):
+    board.own.publish(ready.folder.resolve(), ready.fallback_reason)
+    held[:] = [hold(ready.folder)]
+
+
+def when_ready(server):
+    def outcome(process):
+        ready = outcome_of(process)
+        verify(ready.folder)
+        held.append(hold(ready.folder))
+        del held[:-2]  # the one before, while workers still load
+        return ready.folder, ready.fallback_reason
+    lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
+
+
 def pre_fork(server, worker):
-    """Each worker its device: of several GPUs the one with the fewest workers, then the one whose are oldest (in a
-    reload they end next)."""
-    ages = {device: [w.age for w in server.WORKERS.values() if w.device == device] for device in plan.devices}
-    worker.region = counts.free_region(w.region for w in server.WORKERS.values())
-    worker.device = min(plan.devices, key=lambda d: (len(ages[d]), max(ages[d], default=0)))
+    """Each worker its device: of several GPUs the one with the fewest workers."""
+    used = [w.device for w in server.WORKERS.values()]
+    worker.region = counters.free_region(w.region for w in server.WORKERS.values())
+    worker.device = min(plan.devices, key=used.count)
 
 
 def post_fork(server, worker):
     os.environ["DEVICE"] = worker.device
-    state.lock.close()  # the master's alone
-    metrics.start_worker(worker.region)
-
-
-def when_ready(server):
-    lifecycle.install(server, settings.drain_seconds)
+    counters.start_worker(worker.region)
 
 
 def post_worker_init(worker):
-    state.set_ready(worker.pid)
     if worker.age == 1:  # the first one has its model: say how to try it
-        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-        print(f"\nServing on http://{host}:{settings.port} - try:\n"
-              f"  curl -F file=@tests/images/chelsea.jpg http://{host}:{settings.port}/predict\n"
-          f"or open http://{host}:{settings.port} in a browser\n", file=sys.stderr)
+        url = lifecycle.url_of(worker.cfg)
+        picture = next(filter(os.path.exists, ("tests/images/chelsea.jpg", "app/api/static/cat.jpg")), "picture.jpg")
+        worker.log.info("serving", extra={"url": url, "try": f"curl -F file=@{picture} {url}/predict"})
 
 
 def child_exit(server, worker):
-    state.set_gone(worker.pid)
-    metrics.end_worker(worker.region)
+    counters.end_worker(worker.region)
 
 
 def on_exit(server):
-    state.remove()
+    flush()

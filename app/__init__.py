@@ -1,30 +1,52 @@
 """One vision model behind HTTP: the application factory."""
+import dataclasses
 
-NAME, VERSION = "image-classifier-service", "0.1.0"
 
-
-def create_app(settings=None, model=None):
-    """The Flask application. model: a loaded ModelLoader, else one is loaded here, once a worker."""
+def create_app(settings=None, loader=None):
+    """The Flask application. loader: a ModelLoader with its model; without one it is made here, once in each worker."""
     # Imported here: the Gunicorn master, which imports this package too, then holds 10 MB less.
     from flask import Flask
 
-    from app import access, batch, cache, errors, health, info, metrics, observability, openapi, predict
+    from app.api import batch, docs, error_handlers, health, info, metrics, predict, requests, uploads
     from app.config import Settings
-    from app.model_loader import ModelLoader
-    from app.uploads import FORM_OVERHEAD, MemoryRequest
+    from app.engine.bundle import Prepared
 
     settings = settings or Settings.load()
-    app = Flask(__name__)
-    app.request_class = MemoryRequest
+    app = Flask(__name__, template_folder="api/templates", static_folder="api/static")
+    app.request_class = uploads.MemoryRequest
     app.json.sort_keys = False
-    app.config["MAX_CONTENT_LENGTH"] = FORM_OVERHEAD  # the endpoints that take files raise it
+    app.config["MAX_CONTENT_LENGTH"] = uploads.FORM_OVERHEAD  # the endpoints that take files raise it
     app.extensions["settings"] = settings
-    app.extensions["model"] = model or ModelLoader(settings).load()
-    app.extensions["cache"] = cache.ResultCache(settings, app.extensions["model"]) if settings.cache_url else None
-    observability.register(app)
-    metrics.register(app, app.extensions["model"])
-    errors.register(app)
-    access.register(app, settings)
-    for module in (predict, batch, health, info, metrics, openapi):
+    app.extensions["model"] = loader or load_model(settings)
+    app.extensions["replace"] = lambda published: app.extensions["model"].load(Prepared.of(published))
+    app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
+    app.extensions["cache"] = None
+    requests.register(app)
+    error_handlers.register(app)
+    if settings.cache_url:
+        from app.api.cache import ResultCache
+        app.extensions["cache"] = ResultCache(settings, app.extensions["model"].slots)
+    if settings.api_keys or settings.rate_limit or settings.cors_origins or settings.trusted_proxies:
+        from app.api import access
+        access.register(app, settings)
+    for module in (predict, batch, health, info, metrics, docs):
         app.register_blueprint(module.bp)
     return app
+
+
+def load_model(settings):
+    """A ModelLoader with its model: in a worker what the master has planned and published, elsewhere what these
+    settings mean. Raises StartError."""
+    from app.config import Plan
+    from app.engine.bundle import Prepared
+    from app.model_loader import ModelLoader
+    from app.server import board
+    if board.own:
+        plan, source = Plan(**board.own.read()["plan"]), Prepared.of(board.own.published())
+        plan = dataclasses.replace(plan, devices=(settings.device,))
+    else:
+        from app.prepare import prepared
+        from app.server import machine
+        plan = machine.plan(settings)
+        source = prepared(settings, plan.engine)
+    return ModelLoader(settings, plan).load(source)

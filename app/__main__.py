@@ -1,18 +1,13 @@
-"""The command line: python -m app prepare | reload | predict | evaluate."""
+"""The command line: python -m app prepare | reload | health | predict | evaluate."""
 import argparse
+import dataclasses
 import json
+import logging.config
 import sys
 from pathlib import Path
 
-from app.config import FACE_METHODS, Settings, StartError
-
-OPTIONS = {  # as the API has them; their values are checked where those of the API are
-    "top_k": "how many classes",
-    "method": "what ocean looks at: " + ", ".join(FACE_METHODS),
-    "tta": "whether ocean averages with the mirror image: true or false",
-    "frames": "how many frames of a video",
-    "at": "the second of a video to look at",
-}
+from app.config import Settings, StartError
+from app.tasks.options import ALL
 
 
 def main():
@@ -20,13 +15,13 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="get the model ready before the service starts: download, convert")
     prepare.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
+    prepare.add_argument("--check", action="store_true", help="load the model too, and check its answer")
     reload = commands.add_parser("reload", help="let the running service load its model anew, without a gap")
     reload.add_argument("--pid", type=int, help="process id of the Gunicorn master, where several services run")
-    roll = commands.add_parser("roll")  # what the master starts on SIGHUP
-    roll.add_argument("--state", required=True)
+    commands.add_parser("health", help="ask the running service whether it is ready, at HOST and PORT")
     add_predict_and_evaluate(commands)
     arguments = parser.parse_args()
-    return {"prepare": run_prepare, "reload": run_reload, "roll": run_roll, "predict": run_answering,
+    return {"prepare": run_prepare, "reload": run_reload, "health": run_health, "predict": run_answering,
             "evaluate": run_answering}[arguments.command](arguments)
 
 
@@ -42,8 +37,8 @@ def add_predict_and_evaluate(commands):
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
     for command in (predict, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON, one line a file or result")
-        for name, meaning in OPTIONS.items():
-            command.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=meaning)
+        for option in ALL:
+            command.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=option.meaning)
 
 
 def run_answering(arguments):
@@ -57,7 +52,7 @@ def run_answering(arguments):
 
 
 def run_reload(arguments):
-    from app.lifecycle import reload_and_wait
+    from app.server.lifecycle import reload_and_wait
     try:
         worked, message = reload_and_wait(arguments.pid)
     except StartError as e:
@@ -66,24 +61,36 @@ def run_reload(arguments):
     return 0 if worked else 1
 
 
-def run_roll(arguments):
-    import logging.config
-    import os
-
-    from app.lifecycle import roll
-    from app.observability import logging_config
+def run_health(arguments):
+    """For HEALTHCHECK: 0 if the service on this machine is ready. No proxy is asked."""
+    import http.client
     try:
         settings = Settings.load()
-    except StartError:  # roll() reports it
-        settings = Settings()
-    logging.config.dictConfig(logging_config(settings))
-    return 0 if roll(arguments.state, master=os.getppid()) else 1
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+        connection = http.client.HTTPConnection(host, settings.port, timeout=2.5)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        text, status = answer.read().decode(), answer.status
+    except (StartError, OSError, http.client.HTTPException) as e:
+        text, status = f"no answer: {e}", 0
+    print(text.strip())
+    return 0 if status == 200 else 1
 
 
 def run_prepare(arguments):
     from app.prepare import make
+    from app.server.logs import logging_config
+    from app.server.machine import plan as plan_of
     try:
-        done = make(Settings.load())
+        settings = Settings.load()
+        if not arguments.json:
+            settings = dataclasses.replace(settings, log_format="text")
+        logging.config.dictConfig(logging_config(settings))
+        plan = plan_of(settings)
+        done = make(settings, plan.engine)
+        if arguments.check:
+            from app.model_loader import Model
+            Model(done, settings, plan, lambda: True).engine.close()
     except StartError as e:
         print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
               file=sys.stdout if arguments.json else sys.stderr)

@@ -3,20 +3,21 @@ import csv
 import dataclasses
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from gevent.pool import Pool
 from tqdm import tqdm
 
-from app import media, pipeline, video
+from app import load_model
+from app.api.uploads import Upload
 from app.config import Settings, StartError
-from app.errors import ServiceError
-from app.model_loader import ModelLoader
-from app.observability import Stages
-from app.scheduler import Deadline
-from app.uploads import Upload
+from app.errors import Deadline, ServiceError
+from app.media import containers, pictures
+from app.server.counters import Stages
+from app.tasks import options as task_options
+from app.tasks.options import TOP_K
 
-SUFFIXES = {f".{extension}" for extension in (*media.EXTENSIONS, *video.EXTENSIONS)}
+SUFFIXES = {f".{extension}" for extension in (*pictures.EXTENSIONS, *containers.EXTENSIONS)}
 TOP = 5  # classes among which the right one may be
 
 
@@ -25,34 +26,38 @@ class CommandError(StartError):
 
 
 def load(arguments):
-    """(model, settings, options) of a command. Raises StartError, ServiceError for a bad option."""
-    settings = dataclasses.replace(Settings.load(), workers=1)  # this process has all cores
-    model = ModelLoader(settings).load()
-    return model, settings, pipeline.options_from(vars(arguments).get, settings, model)
+    """(loader, model, options) of a command. Raises StartError, ServiceError for a bad option."""
+    settings = dataclasses.replace(Settings.load(), workers=1, log_format="text")  # this process has all cores
+    loader = load_model(settings)
+    model = loader.current
+    return loader, model, task_options.read(vars(arguments).get, loader.settings, model.task.options)
 
 
-def answers(model, settings, options, paths, crops=None):
+def answers(loader, options, paths, crops=None):
     """Yield (path, its answer or the ServiceError) in order, with a progress bar where someone watches.
 
     crops: folder for the pictures that the model saw.
     """
+    model, settings = loader.current, loader.settings
+
     def work(path):
         def see(index, image):
             name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
             model.preprocessing.resize_and_crop(image).save(crops / f"{name}-{index}.png")
-        try:
+
+        def answer():
             data = Upload(path.read_bytes(), path.name, path.name).read(settings)
-            with model.scheduler.admission():  # so that a file knows whether it has the processor to itself
-                return pipeline.answer(model, settings, data, options, Deadline(settings.request_timeout), Stages(),
-                                       see if crops else None)
+            return model.task.answer(model, settings, data, options, deadline, stages, see if crops else None)
+        deadline, stages = Deadline(settings.request_timeout), Stages()
+        try:
+            return loader.slots.run(answer, deadline, stages, admitted=True)
         except ServiceError as e:
             return e
         except OSError as e:
             return ServiceError(400, "MISSING_FILE", f"The file cannot be read: {e.strerror}.")
-    with ThreadPoolExecutor(model.scheduler.slots) as threads:
-        progress = tqdm(threads.map(work, paths), total=len(paths), unit="file", leave=False,
-                        disable=len(paths) < 2 or not sys.stderr.isatty())
-        yield from zip(paths, progress, strict=True)
+    progress = tqdm(Pool(loader.slots.count).imap(work, paths), total=len(paths), unit="file", leave=False,
+                    disable=len(paths) < 2 or not sys.stderr.isatty())
+    yield from zip(paths, progress, strict=True)
 
 
 def find_files(paths):
@@ -73,12 +78,13 @@ def predict(arguments):
             arguments.save_crop.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise CommandError(f"{arguments.save_crop} cannot be made: {e.strerror}") from e
-    model, settings, options = load(arguments)
+    loader, model, options = load(arguments)
+    classifies = TOP_K in model.task.options
     width = max(4, *(len(str(path)) for path in paths))
     if not arguments.json:
-        print_row("file", width, model.labels if not model.classifies else ["classes"])
+        print_row("file", width, ["classes"] if classifies else model.labels)
     failed = 0
-    for path, answer in answers(model, settings, options, paths, arguments.save_crop):
+    for path, answer in answers(loader, options, paths, arguments.save_crop):
         is_error = isinstance(answer, ServiceError)
         failed += is_error
         if arguments.json:
@@ -86,7 +92,7 @@ def predict(arguments):
             tqdm.write(json.dumps({"file": str(path), **body}, ensure_ascii=False))
         elif is_error:
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
-        elif model.classifies:
+        elif classifies:
             print_row(path, width, [f"{p['class']} {p['confidence']:.1%}" for p in answer["predictions"]])
         else:
             print_row(path, width, [f"{answer['predictions'][trait]:.3f}".rjust(len(trait)) for trait in model.labels])
@@ -101,12 +107,14 @@ def print_row(path, width, columns):
 
 def evaluate(arguments):
     header, rows = read_csv(arguments.labels)
-    model, settings, options = load(arguments)
-    read_labels, measure = (class_labels, accuracy) if model.classifies else (trait_labels, closeness)
-    options = dataclasses.replace(options, top_k=TOP)
+    loader, model, options = load(arguments)
+    classifies = TOP_K in model.task.options
+    read_labels, measure = (class_labels, accuracy) if classifies else (trait_labels, closeness)
+    if classifies:
+        options["top_k"] = TOP
     expected = [read_labels(model, header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
     paths, pairs = [arguments.folder / row[0] for row in rows], []
-    for (path, answer), labels in zip(answers(model, settings, options, paths), expected, strict=True):
+    for (path, answer), labels in zip(answers(loader, options, paths), expected, strict=True):
         if isinstance(answer, ServiceError):
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
         else:

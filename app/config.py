@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+NAME, VERSION = "image-classifier-service", "0.1.0"
+
 UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb": 2**20, "mib": 2**20,
          "g": 2**30, "gb": 2**30, "gib": 2**30}
 
@@ -63,6 +65,10 @@ def one_of(*choices):
             raise ValueError("one of " + ", ".join(choices))
         return text.lower()
     return parse
+
+
+def path(text):
+    return Path(text).expanduser().absolute()  # the same file for processes that run in other folders
 
 
 def yes_or_no(text):
@@ -122,19 +128,18 @@ def setting(parse, default, secret=False):
 class Settings:
     """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
     model_name: str = setting(name_of_model, "resnet50")
-    model_path: Path | None = setting(Path, None)
-    labels_path: Path | None = setting(Path, None)
+    model_path: Path | None = setting(path, None)
+    labels_path: Path | None = setting(path, None)
     model_fallback: str | None = setting(name_of_model, None)
-    model_dir: Path = setting(Path, Path("models"))
+    model_dir: Path = setting(path, Path("models"))
     weights_mirror: str | None = setting(str, None)
     device: str = setting(device_name, "auto")
     engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
     precision: str = setting(one_of("fp32", "bf16", "fp16", "int8", "auto"), "fp32")
-    calibration_dir: Path | None = setting(Path, None)
+    calibration_dir: Path | None = setting(path, None)
     host: str = setting(str, "0.0.0.0")
     port: int = setting(integer(1, 65535), 5000)
     workers: int | None = setting(integer(1, 256), None)
-    threads: int | None = setting(integer(2, 1024), None)
     max_batch_size: int = setting(integer(1, 1024), 32)
     batch_timeout_ms: int = setting(integer(0, 1000), 2)
     max_queue: int | None = setting(integer(0, 1000), None)
@@ -145,6 +150,7 @@ class Settings:
     max_video_size: int = setting(byte_size, 50 * 2**20)
     max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
+    max_body_memory: int = setting(byte_size, 512 * 2**20)
     cache_url: str | None = setting(cache_url, None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
@@ -161,6 +167,9 @@ class Settings:
                                          None)
     log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
+
+    def __post_init__(self):
+        object.__setattr__(self, "model_dir", self.model_dir.absolute())
 
     @classmethod
     def load(cls, env_file=".env"):
@@ -188,3 +197,22 @@ class Settings:
         texts = {field.name.upper(): getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
                 for name, value in texts.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the machine is shared out: what server/machine.py makes of the Settings.
+
+    devices: the torch device of each worker in turn ("cpu", "cuda:0", …); streams: inferences that one worker runs
+    at once; slots: requests that one worker decodes or infers at once; queue: requests that may wait for a slot.
+    """
+    engine: str
+    devices: tuple
+    workers: int
+    streams: int
+    slots: int
+    queue: int
+
+    @property
+    def device(self):
+        return self.devices[0]

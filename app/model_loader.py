@@ -1,17 +1,20 @@
-"""ModelLoader: which model answers, loaded and checked once a worker, and asked for predictions."""
-import importlib
+"""ModelLoader: which models answer, loaded and checked once in each worker, and replaced in place."""
+import contextlib
+import functools
+import json
 import logging
+import threading
 import time
 
 import numpy as np
 
-from app import bundle, engines, state
+from app import engine, tasks
 from app.config import StartError
-from app.errors import ServiceError
-from app.machine import SPARE_THREADS, plan
-from app.prepare import prepared
-from app.preprocess import Preprocessing
-from app.scheduler import Deadline, Scheduler
+from app.engine import bundle
+from app.engine.preprocess import Preprocessing, self_test_input
+from app.engine.slots import Slots
+from app.errors import Deadline, ServiceError
+from app.server import counters
 
 log = logging.getLogger(__name__)
 
@@ -19,114 +22,148 @@ log = logging.getLogger(__name__)
 # share of the largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 SELF_TEST_TIMEOUT_S = 60
-HUNG_AFTER_S = 10
+HUNG_AFTER_S = 10         # past the deadline, of an inference
+SLOT_HUNG_AFTER_S = 30    # of decoding or a face search, which look at the deadline now and then only
 
 
 class ModelError(StartError):
     """A model that does not load or answers wrongly; one line."""
 
 
-class ModelLoader:
-    """One model of one worker. After load(): name, task, labels, preprocessing, device, scheduler and predict()."""
+class Model:
+    """One bundle, loaded: name, task, labels, preprocessing, device, engine, infer()."""
 
-    def __init__(self, settings):
-        self.settings, self.device = settings, settings.device
-        self.state = "loading"  # why not ready: loading, self_test_failed; None when ready
-        self.started = time.monotonic()
-
-    @property
-    def ready(self):
-        return self.state is None
-
-    def load(self, source=None):
-        """Find or make the bundle (or take `source`, a Prepared), load it, and check the answer to a known input.
-        Raises StartError."""
-        machine = plan(self.settings)
-        self.device = machine.device
-        source = source or state.served() or prepared(self.settings)
-        self.fallback_reason = source.fallback_reason
+    def __init__(self, source, settings, plan, is_alone):
+        """source: a bundle.Prepared; is_alone(): whether nothing else wants the processor. Raises StartError."""
+        started = time.monotonic()
+        self.device, self.is_alone, self.fallback_reason = plan.device, is_alone, source.fallback_reason
+        self.requested = settings.model_name
         self.manifest = bundle.read(source.folder)
         if self.manifest is None:
-            raise ModelError(f"{source.folder} has no manifest")
-        self.name, self.task, self.labels = self.manifest.name, self.manifest.task, self.manifest.labels
-        self.classifies = self.task == "classification"
-        if not self.classifies:
-            importlib.import_module("app.faces")  # with OpenCV: now, not with the first request
+            raise ModelError(f"{source.folder} holds no model that this version can serve")
+        self.name, self.labels = self.manifest.name, self.manifest.labels
+        self.task = tasks.create(self.manifest)
         self.preprocessing = Preprocessing(**self.manifest.preprocessing)
-        self.engine = engines.create(self.manifest, source.folder, machine, self.settings, self.device)
-        self.scheduler = Scheduler(machine.slots, machine.queue, max(1, machine.threads - SPARE_THREADS))
+        self.engine = engine.create(self.manifest, source.folder, plan.streams, settings, self.device, rebuild)
+        self.users, self.retired = 0, False
         self.self_test()
-        self.load_seconds = time.monotonic() - self.started
-        self.state = None
-        if self.fallback_reason:
-            log.warning("MODEL_FALLBACK answers: %s is served, not %s (%s)", self.name, self.settings.model_name,
-                        self.fallback_reason)
-        log.info("model ready", extra={"model": self.name, "device": self.device, "engine": self.manifest.engine,
-                                       "precision": self.engine.precision, "seconds": round(self.load_seconds, 2)})
-        return self
+        self.load_seconds = time.monotonic() - started
 
     def self_test(self):
         """The warm-up inference, compared with what the torch network answered. Raises ModelError."""
         expected = np.array([self.manifest.self_test["outputs"]], np.float32)
         try:
-            outputs = np.concatenate([self.engine.infer(engines.self_test_input(self.preprocessing),
+            outputs = np.concatenate([self.engine.infer(self_test_input(self.preprocessing),
                                                         Deadline(SELF_TEST_TIMEOUT_S), alone)
                                       for alone in (False, True)])  # (2, K)
             error = np.abs(outputs - expected).max() / np.abs(expected).max()
         except (ServiceError, RuntimeError, MemoryError) as e:
-            self.state = "self_test_failed"
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
-            self.state = "self_test_failed"
             raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g} of the largest output")
 
-    def scores(self, outputs):
-        """(N, K) float32 outputs of the network → (N, K): softmax probabilities of a classifier, a regression's as they
-        are."""
-        return softmax(outputs) if self.classifies else outputs
-
     def infer(self, batch, deadline):
-        """float32 (N, 3, H, W), preprocessed → scores (N, K). Raises DeadlineExceeded, MemoryError."""
+        """float32 (N, 3, H, W), preprocessed → float32 (N, K), the network's outputs. Raises DeadlineExceeded,
+        MemoryError; ModelError where the network fails, and fails its self-test too."""
         try:
-            outputs = self.engine.infer(batch, deadline, self.scheduler.is_alone())
+            return self.engine.infer(batch, deadline, self.is_alone())
         except (ServiceError, MemoryError):
             raise
         except Exception:  # the network itself failed: is it still right?
             self.self_test()
             raise
-        return self.scores(outputs)
+
+    @functools.cached_property
+    def identity(self):
+        """What determines its answers, as bytes."""
+        manifest = self.manifest
+        return json.dumps([manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
+                           manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
+                           self.device.partition(":")[0]], sort_keys=True).encode()
+
+    def info(self):
+        """The `model` object of GET /info."""
+        size = self.preprocessing.crop
+        return {"name": self.name, "task": self.task.kind, "device": self.device, "engine": self.manifest.engine,
+                "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
+                "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
+                "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
+                "quantization": self.manifest.quantization,
+                "fallback": {"requested": self.requested, "reason": self.fallback_reason}
+                if self.fallback_reason else None, **self.task.info()}
+
+
+class ModelLoader:
+    """The models of one worker by name, of which the current one answers, and the slots that they share."""
+
+    def __init__(self, settings, plan):
+        self.settings, self.plan = settings, plan
+        self.slots = Slots(plan.slots, plan.queue)
+        self.models, self.current = {}, None
+        self.state = "loading"  # why not ready: loading, self_test_failed; None when ready
+        self.started = time.monotonic()
+        self.lock = threading.Lock()  # around who uses which model
+
+    @property
+    def ready(self):
+        return self.state is None
+
+    def load(self, source):
+        """Load a bundle (a Prepared), check its answer to a known input, and answer with it from now on; what the model
+        before has begun it finishes. In any native thread. Raises StartError, and nothing has changed then."""
+        model, before = Model(source, self.settings, self.plan, self.slots.is_alone), self.current
+        with self.lock:
+            self.current = model
+            self.models = {model.name: model}
+            if before is not None:
+                before.retired = True
+        self.state = None
+        counters.note_model(model, before)
+        self.close_unused(before)
+        if model.fallback_reason:
+            log.warning("MODEL_FALLBACK answers: %s is served, not %s (%s)", model.name, self.settings.model_name,
+                        model.fallback_reason)
+        log.info("model ready", extra={"model": model.name, "device": model.device, "engine": model.manifest.engine,
+                                       "precision": model.engine.precision, "seconds": round(model.load_seconds, 2),
+                                       "weights": (model.manifest.weights["sha256"] or "")[:12]})
+        return self
+
+    @contextlib.contextmanager
+    def lease(self):
+        """The current Model, which stays whole until the end of the block, whatever is loaded meanwhile."""
+        with self.lock:
+            model = self.current
+            model.users += 1
+        try:
+            yield model
+        except ModelError:
+            self.state = "self_test_failed"
+            raise
+        finally:
+            with self.lock:
+                model.users -= 1
+            self.close_unused(model)
+
+    def close_unused(self, model):
+        """Give a retired model's memory back once nobody uses it, in a thread of its own: it may take a while."""
+        with self.lock:
+            if model is None or not model.retired or model.users:
+                return
+            model.retired = False
+        threading.Thread(target=model.engine.close, name="close-model").start()
 
     def needs_restart(self):
         """Why this process can no longer be trusted with the model, in words for the log, or None."""
         if self.state == "self_test_failed":
             return "the model failed its self-test"
-        if self.ready and self.engine.hung_seconds() > HUNG_AFTER_S:
+        if self.ready and self.current.engine.hung_seconds() > HUNG_AFTER_S:
             return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
+        if self.slots.overdue_seconds() > SLOT_HUNG_AFTER_S:
+            return f"a slot has been hanging for more than {SLOT_HUNG_AFTER_S} s past a deadline"
         return None
 
-    def predictions(self, scores, k):
-        """(K,) scores as an answer has them: a classifier's k best as [{"class", "confidence", "class_id"}], highest
-        first; a regression's as {trait: score}."""
-        if not self.classifies:
-            return {trait: float(score) for trait, score in zip(self.labels, scores, strict=True)}
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
 
-    def info(self):
-        """The `model` object of GET /info."""
-        size = self.preprocessing.crop
-        return {"name": self.name, "task": self.task, "device": self.device, "engine": self.manifest.engine,
-                "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
-                "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
-                "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
-                "quantization": self.manifest.quantization,
-                "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
-                if self.fallback_reason else None,
-                **({} if self.classifies else {"backbone": self.manifest.network["backbone"]}),
-                "labels" if self.classifies else "traits": self.labels}
-
-
-def softmax(logits):
-    """(N, K) → (N, K) float64 probabilities."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+def rebuild(**arguments):
+    """The bare torch module of a manifest's `network`."""
+    from app.prepare import networks  # imports torch
+    return networks.rebuild(**arguments)

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from app.bundle import installed_versions
-from app.machine import usable_cores
+from app.engine.bundle import installed_versions
+from app.server.machine import usable_cores
 from bench import inputs, report, services
 from bench.report import LARGE, MEDIUM, OVER_CAPACITY, RIVALS, SIZES, SMALL
 

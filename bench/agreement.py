@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
+from app import load_model
 from app.config import Settings
-from app.model_loader import ModelLoader
-from app.scheduler import Deadline
+from app.errors import Deadline
 from bench.inputs import photo
 
 PHOTOS = ["astronaut", "camera", "chelsea", "coffee", "rocket", "coins", "motorcycle_left", "hubble_deep_field",
@@ -29,10 +29,10 @@ def pictures():
 def compare(model_dir):
     probabilities = {}
     for precision in ("fp32", "bf16"):
-        model = ModelLoader(Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": model_dir,
-                                            "DEVICE": "cpu", "PRECISION": precision})).load()
-        probabilities[precision] = np.concatenate(
-            [model.infer(model.preprocessing(image)[None], Deadline(60)) for image in pictures()])  # (pictures, 1000)
+        model = load_model(Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": model_dir,
+                                           "DEVICE": "cpu", "PRECISION": precision})).current
+        probabilities[precision] = model.task.scores(np.concatenate(
+            [model.infer(model.preprocessing(image)[None], Deadline(60)) for image in pictures()]))  # (pictures, 1000)
     fp32, bf16 = probabilities["fp32"], probabilities["bf16"]
     best = fp32.argmax(1)
     rows = np.arange(len(fp32))

@@ -15,7 +15,7 @@ import skimage
 import torch
 from PIL import Image
 
-from app.networks import torchvision
+from app.prepare.networks import torchvision
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 NAMES = ["astronaut", "chelsea", "coffee", "rocket"]

@@ -11,29 +11,30 @@ import sys
 import time
 from pathlib import Path
 
-from app import media
+from app import load_model
 from app.config import Settings
-from app.model_loader import ModelLoader
-from app.scheduler import Deadline
+from app.errors import Deadline
+from app.media import pictures
 from bench.load import percentiles
 
 
 def work(number, spec, barrier, results):
     # as many workers as processes: each plans for one core
     settings = Settings.parse({**spec["variables"], "WORKERS": str(spec["processes"])})
-    model = ModelLoader(settings).load()
+    model = load_model(settings).current
     for name, files, expected, tolerance, at_work, warm_s, seconds in spec["phases"]:
-        pictures = [Path(file).read_bytes() for file in files]
+        contents = [Path(file).read_bytes() for file in files]
         barrier.wait()
         latencies, wrong = [], 0
         if number < at_work:
             started = time.perf_counter()
             count_from, i = started + warm_s, number
             while (begun := time.perf_counter()) < count_from + seconds:
-                right_class, right_probability = expected[i % len(pictures)]
-                image, _ = media.read_image(pictures[i % len(pictures)], settings.max_image_pixels,
-                                            model.preprocessing.resize)
-                scores = model.infer(model.preprocessing(image)[None], Deadline(settings.request_timeout))[0]
+                right_class, right_probability = expected[i % len(contents)]
+                image, _ = pictures.read_image(contents[i % len(contents)], settings.max_image_pixels,
+                                               model.preprocessing.resize)
+                outputs = model.infer(model.preprocessing(image)[None], Deadline(settings.request_timeout))
+                scores = model.task.scores(outputs)[0]
                 if begun >= count_from:
                     latencies.append(time.perf_counter() - begun)
                     best = scores.argmax()

@@ -25,7 +25,9 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 def photo(name):
     """One of scikit-image's photographs as a PIL image in its own mode: astronaut, chelsea, coffee, rocket, camera."""
-    return Image.open(next(PHOTOS.glob(f"{name}.*")))
+    with Image.open(next(PHOTOS.glob(f"{name}.*"))) as image:
+        image.load()
+        return image
 
 
 def encoded(image, format="PNG", **options):
@@ -63,7 +65,7 @@ def checkpoint(tmp_path_factory):
     """checkpoint(name, num_classes=1000, seed=0): path of a seeded torchvision checkpoint, made once."""
     import torch
 
-    from app.networks import torchvision
+    from app.prepare.networks import torchvision
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def make(name, num_classes=1000, seed=0):
@@ -81,7 +83,7 @@ def ocean_checkpoint(tmp_path_factory):
     import torch
     from torch import nn
 
-    from app.networks import torchvision
+    from app.prepare.networks import torchvision
     torch.manual_seed(3)
     backbone = torchvision().models.resnet18()
     backbone.fc = nn.Identity()

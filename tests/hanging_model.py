@@ -4,8 +4,9 @@ import shutil
 
 import numpy as np
 
-from app import bundle, engines
-from app.preprocess import Preprocessing
+from app.engine import bundle
+from app.engine.preprocess import Preprocessing, self_test_input
+from app.prepare import bundles
 
 SIZE = [1, 3, 224, 224]
 
@@ -37,11 +38,11 @@ def replace_model(model_dir):
     for file in manifest.files:
         (folder / file).unlink()
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    shown = engines.self_test_input(Preprocessing(**manifest.preprocessing))
+    shown = self_test_input(Preprocessing(**manifest.preprocessing))
     outputs = openvino.Core().compile_model(model, "CPU")(shown)[0][0]
-    bundle.save_manifest(folder, dataclasses.replace(
+    bundles.save_manifest(folder, dataclasses.replace(
         manifest, self_test={"outputs": outputs.tolist()},
-        files={f: bundle.sha256(folder / f) for f in manifest.files}))
+        files={f: bundles.sha256(folder / f) for f in manifest.files}))
 
 
 def copy_model_dir(source, target):

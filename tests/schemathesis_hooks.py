@@ -9,7 +9,7 @@ from hypothesis import strategies
 from PIL import Image
 
 from app.config import FACE_METHODS, YES_OR_NO
-from app.pipeline import LATEST_S
+from app.tasks.options import LATEST_S
 
 
 def picture(colour, size, format):

@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, encoded, post
+from conftest import ROOT, encoded, photo, post
 from PIL import Image
-from test_faces import photo
 from videos import pan_over, write
 
 from app import __main__ as command_line

@@ -7,7 +7,7 @@ from PIL import Image
 
 try:
     import torchvision
-except RuntimeError:  # torchvision's operators for CUDA beside a CPU build of torch: see app/networks.py
+except RuntimeError:  # torchvision's operators for CUDA beside a CPU build of torch: see app/prepare/networks.py
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision

@@ -11,15 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from clients import BackgroundLoad, Watcher, ask, multipart
+from clients import BackgroundLoad, ask, multipart
 from conftest import free_port, need
 from traffic import CAT, descriptors, open_request, wait_until
 
-from app.worker import HEADERS_WITHIN_S, REFUSING_THREADS
-
 SLOW_CLIENTS = 200
 REQUEST_TIMEOUT_S = 10
-THREADS = 50
 
 NGINX = """
 user {user};
@@ -79,32 +76,20 @@ def proxy(tmp_path):
         yield start
 
 
-@pytest.mark.check(14, "200 slow-dripping headers and bodies",
-                   "healthy p99 < 1 s behind the proxy; bare, recovery within twice the read deadline")
+@pytest.mark.check(14, "200 slow-dripping headers and bodies", "healthy p99 < 1 s, bare and behind the proxy")
 def test_slow_clients(start_service, golden, quick, proxy, record_property):
     service = start_service(REQUEST_TIMEOUT=str(REQUEST_TIMEOUT_S)).wait_ready()
-    read_deadline_s = max(HEADERS_WITHIN_S, REQUEST_TIMEOUT_S)
-    with dripping(service.port):
-        started = time.monotonic()
-        with Watcher(service.port) as watcher:
-            wait_until(lambda: one_is_answered(service.port), 6 * read_deadline_s, "it did not recover")
-            back_s = time.monotonic() - started
-    record_property("bare: a prediction after s", round(back_s, 1))
-    record_property("read deadline s", read_deadline_s)
-    record_property("bare: slowest /health s", round(max((s for _, _, s in watcher.seen), default=back_s), 1))
-
     front = proxy(service)
     wait_until(lambda: one_is_answered(front), 10, "the proxy does not answer")
-    with dripping(front):
-        time.sleep(1)
-        behind = type("Behind", (), {"port": front})
-        result = BackgroundLoad(behind, golden, 5 if quick else 20, connections=2).result()
-    record_property("behind nginx: p99 ms", round(result["latency_ms"]["p99"]))
-    record_property("answers", result["right"])
-    record_property("not 200", result["non_200"])
-    assert back_s <= 2 * read_deadline_s
-    assert result["wrong"] == result["non_200"] == 0
-    assert result["latency_ms"]["p99"] < 1000
+    for what, port in {"bare": service.port, "behind nginx": front}.items():
+        with dripping(port):
+            time.sleep(1)
+            side = type("Side", (), {"port": port})
+            result = BackgroundLoad(side, golden, 5 if quick else 10, connections=2).result()
+        record_property(f"{what}: p99 ms", round(result["latency_ms"]["p99"]))
+        record_property(f"{what}: answers, not 200", f"{result['right']}, {result['non_200']}")
+        assert result["wrong"] == result["non_200"] == 0
+        assert result["latency_ms"]["p99"] < 1000
 
 
 def one_is_answered(port):
@@ -143,12 +128,8 @@ def leave(port, count, seed):
 @pytest.mark.check(15, "1000 clients that leave mid-upload or mid-answer",
                    "descriptors and threads back to where they were; no traceback")
 def test_clients_that_leave(start_service, record_property):
-    service = start_service(THREADS=str(THREADS)).wait_ready()
+    service = start_service().wait_ready()
     (worker,) = service.workers()
-    with contextlib.ExitStack() as stack:  # all its threads are there from now on, and what they open once
-        for _ in range(THREADS + 4 * REFUSING_THREADS):
-            stack.enter_context(open_request(service.port))
-        wait_until(lambda: threads(worker) >= THREADS + REFUSING_THREADS, 10)
     leave(service.port, 200, seed=0)
     wait_until(lambda: one_is_answered(service.port), 30)
     time.sleep(2)

@@ -10,14 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 from clients import BackgroundLoad, Watcher, put_load
-from conftest import ROOT, encoded
+from conftest import ROOT, encoded, free_port
 from hanging_model import copy_model_dir, replace_model
 from PIL import Image
 from planted import SLOW_LOAD_S
 from traffic import CAT, Load, wait_until
 
 from app.model_loader import HUNG_AFTER_S
+from app.prepare.bundles import sha256
+from app.server.machine import usable_cores
 
 WORKER_TIMEOUT_S = int(re.search(r"^timeout = (\d+)", (ROOT / "gunicorn.conf.py").read_text(), re.M)[1])
 READY = "model ready"
@@ -176,7 +179,7 @@ def test_reload(start_service, golden, quick, record_property):
     record_property("slowest ms", round(result["latency_ms"]["max"]))
     assert done.returncode == 0, done.stderr
     assert covered, "the reload outlasted the load"
-    assert not set(workers) & set(service.workers())
+    assert service.workers() == workers
     assert result["wrong"] == result["non_200"] == 0
     assert result["latency_ms"]["max"] <= before["latency_ms"]["p99"] + 1000
 
@@ -293,3 +296,108 @@ def test_never_ready_too_early(start_service, record_property):
     assert answer.json()["predictions"][0]["class"] == "tiger cat"
     assert watcher.statuses() <= {None, 503, 200}
     assert first - started >= SLOW_LOAD_S
+
+
+@pytest.mark.check(30, "everything of the service in /dev/shm and /tmp removed",
+                   "predictions go on; SIGTERM stops it; a crashed worker is replaced")
+def test_files_removed(start_service, golden, record_property):
+    service = ready_service(start_service, 2)
+    removed = 0
+    for pid in (service.process.pid, *service.workers()):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = Path(os.readlink(link))
+            if target.is_relative_to("/dev/shm") or target.is_relative_to("/tmp") and "pytest-" not in str(target):
+                removed += target.exists()
+                target.unlink(missing_ok=True)
+    for path in (*Path("/dev/shm").glob("*model-server*"), *Path("/tmp").glob("*model-server*")):
+        shutil.rmtree(path, ignore_errors=True)
+        removed += 1
+    load = BackgroundLoad(service, golden, 4, connections=4)
+    time.sleep(1)
+    os.kill(service.workers()[0], signal.SIGKILL)
+    wait_until(lambda: service.log.count(READY) == 3, 30, "the worker was not replaced")
+    result = load.result()
+    code = service.stop()
+    record_property("removed", removed)
+    record_property("right", result["right"])
+    record_property("not 200, wrong", f"{result['non_200']}, {result['wrong']}")
+    record_property("exit code", code)
+    assert result["right"] > 0
+    assert result["non_200"] == result["wrong"] == 0
+    assert code == 0
+
+
+@pytest.mark.check(31, "two reloads at once; the process that prepares killed in the middle",
+                   "one outcome each, the true one; as many workers as before; the next reload works")
+def test_reloads_at_once(start_service, checkpoint, tmp_path, golden, record_property):
+    path = tmp_path / "model.pt"
+
+    def put(seed):
+        shutil.copy(checkpoint("resnet18", seed=seed), tmp_path / "new.pt")
+        os.replace(tmp_path / "new.pt", path)
+        return sha256(path)
+
+    def ask_for_reload():
+        return subprocess.Popen([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def serves():
+        return {requests.get(service.url + "/info").json()["model"]["weights"]["sha256"] for _ in range(8)}
+    first = put(1)
+    service = ready_service(start_service, 2, MODEL_NAME="resnet18", MODEL_PATH=str(path))
+    workers = service.workers()
+    with Load(service.url, 2) as load:
+        put(2)
+        one = ask_for_reload()
+        wait_until(lambda: service.log.count("reloading: preparing") == 1, 10)
+        third = put(3)
+        other = ask_for_reload()
+        texts = [process.communicate(timeout=120)[0].strip() for process in (one, other)]
+        codes, after_both = (one.returncode, other.returncode), serves()
+        put(4)
+        killed = ask_for_reload()
+        wait_until(lambda: len(service.workers()) == 3, 10)
+        (preparing,) = set(service.workers()) - set(workers)
+        os.kill(preparing, signal.SIGKILL)
+        texts.append(killed.communicate(timeout=60)[0].strip())
+        after_kill = serves()
+        again = put(5)
+        last = ask_for_reload()
+        texts.append(last.communicate(timeout=120)[0].strip())
+        after_last = serves()
+    record_property("outcomes", "; ".join(texts))
+    record_property("answers, not 200", f"{len(load.answers)}, {sum(status != 200 for status, _ in load.answers)}")
+    assert first not in after_both
+    assert codes == (0, 0)
+    assert after_both == after_kill == {third}
+    assert third[:12] in texts[1]
+    assert killed.returncode == 1
+    assert "ended before it was through" in texts[2]
+    assert (last.returncode, after_last) == (0, {again})
+    assert service.workers() == workers
+    assert not load.errors
+    assert {status for status, _ in load.answers} == {200}
+
+
+@pytest.mark.check(34, "Gunicorn's command line: -w, -b, -k, --threads, --preload",
+                   "taken into account or refused with one line, never contradicted")
+def test_command_line(start_service, record_property):
+    port = free_port()
+    service = start_service(GUNICORN_CMD_ARGS=f"-w 2 -b 127.0.0.1:{port}")
+    service.port, service.url = port, f"http://127.0.0.1:{port}"
+    service.wait_ready()
+    wait_until(lambda: service.log.count(READY) == 2, 30)
+    starting = next(json.loads(line) for line in service.log.splitlines() if '"starting"' in line)
+    said = f"{starting['workers']} workers of {starting['streams']} streams"
+    record_property("-w 2 -b", f"{said}, {service.url} in the log: {service.url in service.log}")
+    assert starting["workers"] * starting["streams"] <= max(2, usable_cores())
+    assert f'"url": "{service.url}"' in service.log
+    assert service.predict(CAT).status_code == 200
+    for arguments in ("-k sync", "-k gthread", "--threads 4", "--preload", "-w 0"):
+        refused = start_service(GUNICORN_CMD_ARGS=arguments)
+        code = refused.process.wait(30)
+        lines = [line for line in refused.log.splitlines() if "error: " in line]
+        record_property(arguments, f"exit {code}: {lines[0] if lines else ''}")
+        assert code != 0, arguments
+        assert len(lines) == 1, refused.log
+        assert "Traceback" not in refused.log

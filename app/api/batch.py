@@ -1,0 +1,77 @@
+"""POST /predict/batch: several files, one result for each, in order."""
+import functools
+
+from flask import Blueprint, current_app, g, jsonify
+
+from app.api import uploads
+from app.api.predict import client_watch, request_deadline
+from app.engine.slots import in_native_thread
+from app.errors import ServiceError, internal_error, out_of_memory
+from app.server import counters
+from app.tasks import options
+
+bp = Blueprint("batch", __name__)
+
+
+@bp.post("/predict/batch")
+def predict_batch():
+    loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
+    deadline = request_deadline(settings)
+    loader.slots.check_room()
+    with uploads.received(uploads.batch_limit(settings), deadline), loader.lease() as model:
+        def read():
+            with g.stages("read"):
+                files, option = uploads.batch_of_files(settings)
+                return files, options.read(option, settings, model.task.options)
+        files, chosen = loader.slots.run(read, deadline, g.stages, client_watch())
+        with g.stages("files"):
+            outcomes = loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
+                                               for file in files])
+    for o in outcomes:
+        counters.count("batch_files", o.code if isinstance(o, ServiceError) else "")
+    failures = [o for o in outcomes if isinstance(o, ServiceError)]
+    results = [{"index": i, "filename": file.filename, **(o.body() if isinstance(o, ServiceError) else o)}
+               for i, (file, o) in enumerate(zip(files, outcomes, strict=True))]
+    body = {"count": len(results), "failed": len(failures), "results": results}
+    if len(failures) == len(results):
+        raise all_failed(failures, body)
+    return jsonify({"status": "success", **body})
+
+
+def outcome(model, file, chosen, deadline):
+    """The result of one file, or the ServiceError that it ended with. Runs in a greenlet of its own, in a copy of the
+    request's context."""
+    loader, settings, cache = (current_app.extensions[name] for name in ("model", "settings", "cache"))
+    stages = counters.Stages()
+
+    def read():
+        with stages("read"):
+            return file.read(settings)
+
+    def in_slot(data):
+        return loader.slots.run(lambda: model.task.answer(model, settings, data or read(), chosen, deadline, stages),
+                                deadline, stages, admitted=True)
+    try:
+        if cache is None:
+            answer = in_slot(None)
+        else:
+            data = in_native_thread(read)
+            answer, _ = cache.fetch(model, data, chosen, lambda: in_slot(data), deadline, stages, admitted=True)
+        return {"status": "success", **answer}
+    except ServiceError as e:
+        return e
+    except MemoryError as e:
+        return out_of_memory(e)
+    except Exception as e:  # a bug that one file meets is that file's alone
+        return internal_error(e)
+    finally:
+        stages.count()
+
+
+def all_failed(failures, body):
+    """The error of a batch without a single answer; the service's own failure keeps its code, so that callers retry."""
+    first = failures[0]
+    if first.status >= 500 and all(f.code == first.code for f in failures):
+        return ServiceError(first.status, first.code, first.message, first.retry_after_s, details=body)
+    return ServiceError(422, "ALL_FAILED", f"None of the {len(failures)} files could be answered; each one's result "
+                                           "says why.", details=body)

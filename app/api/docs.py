@@ -1,0 +1,30 @@
+"""GET /openapi.json and /docs: the OpenAPI 3.1 document of what is running here, and Swagger UI to read and try it."""
+from pathlib import Path
+
+import flask_swagger_ui
+from flask import Blueprint, current_app, jsonify, render_template, send_from_directory
+
+bp = Blueprint("docs", __name__)
+
+SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
+
+# Swagger UI draws its icons from data: URLs and sets styles on its elements; nothing comes from elsewhere.
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+                           "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+
+@bp.get("/openapi.json")
+def openapi():
+    from app.api.openapi import document  # only those who ask for it need it
+    return jsonify(document(current_app.extensions["settings"], current_app.extensions["model"].current.task.kind))
+
+
+@bp.get("/docs")
+def docs():
+    return render_template("docs.html"), {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+
+
+@bp.get("/docs/<name>")
+def docs_file(name):
+    """Swagger UI's own files."""
+    return send_from_directory(SWAGGER_UI, name)

@@ -1,0 +1,66 @@
+"""GET / and GET /info: what this service is and what answers."""
+import platform
+
+from flask import Blueprint, current_app, jsonify, make_response, render_template, request
+
+from app.api import uploads
+from app.config import NAME, VERSION
+from app.engine.bundle import installed_versions
+from app.media import containers, pictures
+
+bp = Blueprint("info", __name__)
+
+ENDPOINTS = {
+    "/": "this list; in a browser, a page to try it",
+    "/predict": "POST a picture or a video, get its prediction",
+    "/predict/batch": "POST several pictures or videos, get one result for each",
+    "/health": "readiness, for load balancers",
+    "/ready": "the same as /health",
+    "/live": "liveness: 200 as long as the process answers",
+    "/info": "the model, the limits and the versions",
+    "/metrics": "counts and times, for Prometheus",
+    "/openapi.json": "the OpenAPI document of all this",
+    "/docs": "the same to read and to try, in a browser",
+}
+
+
+# The page holds no inline script or style, and takes nothing from elsewhere; blob: is the picture that was chosen.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+                               "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
+    "Permissions-Policy": "camera=(self)",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@bp.get("/")
+def index():
+    if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
+        response = make_response(render_template("index.html"), PAGE_HEADERS)
+    else:
+        response = jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+    response.vary.add("Accept")
+    return response
+
+
+@bp.get("/info")
+def info():
+    settings, model = current_app.extensions["settings"], current_app.extensions["model"].current
+    return jsonify({
+        "status": "success",
+        "model": model.info(),
+        "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
+                   "max_video_size": settings.max_video_size, "max_video_seconds": settings.max_video_seconds,
+                   "allowed_extensions": [*pictures.EXTENSIONS, *containers.EXTENSIONS],
+                   "max_batch_files": settings.max_batch_files,
+                   "max_batch_size": uploads.batch_limit(settings),
+                   "request_timeout": settings.request_timeout,
+                   "cache": settings.cache_url and settings.cache_url.partition(":")[0],
+                   "cache_ttl": settings.cache_ttl,
+                   "top_k": settings.top_k, "face_method": settings.face_method, "tta": settings.tta,
+                   "video_frames": settings.video_frames},
+        "versions": {"service": VERSION, "python": platform.python_version(),
+                     **installed_versions("flask", "gunicorn", "numpy", "opencv-python-headless", "openvino", "pillow",
+                                          "torch", "torchvision")}})

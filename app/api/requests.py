@@ -1,0 +1,47 @@
+"""Each request's id, its time in stages, its count and its line in the log."""
+import logging
+import time
+
+from flask import g, request
+
+from app.server import counters, logs
+
+log = logging.getLogger("app.request")
+
+
+def register(app):
+    app.before_request(before_request)
+    app.after_request(after_request)
+    app.teardown_request(teardown_request)
+
+
+def before_request():
+    g.started = time.perf_counter()
+    g.request_id = logs.id_for(request.headers.get("X-Request-ID"))
+    logs.request_id.set(g.request_id)
+    g.stages = counters.Stages()
+    g.in_progress = True
+    counters.change("requests_in_progress", 1)
+
+
+def after_request(response):
+    endpoint = request.url_rule.rule if request.url_rule else "none"
+    seconds, error = time.perf_counter() - g.started, g.get("error_code", "")
+    timings = dict(g.stages.timings_ms)  # a call that goes on past its deadline may still add to them
+    g.stages.count()
+    counters.count_answer(endpoint, request.method, response.status_code, error)
+    counters.observe("request_duration_seconds", seconds, endpoint)
+    response.headers["X-Request-ID"] = g.request_id
+    if timings:
+        response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
+    extra = {"method": request.method, "path": request.path, "status": response.status_code,
+             "duration_ms": round(1000 * seconds, 2), **({"error": error} if error else {}),
+             **({"timings_ms": timings} if timings else {})}
+    probe = request.blueprint == "health" and response.status_code == 200
+    log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)
+    return response
+
+
+def teardown_request(_):
+    if g.pop("in_progress", False):
+        counters.change("requests_in_progress", -1)

@@ -1,0 +1,340 @@
+"""From an HTTP request to files and options: multipart, raw body and JSON through one path.
+
+The body is received in the loop, in large pieces and within a limit for all bodies together; what is in it is parsed
+where the caller wants it, in a native thread.
+"""
+import base64
+import binascii
+import contextlib
+import functools
+import io
+import json
+import os.path
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+from flask import Request, current_app, g, request
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
+from app.media.containers import is_video
+from app.server import counters
+
+FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
+BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
+PIECE = 2**16                   # bytes of a body that are read at once
+INSTANCES = "instances"         # TensorFlow Serving's list
+FORM_OVERHEAD = 64 * 1024       # bytes of a body beside the files: boundaries, headers, options
+BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
+HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
+               "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
+MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
+DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
+MOST_JSON_PARTS = 10_000  # lists, objects and members of a body, of which base64 has none
+
+
+class MemoryRequest(Request):
+    """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
+    max_form_parts = 64
+
+    @functools.cached_property
+    def file_streams(self):
+        """The contents of the form's files in the body's order, whatever their names."""
+        return []
+
+    def _get_file_stream(self, total_content_length, content_type, filename=None, content_length=None):
+        self.file_streams.append(io.BytesIO())
+        return self.file_streams[-1]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file as it was sent, not checked yet.
+
+    content: its bytes, or what stands in JSON where base64 belongs; filename: the base name as the client gave it, or
+    None; field: where it stood, for messages.
+    """
+    content: Any
+    filename: str | None
+    field: str
+
+    def read(self, settings):
+        """The file's bytes. Raises ServiceError."""
+        data = self.content if isinstance(self.content, bytes) else from_base64(self.content, self.field)
+        if not data:
+            raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
+        kind, most = ("video", settings.max_video_size) if is_video(data) else ("file", settings.max_file_size)
+        if len(data) > most:
+            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {len(data)} bytes; at most {most} are taken.")
+        return data
+
+
+class Bodies:
+    """The memory of all request bodies of this process together: beyond `most` bytes, the largest of those that are
+    still coming in is refused, however many bytes the others declare. A body that is the only one is never refused."""
+
+    def __init__(self, most):
+        self.most, self.total = most, 0
+        self.sizes, self.receiving = {}, {}  # {key: bytes}, {key: greenlet that receives}
+
+    @contextlib.contextmanager
+    def one(self):
+        """Around the time for which a body is kept. Gives its key."""
+        key = object()
+        self.sizes[key] = 0
+        try:
+            yield key
+        finally:
+            self.receiving.pop(key, None)
+            self.grow(key, -self.sizes[key])
+            del self.sizes[key]
+
+    def grow(self, key, size):
+        self.sizes[key] += size
+        self.total += size
+        counters.change("body_bytes", size)
+
+    def add(self, key, size):
+        """Note that so many more bytes of a body are there. Raises ServiceError OVERLOADED, here or in the greenlet of
+        the one that is refused."""
+        self.grow(key, size)
+        while self.total > self.most and len(self.sizes) > 1 and self.receiving:
+            largest = max(self.receiving, key=self.sizes.get)
+            greenlet = self.receiving.pop(largest)
+            if largest is key:
+                raise no_memory()
+            self.grow(largest, -self.sizes[largest])
+            gevent.kill(greenlet, no_memory())
+
+
+@contextlib.contextmanager
+def received(max_bytes, deadline):
+    """Around all that is done with the current request's body, which is received first. max_bytes: of its files.
+
+    Raises ServiceError for a body that is too large (as HTTPException 413), cut off, or too slow.
+    """
+    check_media_type()
+    most = (max_bytes * 4 // 3 if request.is_json else max_bytes) + FORM_OVERHEAD  # base64 makes 4 bytes of 3
+    bodies = current_app.extensions["bodies"]
+    with bodies.one() as key:
+        with g.stages("read"):
+            body = receive(most, deadline, bodies, key)
+        request.max_content_length = most  # within which it is
+        request.environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}  # shares the bytes
+        del body
+        yield
+
+
+def check_media_type():
+    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE where the headers say that nothing of the body can be used."""
+    mimetype = request.mimetype
+    if mimetype != "multipart/form-data" and not request.is_json and not MEDIA_TYPE.fullmatch(mimetype):
+        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not taken here: "
+                           f"{HOW_TO_SEND}. With curl --data-binary add -H 'Content-Type: image/jpeg'.")
+
+
+def receive(most, deadline, bodies, key):
+    """The body of the current request as bytes."""
+    declared, stream, body = request.content_length, request.environ["wsgi.input"], io.BytesIO()
+    if declared is None and request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return b""
+    if declared is not None and declared > most:
+        raise RequestEntityTooLarge
+    bodies.receiving[key] = gevent.getcurrent()
+    try:
+        with gevent.Timeout(max(0, deadline.remaining()), DeadlineExceeded("read")):
+            while declared is None or body.tell() < declared:
+                piece = stream.read(PIECE if declared is None else min(PIECE, declared - body.tell()))
+                if not piece:
+                    break
+                body.write(piece)
+                bodies.add(key, len(piece))
+                if body.tell() > most:
+                    raise RequestEntityTooLarge
+    except (ServiceError, HTTPException, MemoryError):
+        raise
+    except Exception as e:  # each server has exceptions of its own for a client that sends nonsense, or leaves
+        raise cut_off() from e
+    finally:
+        bodies.receiving.pop(key, None)
+    if declared is not None and body.tell() < declared:
+        raise cut_off()
+    return body.getvalue()
+
+
+def no_memory():
+    return ServiceError(503, "OVERLOADED", "There is no memory for this upload now; try again later.", retry_after_s=5)
+
+
+def cut_off():
+    return ServiceError(400, "BAD_REQUEST", "The connection ended before the whole request was there.")
+
+
+def one_file(settings):
+    """The one file of the received body: (its bytes, its base name or None, option).
+
+    option(name) is that option's text, or None where it was not sent; see `option_reader`. Raises ServiceError.
+    """
+    files, option = parse_body(FILE_FIELDS)
+    if len(files) > 1:
+        raise ServiceError(400, "TOO_MANY_FILES", f"This path takes one file, found {len(files)} "
+                           f"({', '.join(f.field for f in files[:4])}); send one, or all of them to /predict/batch.")
+    return files[0].read(settings), files[0].filename, option
+
+
+def batch_of_files(settings):
+    """All files of the received body, none of them checked: (list of Upload in the body's order, option)."""
+    request.max_form_parts = 2 * settings.max_batch_files + 64
+    files, option = parse_body(BATCH_FIELDS)
+    if len(files) > settings.max_batch_files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"A batch takes at most {settings.max_batch_files} files, "
+                           f"found {len(files)}; send the others in a second batch.")
+    return files, option
+
+
+def one_file_limit(settings):
+    """Bytes that the file of a prediction may have."""
+    return max(settings.max_file_size, settings.max_video_size)
+
+
+def batch_limit(settings):
+    """Bytes that the files of a batch may have together."""
+    return max(BATCH_BODY_FILES * settings.max_file_size, settings.max_video_size)
+
+
+def parse_body(fields):
+    """(at least one Upload, option) from any form of request. Raises ServiceError."""
+    mimetype = request.mimetype
+    if mimetype == "multipart/form-data":
+        files, sent = files_of_form(fields), request.form.to_dict(flat=False)
+    elif request.is_json:
+        files, sent = files_of_json(fields)
+    else:
+        body = request.get_data(cache=False)
+        files, sent = [Upload(body, None, "the body")] if body or mimetype else [], {}
+    if not files:
+        raise missing_file()
+    return files, option_reader(sent)
+
+
+def files_of_form(fields):
+    parts = [(name, part) for name, part in request.files.items(multi=True) if name in fields]  # grouped by name
+    place = {id(stream): i for i, stream in enumerate(request.file_streams)}
+    parts.sort(key=lambda named: place[id(named[1].stream)])
+    files = [Upload(part.stream.getvalue(), base_name(part.filename), name) for name, part in parts]
+    # A browser sends a part with neither name nor content for a file input in which nothing was chosen.
+    files = [file for file in files if file.filename or file.content]
+    texts = [name for name in (*fields, INSTANCES) if request.form.get(name)]
+    if texts and files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"The form has a file in {files[0].field} and text in {texts[0]}; "
+                                                  f"leave {texts[0]} out, or send it alone as JSON.")
+    if texts:
+        raise missing_file(f"the form's field {texts[0]} has no filename, so it is text. With curl, write "
+                           f"-F {texts[0]}=@photo.jpg, with the @; base64 goes into JSON")
+    return files
+
+
+def files_of_json(fields):
+    """(list of Upload, the object's other members as {name: [value]})."""
+    text = request.get_data(cache=False)
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_PARTS:  # parsed, a byte of these would cost a hundred
+        raise ServiceError(400, "INVALID_JSON", f"The body has more than {MOST_JSON_PARTS} lists, objects and members.")
+    try:
+        body = json.loads(text, object_pairs_hook=unique_members)
+    except (ValueError, RecursionError) as e:
+        why = e.args[0] if isinstance(e, RepeatedMember) else "it cannot be parsed"
+        raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
+    if not isinstance(body, dict):
+        raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
+                                                f"got {json_type(body)}.")
+    found = [name for name in (*fields, INSTANCES) if body.get(name) is not None]
+    if len(found) > 1:
+        raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
+    sent = {name: [value] for name, value in body.items() if name not in found and value is not None}
+    if not found:
+        return [], sent
+    name, value = found[0], body[found[0]]
+    if name != INSTANCES:
+        return [Upload(value, None, name)], sent
+    if not isinstance(value, list):
+        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
+                                                f"{json_type(value)}.")
+    if not value:
+        raise missing_file("the list instances is empty")
+    return [Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
+
+
+class RepeatedMember(ValueError):
+    pass
+
+
+def unique_members(pairs):
+    members = {}
+    for name, value in pairs:
+        if name in members:
+            raise RepeatedMember(f"the member {name[:40]!r} is repeated")
+        members[name] = value
+    return members
+
+
+def json_type(value):
+    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number")
+
+
+def from_base64(value, field):
+    """The bytes of base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
+
+    White space, the URL-safe alphabet and missing padding are taken. Raises ServiceError.
+    """
+    for _ in range(2):
+        if isinstance(value, dict) and len(value) == 1:
+            value = next(iter(value.values()))
+    takes = "base64, a base64 data: URL or {\"b64\": \"…\"}"
+    if not isinstance(value, str):
+        raise invalid_parameter(field, takes, json_type(value))
+    url = DATA_URL.match(value)
+    if url:
+        if not MEDIA_TYPE.fullmatch(url["type"].lower()) or not url["type"] and not url["parameters"]:
+            raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"The data: URL in {field} holds "
+                               f"{url['type'][:40] or 'text/plain'}; send one that holds image/… or video/….")
+        if not url["parameters"].lower().endswith(";base64"):
+            raise invalid_parameter(field, takes, "a data: URL without ;base64")
+        value = value[url.end():]
+    try:
+        text = value.encode("ascii").translate(URL_SAFE, WHITE_SPACE).rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise invalid_parameter(field, takes, "text that cannot be decoded") from e
+
+
+URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
+
+
+def option_reader(sent):
+    """option(name): an option's text from the body or else from the query, None where it was not sent.
+
+    sent: {name: list of values} of the form's fields or the JSON object's members. The body wins over the query.
+    option raises ServiceError for an option that is repeated within either, or is a list or an object in JSON.
+    """
+    def option(name):
+        values = sent.get(name) or request.args.getlist(name)
+        if len(values) > 1:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
+        value = values[0] if values else None
+        if isinstance(value, dict | list):
+            raise invalid_parameter(name, "a single value", json_type(value))
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 3.0 is an integer in JSON
+        return value if value is None or isinstance(value, str) else json.dumps(value)
+    return option
+
+
+def base_name(filename):
+    return os.path.basename((filename or "").replace("\\", "/")) or None
+
+
+def missing_file(why=None):
+    return ServiceError(400, "MISSING_FILE", f"No file provided: {why or HOW_TO_SEND}.")

@@ -1,0 +1,95 @@
+"""Dynamic batches: what several requests want inferred at the same time is run at once."""
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+
+from app.errors import DeadlineExceeded
+from app.server import counters
+
+
+class Batcher:
+    """Collects what several requests want inferred into batches, run by a fixed pool of threads.
+
+    An idle thread starts with what is there at once. While it is at work, requests gather, and the next batch takes up
+    to max_batch rows of them; if it is not full and more than one request is under way, it waits wait_s for the others.
+    """
+
+    def __init__(self, run, threads, max_batch, wait_s):
+        self.call, self.max_batch, self.wait_s = run, max_batch, wait_s
+        self.jobs = queue.SimpleQueue()  # (array (n, …), Future, Deadline), or None to stop
+        self.due = {}  # thread name → when the last deadline of the batch that it runs passes
+        self.threads = [threading.Thread(target=self.work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, batch, deadline):
+        """float32 (n, …) → the rows' outputs. Raises DeadlineExceeded, or what the network raised."""
+        futures = []
+        for start in range(0, len(batch), self.max_batch):
+            future = Future()
+            futures.append(future)
+            self.jobs.put((batch[start:start + self.max_batch], future, deadline))
+        try:
+            return np.concatenate([f.result(max(0, deadline.remaining())) for f in futures])
+        except FutureTimeout:
+            for future in futures:
+                future.cancel()
+            raise DeadlineExceeded("inference") from None
+
+    def work(self):
+        held = None  # a job that did not fit into the last batch
+        while True:
+            job = held or self.jobs.get()
+            held = None
+            batch, rows, wait_until = [], 0, time.monotonic() + self.wait_s
+            crowded = not self.jobs.empty()
+            while job is not None:
+                rows_of_job = len(job[0])
+                if batch and rows + rows_of_job > self.max_batch:
+                    held = job
+                    break
+                if job[2].remaining() > 0 and job[1].set_running_or_notify_cancel():
+                    batch.append(job)
+                    rows += rows_of_job
+                if rows >= self.max_batch:
+                    break
+                try:
+                    job = self.jobs.get(timeout=max(0, wait_until - time.monotonic())) if crowded \
+                        else self.jobs.get_nowait()
+                except queue.Empty:
+                    break
+            if batch:
+                self.run_batch(batch)
+            if job is None:
+                return
+
+    def run_batch(self, batch):
+        counters.observe("batch_size", sum(len(rows) for rows, _, _ in batch))
+        name = threading.current_thread().name
+        self.due[name] = max(deadline.at for _, _, deadline in batch)
+        try:
+            outputs = self.call(np.concatenate([rows for rows, _, _ in batch]) if len(batch) > 1 else batch[0][0])
+        except Exception as e:  # whatever the network raised belongs to those who asked, not to this thread
+            for _, future, _ in batch:
+                future.set_exception(e)
+            return
+        finally:
+            del self.due[name]
+        start = 0
+        for rows, future, _ in batch:
+            future.set_result(outputs[start:start + len(rows)])
+            start += len(rows)
+
+    def overdue_seconds(self):
+        """How long the oldest batch runs on after everyone who waited for it has left."""
+        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
+
+    def close(self):
+        for _ in self.threads:
+            self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()

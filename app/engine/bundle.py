@@ -1,0 +1,71 @@
+"""A bundle: the folder with all that a worker needs to serve one model, made once by `python -m app prepare`.
+
+    MODEL_DIR/bundles/resnet50-11ad3fa6b2c5-openvino/
+        manifest.json          the Manifest below, written last
+        model.xml, model.bin   the network for OpenVINO (engine openvino), or
+        model.pt               its state dict (engine torch)
+
+Standard library only: the Gunicorn master reads bundles, and must import neither torch nor OpenVINO.
+"""
+import contextlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT = 1  # raised whenever an older bundle would be read wrongly
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The bundle to serve. fallback_reason: why it is MODEL_FALLBACK that answers, else None."""
+    folder: Path
+    fallback_reason: str | None = None
+
+    @classmethod
+    def of(cls, published):
+        """The one that a Board has published."""
+        return cls(Path(published["folder"]), published["fallback_reason"])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in a bundle.
+
+    network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
+    weights: {"source": where from, "sha256": of the weights' file, "labels_sha256": of LABELS_PATH or None,
+    "default": true if they are the ones that MODEL_NAME alone means}; self_test: {"outputs": what the torch network
+    answers to preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an int8 network,
+    {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}.
+    """
+    name: str
+    task: str
+    engine: str
+    network: dict
+    labels: list
+    preprocessing: dict
+    total_parameters: int
+    weights: dict
+    versions: dict
+    self_test: dict
+    files: dict
+    quantization: dict | None = None
+    format: int = FORMAT
+
+
+def installed_versions(*names):
+    """{distribution: version} of those that are installed, without importing them."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def read(folder):
+    """The Manifest in a folder; None where there is none that this version can read."""
+    try:
+        fields = json.loads((folder / "manifest.json").read_text())
+        return Manifest(**fields) if fields.get("format") == FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,146 @@
+"""The OpenVINO engine: single images on as many streams as there are cores."""
+import ctypes
+import queue
+import threading
+import time
+
+import numpy as np
+
+from app.engine import EngineError, is_out_of_memory
+from app.errors import DeadlineExceeded
+from app.server import counters
+
+POLL_S = 0.05
+ALL_CORES_MAX_BYTES = 128 * 2**20  # of weights, whose second copy is what a lone request on all cores costs
+
+
+class OpenVINOEngine:
+    """`streams` inferences at once, each on one thread, which share one copy of the weights; and, where the weights are
+    small enough for a second copy, one inference on as many threads for a request that is alone."""
+
+    def __init__(self, folder, streams, precision):
+        import openvino
+        core = openvino.Core()
+        native_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "auto":
+            precision = "bf16" if native_bf16 else "fp32"
+        if precision == "bf16" and not native_bf16:
+            raise EngineError("PRECISION is bf16, but this processor does not calculate in bf16; use fp32 or auto")
+        if precision == "fp16":
+            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
+        self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
+        self.tensor, self.threads, self.folder, self.core = openvino.Tensor, streams, folder, core
+        self.overdue, self.lock = [], threading.Lock()  # [(request, pool, since)] of callers that have left
+        self.idle = self.requests(streams)
+        self.on_all_cores = self.requests(1) \
+            if streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES else None
+        unload_pages(folder / "model.bin")
+
+    def requests(self, streams):
+        """A pool of as many idle inference requests, each of which has run once. The first runs of a process must not
+        come from several threads at once: with OpenVINO 2026.4 they can wait for each other for ever."""
+        compiled = self.core.compile_model(self.folder / "model.xml", "CPU", {
+            "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self.threads,
+            # Pinned streams of two processes would share the first core and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32"})
+        idle, blank = queue.LifoQueue(), np.zeros(tuple(compiled.input(0).shape), np.float32)
+        for _ in range(streams):
+            request = compiled.create_infer_request()
+            self.begin(request, blank)
+            request.wait()
+            idle.put(request)
+        return idle
+
+    def begin(self, request, image):
+        """Start an inference on (1, 3, H, W). The array is kept with the request: OpenVINO reads it in place."""
+        request.image = np.ascontiguousarray(image)
+        request.set_input_tensor(0, self.tensor(request.image, shared_memory=True))
+        request.start_async()
+
+    def infer(self, batch, deadline, alone=False):
+        """Images one after the other, on as many idle streams as there are: larger batches gain nothing on a CPU.
+        A single one that is alone has all cores."""
+        pool = self.idle
+        if alone and len(batch) == 1 and self.on_all_cores and not self.on_all_cores.empty():
+            pool = self.on_all_cores
+        outputs, running, idle = [None] * len(batch), [], [self.take(pool, deadline)]
+        try:
+            for i in range(len(batch)):
+                if not idle:
+                    try:
+                        idle.append(pool.get_nowait())
+                    except queue.Empty:
+                        self.finish(running, idle, outputs, deadline)
+                self.begin(idle[-1], batch[i:i + 1])  # where this fails the request is idle still
+                running.append((i, idle.pop()))
+                counters.observe("batch_size", 1)
+            while running:
+                self.finish(running, idle, outputs, deadline)
+        finally:
+            for request in idle:
+                pool.put(request)
+            with self.lock:
+                for _, request in running:
+                    request.cancel()
+                    self.overdue.append((request, pool, time.monotonic()))
+        return np.concatenate(outputs)
+
+    def finish(self, running, idle, outputs, deadline):
+        """Wait for the oldest of the running inferences."""
+        i, request = running[0]
+        try:
+            if not request.wait_for(max(1, int(1000 * deadline.remaining()))):
+                raise DeadlineExceeded("inference")
+        except RuntimeError as e:
+            raise (MemoryError(str(e)) if is_out_of_memory(e) else e) from e
+        outputs[i] = request.get_output_tensor(0).data.copy()
+        idle.append(running.pop(0)[1])
+
+    def take(self, pool, deadline):
+        """An idle request, waiting for one until the deadline."""
+        while True:
+            self.take_back()
+            try:
+                return pool.get(timeout=max(0.0, min(POLL_S, deadline.remaining())))
+            except queue.Empty:
+                if deadline.remaining() <= 0:
+                    raise DeadlineExceeded("queue") from None
+
+    def take_back(self):
+        """Make the requests idle again whose inference has ended after its caller had left."""
+        with self.lock:
+            ended = [one for one in self.overdue if has_ended(one[0])]
+            self.overdue = [one for one in self.overdue if one not in ended]
+        for request, pool, _ in ended:
+            pool.put(request)
+
+    def hung_seconds(self):
+        """How long the oldest inference runs on after its caller has left."""
+        self.take_back()
+        with self.lock:
+            return max((time.monotonic() - since for _, _, since in self.overdue), default=0.0)
+
+    def close(self):
+        self.idle = self.on_all_cores = self.core = None
+
+
+def unload_pages(path):
+    """Give back the memory of a mapped file's pages: OpenVINO has repacked the weights and keeps the mapping, of whose
+    100 MB (ResNet-50) it reads 3 MB again. Linux only; elsewhere nothing happens."""
+    try:
+        with open("/proc/self/maps") as maps:
+            ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(f" {path.resolve()}")]
+    except OSError:
+        return
+    libc, dontneed = ctypes.CDLL(None), 4  # MADV_DONTNEED
+    for start, end in ranges:
+        libc.madvise(ctypes.c_void_p(int(start, 16)), ctypes.c_size_t(int(end, 16) - int(start, 16)), dontneed)
+
+
+def has_ended(request):
+    """Whether an inference that was cancelled is over; its outcome interests nobody."""
+    try:
+        return request.wait_for(0)
+    except RuntimeError:  # OpenVINO's word for «cancelled» or «failed»
+        return True

@@ -1,0 +1,89 @@
+"""From an upright RGB picture to the model's input, with Pillow and NumPy alone; and what comes before and after it.
+
+The same arithmetic as torchvision.transforms._presets.ImageClassification on a PIL image: resize of the shorter side
+with antialiasing, centre crop, /255, normalise.
+"""
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MOST_RESIZED_PIXELS = 4_000_000  # 16 MB; a picture that would get larger is more than fifty times as long as wide
+REACH = {"bilinear": 1, "bicubic": 2}  # how far a filter looks, in pixels of the larger of both pictures
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """resize: the shorter side in pixels; crop: side of the centre square; mean, std: per RGB channel, of 0..1."""
+    resize: int
+    crop: int
+    interpolation: str = "bilinear"
+    mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, as in torchvision
+    std: tuple = (0.229, 0.224, 0.225)
+
+    def __call__(self, image):
+        """RGB PIL image of any size → float32 array (3, crop, crop), normalised."""
+        pixels = np.asarray(self.resize_and_crop(image), dtype=np.uint8)  # (crop, crop, 3)
+        scale = (1 / (255 * np.array(self.std))).astype(np.float32)
+        shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)
+        tensor = np.empty((3, self.crop, self.crop), np.float32)
+        for channel in range(3):
+            np.multiply(pixels[..., channel], scale[channel], out=tensor[channel])
+            tensor[channel] -= shift[channel]
+        return tensor
+
+    def resize_and_crop(self, image):
+        """RGB PIL image → the crop × crop PIL image that the model sees."""
+        filter, size = getattr(Image, self.interpolation.upper()), resized_size(image.size, self.resize)
+        if size[0] * size[1] > MOST_RESIZED_PIXELS:
+            return centre_crop(self.resize_middle(image, size, filter), self.crop)
+        return centre_crop(image.resize(size, filter), self.crop)
+
+    def resize_middle(self, image, size, filter):
+        """What centre_crop keeps of the longer side of image.resize(size), without the rest, which may be gigabytes;
+        equal to it but for the rounding of single pixels."""
+        axis = 0 if size[0] > size[1] else 1
+        scale = image.size[axis] / size[axis]
+        start = round((size[axis] - self.crop) / 2) * scale
+        first = max(0, math.floor(start - REACH[self.interpolation] * max(1, scale)))
+        last = min(image.size[axis], math.ceil(start + (self.crop + REACH[self.interpolation]) * max(1, scale)))
+        box, kept = [0, 0, *image.size], [*size]
+        box[axis], box[axis + 2], kept[axis] = first, last, self.crop
+        middle = image.crop(box)
+        box = [0, 0, *middle.size]
+        box[axis], box[axis + 2] = start - first, start - first + self.crop * scale
+        if axis == 1 and scale < 1:  # Pillow's order, whichever costs it less
+            middle, box[2] = middle.resize((kept[0], middle.height), filter), kept[0]
+        elif axis == 1:
+            middle, box = middle.resize((middle.width, kept[1]), filter, box), None
+        return middle.resize(kept, filter, box)
+
+
+def resized_size(size, shorter_side):
+    """(width, height) with the shorter one at shorter_side, the longer one truncated as torchvision does."""
+    width, height = size
+    if width <= height:
+        return shorter_side, int(shorter_side * height / width)
+    return int(shorter_side * width / height), shorter_side
+
+
+def centre_crop(image, side):
+    """The middle side × side square; what the picture lacks is black, one pixel more right and below if odd."""
+    pad_x, pad_y = max(0, side - image.width), max(0, side - image.height)
+    if pad_x or pad_y:
+        image = ImageOps.expand(image, (pad_x // 2, pad_y // 2, (pad_x + 1) // 2, (pad_y + 1) // 2))
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def self_test_input(preprocessing):
+    """A smooth coloured pattern as the model's input: float32 (1, 3, crop, crop), the same on every machine."""
+    y, x = np.mgrid[0:preprocessing.crop, 0:preprocessing.crop].astype(np.float32) / preprocessing.crop
+    return np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(9 * x * y)])[None].astype(np.float32)
+
+
+def softmax(logits):
+    """(N, K) → (N, K) float64 probabilities."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -1,0 +1,85 @@
+"""The torch engine: for GPUs, and on a CPU as the reference. The one module of a worker that imports torch."""
+import numpy as np
+import torch
+
+from app.engine import EngineError, is_out_of_memory
+from app.engine.batcher import Batcher
+
+
+class TorchEngine:
+    """torch in a fixed pool of threads: one inference a thread on a CPU; dynamic batches, channels last, on a GPU."""
+
+    def __init__(self, manifest, folder, streams, settings, device, rebuild):
+        self.device, self.rebuild = torch.device(device), rebuild
+        self.on_gpu = self.device.type == "cuda"
+        precision = settings.precision
+        if precision == "int8":
+            raise EngineError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
+        if precision == "fp16" and not self.on_gpu:
+            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
+        self.framework = f"torch {torch.__version__}"
+        try:
+            self.start(manifest, folder, streams, settings, precision)
+        except (RuntimeError, MemoryError) as e:  # the driver is too old, the GPU another program's, its memory full
+            if not self.on_gpu:
+                raise
+            raise EngineError(f"{device} cannot be used: {str(e).splitlines()[0]}; DEVICE=cpu serves without it") from e
+
+    def start(self, manifest, folder, streams, settings, precision):
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            # TF32 has 10 bits of 23: an fp32 that is not what it says.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        else:
+            torch.set_num_threads(1)
+        if precision == "auto":
+            precision = "bf16" if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        self.precision = precision
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        with torch.device("meta"):
+            module = self.rebuild(**manifest.network)
+        state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
+        module.load_state_dict(state, assign=True)  # on a CPU the workers share the file's pages
+        self.module = module.to(self.device, self.dtype,
+                                memory_format=torch.channels_last if self.on_gpu else torch.preserve_format)
+        max_batch = settings.max_batch_size if self.on_gpu else 1
+        if self.on_gpu:  # kernels are loaded and memory is taken now, not by the first requests of each size
+            side, size = manifest.preprocessing["crop"], max_batch
+            while size >= 1:
+                self.run(np.zeros((size, 3, side, side), np.float32))
+                size //= 2
+        # Two threads on a GPU: while one waits for its batch, the other gathers and copies the next.
+        self.batcher = Batcher(self.run, threads=2 if self.on_gpu else streams, max_batch=max_batch,
+                               wait_s=settings.batch_timeout_ms / 1000 if self.on_gpu else 0)
+
+    def run(self, batch):
+        """float32 (N, 3, H, W) → float32 (N, outputs). Raises MemoryError."""
+        failure = None
+        try:
+            with torch.inference_mode():
+                tensor = torch.from_numpy(batch)
+                if self.on_gpu:  # sent as it is, and converted there
+                    tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+                tensor = tensor.to(self.dtype, memory_format=torch.channels_last if self.on_gpu
+                                   else torch.preserve_format)
+                return self.module(tensor).float().cpu().numpy()
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            failure = str(e)
+        if self.on_gpu:  # out here nothing holds the activations any more
+            torch.cuda.empty_cache()
+        raise MemoryError(failure)
+
+    def infer(self, batch, deadline, alone=False):
+        return self.batcher.run(batch, deadline)
+
+    def hung_seconds(self):
+        return self.batcher.overdue_seconds()
+
+    def close(self):
+        """End the threads and give the device's memory back."""
+        self.batcher.close()
+        self.module = None
+        if self.on_gpu:
+            torch.cuda.empty_cache()

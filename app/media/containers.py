@@ -1,0 +1,23 @@
+"""Videos told from pictures by their first bytes."""
+from dataclasses import dataclass
+
+from PIL import Image
+
+EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
+MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # those of old QuickTime files too
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the same container
+EBML = b"\x1a\x45\xdf\xa3"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """index: number in the order of showing, from 0; time_s: seconds from the start; image: RGB PIL image, upright."""
+    index: int
+    time_s: float
+    image: Image.Image
+
+
+def is_video(data):
+    """Whether a file's first bytes are those of an MP4, QuickTime, Matroska, WebM or AVI file."""
+    return (data[4:8] in MP4_FIRST_BOXES and data[8:12] not in STILL_BRANDS or data[:4] == EBML
+            or data[:4] == b"RIFF" and data[8:12] == b"AVI ")

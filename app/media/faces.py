@@ -1,0 +1,127 @@
+"""Find the face in a picture and cut it out, as the OCEAN checkpoints were trained."""
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from app.errors import ServiceError
+
+CASCADE = "haarcascade_frontalface_default.xml"
+SCALE_FACTOR, MIN_NEIGHBORS, MIN_SIZE = 1.1, 5, 60
+SIMILAR = 0.2      # how far rectangles of one group may be apart, of the smaller side: detectMultiScale's GROUP_EPS
+MARGIN = 1.35      # side of the crop, of the face's longer side
+REACH = 1.45       # 1 + 2 · SIMILAR and the rounding of boxes: how much larger a window may be than one near it
+MOST_RAW = 1500    # rectangles before grouping, above which they are not compared with each other
+SIZES_AT_ONCE = 2
+MOST_BUFFERED_PIXELS = 100_000_000
+
+cv2.setNumThreads(1)  # a slot is one core
+local = threading.local()
+
+
+def detector(width=0, height=0):
+    """This thread's cascade, for a picture of this size: one must not be used by two threads at a time. It keeps
+    buffers as wide as the widest and as high as the highest picture so far; where that would be too much, a new one."""
+    widest, highest = getattr(local, "largest", (0, 0))
+    local.largest = max(widest, width), max(highest, height)
+    if not hasattr(local, "cascade") or local.largest[0] * local.largest[1] > MOST_BUFFERED_PIXELS:
+        local.cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / CASCADE))
+        local.largest = width, height
+    return local.cascade
+
+
+def no_face_found():
+    return ServiceError(422, "NO_FACE_FOUND", "No face was found; send a picture with a face that looks at the camera, "
+                                              "or method=face+middle or middle.")
+
+
+def largest_face(image, deadline=None):
+    """[x, y, width, height] of the largest face in an RGB PIL image, in pixels, or None. Raises DeadlineExceeded.
+
+    The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), without looking for small
+    faces once a large one is certain: windows are searched from the largest size down.
+    """
+    grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
+    sizes = window_sizes(min(grey.shape))
+    wanted = [size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE]
+    raw = np.empty((0, 4), int)
+    for end in range(len(wanted), 0, -SIZES_AT_ONCE):
+        if deadline:
+            deadline.check("face")
+        at_once = wanted[max(0, end - SIZES_AT_ONCE):end]
+        raw = np.concatenate([windows(grey, at_once[0], at_once[-1], sizes), raw])
+        boxes = [clip(box, image.size) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
+        if boxes:
+            largest = max(boxes, key=lambda box: box[2] * box[3])
+            if end <= SIZES_AT_ONCE or is_final(largest, raw, at_once[0]):
+                return largest
+    return None
+
+
+def window_sizes(largest):
+    """Sides of the square windows that OpenCV looks through in a picture whose shorter side is `largest`, rising."""
+    sizes, factor = [], 1.0
+    original = detector().getOriginalWindowSize()[0]
+    while round(original * factor) <= largest:
+        sizes.append(round(original * factor))
+        factor *= SCALE_FACTOR
+    return sizes
+
+
+def windows(grey, smallest, largest, sizes):
+    """(N, 4) x, y, side, side of all windows of these sizes that the cascade takes for a face, not grouped.
+
+    Rounding puts some a little over the edge, and OpenCV cuts them there: before it groups them they have one of
+    `sizes`, so that is put back.
+    """
+    found = np.array(detector(grey.shape[1], grey.shape[0]).detectMultiScale(
+        grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest), (largest, largest)), int).reshape(-1, 4)
+    if len(found):
+        nearest = np.searchsorted(sizes, found[:, 2:].max(axis=1))
+        found[:, 2:] = np.array(sizes)[np.minimum(nearest, len(sizes) - 1), None]
+    return found
+
+
+def clip(box, size):
+    x, y, w, h = map(int, box)
+    return [x, y, min(w, size[0] - x), min(h, size[1] - y)]
+
+
+def is_final(box, raw, searched):
+    """Whether windows smaller than `searched` can neither change the box, nor make a larger one, nor suppress it.
+
+    A window belongs to the group of every window whose corners are near its own, so of smaller windows only those near
+    one below REACH · searched can join anything. All those that hang together with such a one must be far smaller than
+    the box: then so are all groups that can still change.
+    """
+    if box[2] < REACH * searched or len(raw) > MOST_RAW:
+        return False
+    corners = np.column_stack([raw[:, :2], raw[:, :2] + raw[:, 2:]])  # (N, 4) x0, y0, x1, y1
+    near = (np.abs(corners[:, None] - corners[None]).max(axis=2)
+            <= SIMILAR * np.minimum(raw[:, None, 2], raw[None, :, 2]) + 1)
+    open_ended = raw[:, 2] < REACH * searched
+    while (grown := near[open_ended].any(axis=0) | open_ended).sum() > open_ended.sum():
+        open_ended = grown
+    return not open_ended.any() or REACH * raw[open_ended, 2].max() < box[2]
+
+
+def crop_box(face, size):
+    """[x, y, width, height] of the square around a face, cut at the edges of a picture of `size` (width, height)."""
+    x, y, w, h = face
+    side = int(max(w, h) * MARGIN)
+    x0, y0 = int(max(0, x + w / 2 - side / 2)), int(max(0, y + h / 2 - side / 2))
+    x1, y1 = int(min(size[0], x0 + side)), int(min(size[1], y0 + side))
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def find_crop(image, method, deadline=None):
+    """The face_box of a picture by one of FACE_METHODS: a crop_box, or None for the whole picture or for no face.
+    Raises DeadlineExceeded."""
+    face = None if method == "middle" else largest_face(image, deadline)
+    return face and crop_box(face, image.size)
+
+
+def cut_out(image, box):
+    x, y, width, height = box
+    return image.crop((x, y, x + width, y + height))

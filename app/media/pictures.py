@@ -1,0 +1,101 @@
+"""From a client's bytes to upright RGB pictures. Pure functions, no Flask."""
+import io
+
+from PIL import Image
+
+from app.errors import ServiceError
+
+# Decoders for what people upload; the rest of Pillow's are never tried.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+ORIENTATION = 0x0112  # EXIF tag
+MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each goes through all of the picture
+MOST_RUN_LENGTH_PIXELS = 2_000_000  # Pillow decodes these in Python
+START_OF_SCAN = b"\xff\xda"  # within a scan FF is followed by 00
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff takes memory for a whole tile
+DRAFT_MARGIN = 2      # a JPEG is decoded at a smaller scale only if that keeps at least twice the pixels needed
+
+Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, which refuses instead of warning
+
+
+def invalid_image(why):
+    return ServiceError(400, "INVALID_IMAGE", f"The file is not a picture that can be read: {why}.")
+
+
+def read_image(data, max_pixels, shorter_side=None):
+    """Decode a picture: (RGB PIL image, upright by its EXIF orientation; its full (width, height) as a person sees it).
+
+    data: a file's bytes, in one of FORMATS; the first frame of an animation; transparency over white.
+    shorter_side: pixels that the caller will resize to; a much larger JPEG is then decoded at 1/2, 1/4 or 1/8.
+    Raises ServiceError INVALID_IMAGE, IMAGE_TOO_LARGE.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's decoders raise many kinds on a client's bytes: each is the client's 400
+        raise invalid_image("it is none of " + ", ".join(FORMATS) + ", nor a video, or is damaged") from e
+    if width * height > max_pixels:
+        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
+                                                   f"at most {max_pixels} are taken.")
+    check_effort(image, data)
+    try:
+        if shorter_side and image.format == "JPEG" and min(width, height) > DRAFT_MARGIN * shorter_side:
+            scale = DRAFT_MARGIN * shorter_side / min(width, height)
+            image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
+        image.load()
+        turned = orientation_of(image)
+        image = to_rgb(image)
+        if turned in UPRIGHT:
+            image = image.transpose(UPRIGHT[turned])
+    except MemoryError:  # the service's trouble, not the client's
+        raise
+    except Exception as e:
+        raise invalid_image("it is damaged or cut off") from e
+    return image, (height, width) if turned in range(5, 9) else (width, height)
+
+
+def check_effort(image, data):
+    """Raises ServiceError for a small file that would take long or much memory to decode."""
+    width, height = image.size
+    if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
+        raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
+    if image.format == "BMP" and image.info.get("compression") in (1, 2) and width * height > MOST_RUN_LENGTH_PIXELS:
+        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; of a run-length BMP at "
+                                                   f"most {MOST_RUN_LENGTH_PIXELS} are taken.")
+    if image.format == "TIFF":
+        across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)
+        if across * down > 4 * max(width * height, 2**18):
+            raise invalid_image(f"it is a TIFF with tiles of {across} × {down} pixels")
+
+
+# EXIF orientation → what turns the stored picture upright (CIPA DC-008, 4.6.5.1.6)
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+
+def orientation_of(image):
+    """The EXIF orientation 1..8; 1 where there is none, or where the EXIF block is damaged."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block in a picture that can be decoded costs the orientation only
+        return 1
+
+
+def to_rgb(image):
+    """Any of Pillow's modes → RGB: 16 and 32 bit scaled to 8, transparency composited over white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")  # converted straight to L or RGB, everything above 255 would be white
+    if image.mode in ("I", "F"):
+        top = image.getextrema()[1]
+        full_scale = 1.0 if image.mode == "F" and top <= 1 else 255.0 if top <= 255 and image.mode == "F" else 65535.0
+        image = image.convert("F").point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

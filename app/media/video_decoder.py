@@ -1,0 +1,210 @@
+"""The process that decodes videos: what FFmpeg makes of a stranger's file stays in here. Started by video.py as a
+program of its own that imports OpenCV and nothing of the service.
+
+Over and over: on standard input a line of JSON {"size", "frames" or "at",
+"max_pixels", "max_seconds", "cpu_seconds"} and `size` bytes of file come in; on standard output a line of JSON
+{"index", "time_s", "shape": [height, width, 3]} and that many bytes of RGB go out for each chosen frame, in the order
+of the file, then {"done": true}; or, at any point, {"error": code, "message"}.
+"""
+import bisect
+import io
+import json
+import os
+import resource
+import sys
+
+import cv2
+
+MEMORY = 768 * 2**20    # bytes of address space beside what OpenCV takes: 4K H.264 with 16 reference frames fits
+SEEK_AHEAD = 17         # OpenCV seeks to the key frame before the 16th frame before the wanted one
+DAMAGED = 30            # frames in a row that are passed over
+NOTHING_READ = -1.0     # no frame has such a time
+HIDDEN_VP8 = 0x10       # show_frame of the first byte (RFC 6386, 9.1); not set: a frame for reference only
+
+
+class Refused(Exception):
+    """Why the file has no answer: the service's error code, and the reason in words."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def serve(source, sink):
+    while line := source.readline():
+        task = json.loads(line)
+        spent = resource.getrusage(resource.RUSAGE_SELF)
+        allowed = int(spent.ru_utime + spent.ru_stime + task["cpu_seconds"]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))  # SIGXCPU ends the process
+        data = source.read(task["size"])
+        try:
+            for index, time_s, image in chosen_frames(data, task):
+                send(sink, {"index": index, "time_s": time_s, "shape": image.shape}, image.data)
+            send(sink, {"done": True})
+        except Refused as e:
+            send(sink, {"error": e.code, "message": e.message})
+        except (cv2.error, MemoryError):
+            send(sink, {"error": "INVALID_VIDEO", "message": "it is damaged, or takes too much memory to decode"})
+
+
+def send(sink, message, content=b""):
+    sink.write(json.dumps(message).encode() + b"\n")
+    sink.write(content)
+    sink.flush()
+
+
+def open_capture(data, *options):
+    capture = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, [*options, cv2.CAP_PROP_N_THREADS, 1])
+    if not capture.isOpened():
+        raise Refused("INVALID_VIDEO", "it is damaged or cut off, or has no picture that can be decoded")
+    return capture
+
+
+def chosen_frames(data, task):
+    """(index, time_s, HWC uint8 RGB) of each frame that the task asks for; of a frame that cannot be read, the nearest
+    one that can. Raises Refused."""
+    reader = Reader(data, task["max_pixels"], task["max_seconds"])
+    count = len(reader.times)
+    if "at" in task:
+        wanted = [max(0, bisect.bisect_right(reader.times, 1000 * task["at"] + 0.5) - 1)]  # the one on show then
+    else:
+        wanted = [(2 * i + 1) * count // (2 * task["frames"]) for i in range(task["frames"])]
+    frame, at_end = None, False
+    for index in wanted:
+        if not at_end and (frame is None or index > frame[0]):
+            found = reader.read(index)
+            at_end = found is None
+            frame = reader.last_before(index) if at_end else found
+        yield frame
+
+
+class Reader:
+    """Frames of a video by their number in the order in which they are shown, read in rising order.
+
+    The packets of the file are listed first, without decoding them. Their times put them in order, which also numbers
+    the frames of a file whose rate varies or whose header lies, and a frame is known by its time wherever a seek lands.
+    Where the times cannot tell frames apart, they are counted from the start.
+    """
+
+    def __init__(self, data, max_pixels, max_seconds):
+        self.data, self.max_pixels = data, max_pixels
+        self.capture = open_capture(data)
+        self.check_size(self.capture.get(cv2.CAP_PROP_FRAME_WIDTH) * self.capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        packets = list_packets(data, max_seconds, fourcc(self.capture))  # (time in ms, is a key frame)
+        self.position, self.time = -1, NOTHING_READ  # the frame that was grabbed last
+        if not packets or not self.grab():
+            raise Refused("INVALID_VIDEO", "it has no frame that can be decoded")
+        first = self.capture.get(cv2.CAP_PROP_POS_MSEC)
+        if data[:4] != b"RIFF":  # frames before the first are left out by an edit list, or lack what they refer to
+            packets = [packet for packet in packets if packet[0] >= first]
+        self.times = [ms for ms, _ in packets]
+        self.has_times = bool(packets) and first == packets[0][0] and len(set(self.times)) == len(packets)
+        self.keys = [i for i, (_, is_key) in enumerate(packets) if is_key]
+
+    def check_size(self, pixels):
+        if pixels > self.max_pixels:
+            raise Refused("VIDEO_TOO_LARGE", f"its frames have {pixels:.0f} pixels, "
+                                             f"at most {self.max_pixels} are taken")
+
+    def grab(self):
+        """Go on to the next frame that is not damaged; False at the end, or after too many that are."""
+        for _ in range(DAMAGED):
+            self.position += 1
+            if self.capture.grab():
+                self.time = self.capture.get(cv2.CAP_PROP_POS_MSEC)
+                return True
+        return False
+
+    def read(self, index):
+        """(index, time_s, RGB) of the frame, or of the first one after it that can be read; None where none can.
+        index is not below that of the frame read last."""
+        self.approach(index)
+        while (self.time < self.times[index] if self.has_times else self.position < index) and self.grab():
+            pass
+        while True:
+            here = bisect.bisect_left(self.times, self.time) if self.has_times else self.position
+            if here < index:
+                return None
+            is_read, image = self.capture.retrieve()
+            if is_read:
+                self.check_size(image.shape[0] * image.shape[1])
+                return here, self.seconds(here), cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            if not self.grab():
+                return None
+
+    def seconds(self, index):
+        return round(self.times[min(index, len(self.times) - 1)] / 1000, 3)
+
+    def approach(self, index):
+        """Seek to the last key frame from which the frame can be reached, if that is nearer than where we are."""
+        if not self.has_times:
+            return
+        before = [key for key in self.keys if key + SEEK_AHEAD <= index]
+        here = bisect.bisect_left(self.times, self.time)
+        for key in reversed(before[-3:]):
+            if key <= here:
+                return
+            rate = self.capture.get(cv2.CAP_PROP_FPS)
+            self.capture.set(cv2.CAP_PROP_POS_FRAMES, int(self.times[key] * rate / 1000 + 0.999) + SEEK_AHEAD)
+            self.time = self.capture.get(cv2.CAP_PROP_POS_MSEC)
+            if self.time <= self.times[index]:
+                return
+        if self.time > self.times[index]:
+            self.rewind()
+
+    def rewind(self):
+        self.capture = open_capture(self.data)
+        self.position, self.time = -1, NOTHING_READ
+
+    def last_before(self, index):
+        """The last readable frame before `index`, of a file that ends too early. Raises Refused."""
+        self.rewind()
+        last = None
+        while self.grab():
+            here = bisect.bisect_left(self.times, self.time) if self.has_times else self.position
+            is_read, image = self.capture.retrieve()
+            if is_read and here <= index:
+                self.check_size(image.shape[0] * image.shape[1])
+                last = here, self.seconds(here), image
+        if last is None:
+            raise Refused("INVALID_VIDEO", "it has no frame that can be decoded")
+        return *last[:2], cv2.cvtColor(last[2], cv2.COLOR_BGR2RGB)
+
+
+def list_packets(data, max_seconds, codec):
+    """[(time in ms, is a key frame)] of the packets of the video, in the order of their times. Raises Refused."""
+    capture, packets = open_capture(data, cv2.CAP_PROP_FORMAT, -1), []
+    while capture.grab():
+        ms = capture.get(cv2.CAP_PROP_POS_MSEC)
+        if ms > 1000 * max_seconds:
+            raise Refused("VIDEO_TOO_LONG", f"it is longer than {max_seconds:g} seconds")
+        if codec == "VP80" and not capture.retrieve()[1].ravel()[0] & HIDDEN_VP8:
+            continue
+        packets.append((ms, capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME) != 0))
+    return sorted(packets)
+
+
+def fourcc(capture):
+    return int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode("latin-1")
+
+
+def main():
+    source, sink = (os.fdopen(os.dup(number), mode, 2**20) for number, mode in ((0, "rb"), (1, "wb")))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1):  # what a library prints is no answer
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+    cv2.setNumThreads(1)
+    with open("/proc/self/statm") as statm:
+        pages = int(statm.read().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    files = sink.fileno() + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # no file and no socket can be opened any more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    serve(source, sink)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

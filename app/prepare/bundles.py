@@ -1,0 +1,141 @@
+"""The bundles in MODEL_DIR: which one fits the settings, writing a new one, removing those that nobody needs."""
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from app.config import StartError
+from app.engine.bundle import installed_versions, read
+
+MOST_PICTURES = 300  # to calibrate an int8 network; NNCF's own default, more change little
+FEWEST_PICTURES = 10
+KEPT = 3             # bundles of one model and engine, beside those that a service is using
+
+
+class BundleError(StartError):
+    """A bundle that is not what its manifest says; one line."""
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def verify(folder):
+    """Compare every file with its SHA-256. Returns the Manifest; raises BundleError."""
+    manifest = read(folder)
+    if manifest is None:
+        raise BundleError(f"{folder} holds no model that this version can serve")
+    for name, digest in manifest.files.items():
+        try:
+            if sha256(folder / name) != digest:
+                raise BundleError(f"{folder / name} is damaged: its SHA-256 is not the one in manifest.json")
+        except OSError as e:
+            raise BundleError(f"{folder / name} cannot be read: {e.strerror}") from e
+    return manifest
+
+
+def users_sha256(variable, path):
+    """The SHA-256 of a file that a setting names, None where it names none. Raises StartError."""
+    try:
+        return sha256(path) if path else None
+    except OSError as e:
+        raise StartError(f"{variable} {path} cannot be read: {e.strerror}") from e
+
+
+def calibration_files(settings):
+    """At most MOST_PICTURES files of CALIBRATION_DIR, evenly spread over their sorted paths. Raises StartError."""
+    files = sorted(path for path in settings.calibration_dir.rglob("[!.]*") if path.is_file())
+    if len(files) < FEWEST_PICTURES:
+        raise StartError(f"CALIBRATION_DIR {settings.calibration_dir} has {len(files)} files; at least "
+                         f"{FEWEST_PICTURES} pictures are needed, and {MOST_PICTURES} are better")
+    return files[::-(-len(files) // MOST_PICTURES)]
+
+
+def calibration_sha256(settings):
+    """What identifies the pictures in CALIBRATION_DIR, None without one. Raises StartError."""
+    if settings.calibration_dir is None:
+        return None
+    digests = [users_sha256("CALIBRATION_DIR", path) for path in calibration_files(settings)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def is_precision(manifest, settings, calibration):
+    """Whether a bundle is int8 exactly if PRECISION is, calibrated with these pictures if there are any."""
+    if manifest.quantization is None or settings.precision != "int8":
+        return manifest.quantization is None and settings.precision != "int8"
+    return calibration in (None, manifest.quantization["calibration_sha256"])
+
+
+def find(settings, name, engine):
+    """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH and the
+    installed libraries, or None. Its files are not verified yet. Raises StartError where one of them cannot be read.
+    """
+    weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
+    labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
+    calibration = calibration_sha256(settings) if settings.precision == "int8" else None
+    installed = installed_versions("openvino", "torch", "torchvision")
+    folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
+    for path in folders:
+        manifest = read(path.parent)
+        if (manifest and manifest.name == name and manifest.engine == engine
+                and (manifest.weights["sha256"] == weights_sha256 if weights_sha256 else manifest.weights["default"])
+                and manifest.weights["labels_sha256"] == labels_sha256
+                and is_precision(manifest, settings, calibration)
+                and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
+            return path.parent
+    return None
+
+
+@contextlib.contextmanager
+def writing(model_dir, folder_name):
+    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> at once when all went well."""
+    root = model_dir / "bundles"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+    folder.chmod(0o755)
+    try:
+        yield folder
+        target = root / folder_name
+        if target.exists():  # a damaged or outdated one: running workers keep the files they have open
+            shutil.rmtree(target)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_manifest(folder, manifest):
+    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+
+
+def prune(model_dir):
+    """Remove what broken-off exports left behind, and of each model and engine all bundles but the newest KEPT, unless
+    a service holds them (see hold). The caller holds the lock of MODEL_DIR: nothing is being written."""
+    root = model_dir / "bundles"
+    for folder in root.glob(".new-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    newest = {}
+    for path in sorted(root.glob("*/manifest.json"), key=os.path.getmtime, reverse=True):
+        manifest = read(path.parent)
+        kind = manifest and (manifest.name, manifest.engine, manifest.quantization is not None)
+        newest.setdefault(kind, []).append(path)
+        if len(newest[kind]) > KEPT:
+            with contextlib.suppress(OSError), open(path) as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def hold(folder):
+    """Keep a bundle from being pruned until this process ends, or closes the file that this returns; None where the
+    bundle is gone."""
+    try:
+        held = open(folder / "manifest.json")  # noqa: SIM115 - open on purpose
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    return held

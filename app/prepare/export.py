@@ -1,0 +1,32 @@
+"""From a loaded torch network to the files that an engine loads."""
+import torch
+
+from app.engine.preprocess import self_test_input
+from app.prepare import bundles
+
+
+def export(network, engine, folder, settings):
+    """Write a loaded Network into a bundle's folder for this engine.
+
+    Returns (the names of the files, what the network answers to self_test_input, as a list, the manifest's
+    `quantization`). Raises StartError.
+    """
+    test_input = self_test_input(network.preprocessing)
+    with torch.inference_mode():
+        reference = network.module(torch.from_numpy(test_input))[0].tolist()
+    if engine == "torch":
+        torch.save(network.module.state_dict(), folder / "model.pt")
+        return ["model.pt"], reference, None
+    import openvino
+    crop = network.preprocessing.crop
+    with torch.inference_mode():
+        model = openvino.convert_model(network.module, example_input=torch.zeros(1, 3, crop, crop),
+                                       input=[1, 3, crop, crop])
+    quantization = None
+    if settings.precision == "int8":
+        from app.prepare import quantize
+        model, agreement = quantize.quantized(model, network.preprocessing, settings)
+        quantization = {"calibration_sha256": bundles.calibration_sha256(settings), "agreement": agreement}
+        reference = quantize.outputs(model, test_input)[0].tolist()
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return ["model.xml", "model.bin"], reference, quantization

@@ -1,0 +1,108 @@
+"""What the processes of one running service tell each other: whether it stops, which model is published, how its
+reloads ended.
+
+It stands in memory that they share, which the Gunicorn master makes before it forks. On Linux that is a memfd: it has
+no name in any file system, so that nothing is left behind and nothing can be removed while the service runs, and
+`python -m app reload` opens it through /proc. The counters (counters.py) lie behind it in the same memory.
+"""
+import fcntl
+import json
+import mmap
+import os
+
+NAME = "model-server"
+BYTES = 64 * 1024
+MAGIC = 0x6D6F64656C763031
+MAGIC_AT, MASTER_AT, DRAINING_AT, TICKETS_AT, SEQUENCE_AT, LENGTH_AT, TEXT_AT = 0, 1, 2, 3, 4, 5, 64
+MOST_OUTCOMES = 16
+
+
+class Board:
+    """The master writes, but for the tickets of those who ask for a reload.
+
+    The text is a JSON object: `published` and `previous` {"generation", "folder", "fallback_reason"}, `address`, and
+    `reloads`, the last outcomes, oldest first: {"covers": the last ticket that was drawn when it began, "worked",
+    "message", "generation"}.
+    """
+
+    def __init__(self, memory, descriptor=None):
+        self.descriptor = descriptor
+        self.bytes, self.integers = memory[:BYTES], memory[:BYTES].cast("q")
+
+    @property
+    def draining(self):
+        return bool(self.integers[DRAINING_AT])
+
+    @draining.setter
+    def draining(self, value):
+        self.integers[DRAINING_AT] = value
+
+    @property
+    def tickets(self):
+        return self.integers[TICKETS_AT]
+
+    def draw_ticket(self):
+        """A number for a reload that is asked for now, in any process."""
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        try:
+            self.integers[TICKETS_AT] += 1
+            return self.tickets
+        finally:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def read(self):
+        """The JSON object; while the master writes, a reader tries again."""
+        while True:
+            sequence = self.integers[SEQUENCE_AT]
+            text = bytes(self.bytes[TEXT_AT:TEXT_AT + self.integers[LENGTH_AT]])
+            if sequence % 2 == 0 and sequence == self.integers[SEQUENCE_AT]:
+                return json.loads(text or b"{}")
+
+    def write(self, **changes):
+        text = json.dumps({**self.read(), **changes}).encode()
+        self.integers[SEQUENCE_AT] += 1
+        self.bytes[TEXT_AT:TEXT_AT + len(text)] = text
+        self.integers[LENGTH_AT] = len(text)
+        self.integers[SEQUENCE_AT] += 1
+
+    def published(self):
+        return self.read().get("published")
+
+    def generation(self):
+        """How often a model was published: cheap enough to look at ten times a second."""
+        return (self.published() or {}).get("generation", 0)
+
+    def publish(self, folder, fallback_reason):
+        """Say which bundle workers serve from now on. Returns its generation."""
+        before = self.published()
+        generation = (before["generation"] if before else 0) + 1
+        self.write(previous=before, published={"generation": generation, "folder": str(folder),
+                                               "fallback_reason": fallback_reason})
+        return generation
+
+    def add_outcome(self, covers, worked, message, generation=None):
+        outcome = {"covers": covers, "worked": worked, "message": message[:1000], "generation": generation}
+        self.write(reloads=[*self.read().get("reloads", []), outcome][-MOST_OUTCOMES:])
+
+
+own = None  # the Board of the service that this process belongs to; None without Gunicorn
+
+
+def create(counter_bytes):
+    """In the master: make the memory. Returns the part of it for the counters, as a memoryview."""
+    global own
+    size = BYTES + counter_bytes
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create(NAME)
+        os.ftruncate(descriptor, size)
+        memory = memoryview(mmap.mmap(descriptor, size))
+    else:
+        descriptor, memory = None, memoryview(mmap.mmap(-1, size))
+    own = Board(memory, descriptor)
+    own.integers[MASTER_AT], own.integers[MAGIC_AT] = os.getpid(), MAGIC
+    return memory[BYTES:]
+
+
+def is_draining():
+    """Whether the service was told to stop and only waits for load balancers to notice."""
+    return own is not None and own.draining

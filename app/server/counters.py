@@ -1,0 +1,283 @@
+"""What is counted and timed, summed over the processes of one running service, in memory that they share.
+
+Each worker writes to a region of its own (see board.py for the memory), so that no lock spans processes and a kill at
+any moment leaves all readable. A new worker goes on in the region of one that ended: nothing that was counted is lost.
+Names and units follow Prometheus' conventions; the blueprint that writes them out is api/metrics.py.
+"""
+import bisect
+import contextlib
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+REGION_BYTES = 256 * 1024  # some 2,000 series; pages that are not written take no memory
+OWNER_AT, END_AT, READY_AT, GENERATION_AT, FAILED_AT = range(5)
+HEADER_BYTES = 40          # process id of the owner, 0 when it ended; where the next entry goes; see Region
+WASTE_DOUBLES = 32         # at the region's end: takes what found no room, and is never read
+SEPARATOR = "\x1f"         # between the parts of a key: the measure's name and its labels
+METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH")
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+POWERS_OF_2 = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """kind: counter, gauge or histogram; buckets: a histogram's upper bounds; join: how workers' gauges are joined."""
+    kind: str
+    help: str
+    labels: tuple = ()
+    buckets: tuple = ()
+    join: object = sum
+
+
+MEASURES = {
+    "requests": Measure("counter", "Requests answered; error is the code of the answer, empty for a success.",
+                        ("endpoint", "method", "status", "error")),
+    "request_duration_seconds": Measure("histogram", "From a request's headers to its answer.", ("endpoint",), SECONDS),
+    "stage_duration_seconds": Measure("histogram", "Time that requests spent in a stage.", ("stage",), SECONDS),
+    "batch_size": Measure("histogram", "Pictures in each batch that the engine ran, self-tests included.",
+                          buckets=POWERS_OF_2),
+    "cache_lookups": Measure("counter", "Looks into the result cache, by result: hit or miss.", ("result",)),
+    "batch_files": Measure("counter", "Files of batch requests; error is the code of the file's result, empty for a "
+                                      "success.", ("error",)),
+    "overloaded": Measure("counter", "Requests refused because the queue or the memory for uploads was full."),
+    "deadline_exceeded": Measure("counter", "Requests whose time ran out."),
+    "connections_cut_off": Measure("counter", "Connections closed because the client did not read its answer in time."),
+    "log_lines_dropped": Measure("counter", "Log lines lost because nobody read standard error."),
+    "worker_exits": Measure("counter", "Workers that ended: crashed, or were killed or stopped."),
+    "connections": Measure("gauge", "Open connections."),
+    "requests_in_progress": Measure("gauge", "Requests that are being answered, this scrape included."),
+    "body_bytes": Measure("gauge", "Bytes of request bodies in memory."),
+    "queue_depth": Measure("gauge", "Requests that wait for a slot."),
+    "queue_limit": Measure("gauge", "Requests that may wait for a slot."),
+    "slots_in_use": Measure("gauge", "Slots that are at work."),
+    "slots": Measure("gauge", "Requests that may be decoded or inferred at once."),
+    "workers_ready": Measure("gauge", "Workers that have their model and answer."),
+    "model_load_seconds": Measure("gauge", "How long the model took to load and pass its self-test.", ("worker",)),
+    "model_info": Measure("gauge", "The model that answers; weights is the start of their SHA-256.",
+                          ("model", "engine", "precision", "device", "weights"), join=max),
+    "info": Measure("gauge", "The versions that answer.", ("version", "python"), join=max),
+    "draining": Measure("gauge", "1 while the service was told to stop and waits for load balancers."),
+}
+
+
+class Region:
+    """What one process counts, and what the others want to know of it: a header, then a log of entries, each a key
+    (text) with some float64 values.
+
+    An entry: int32 bytes of the key, int32 number of values, the key in UTF-8 padded with spaces to 8 bytes, the
+    values.
+    """
+
+    def __init__(self, memory):
+        self.bytes, self.integers, self.doubles = memory, memory.cast("q"), memory.cast("d")
+        self.lock = threading.Lock()
+        self.places = {}  # key → index of its first value
+
+    def claim(self):
+        """Make the current process the owner; it counts on from what is there, but for the gauges."""
+        self.lock = threading.Lock()
+        self.places = {key: place for key, place, _ in self.entries()}
+        self.integers[END_AT] = max(self.integers[END_AT], HEADER_BYTES)
+        for key, place, count in self.entries():
+            if is_gauge(key):
+                self.doubles[place:place + count] = memoryview(bytes(8 * count)).cast("d")
+        self.integers[READY_AT] = self.integers[GENERATION_AT] = self.integers[FAILED_AT] = 0
+        self.integers[OWNER_AT] = os.getpid()
+
+    def release(self):
+        self.integers[OWNER_AT] = self.integers[READY_AT] = 0
+
+    @property
+    def owner(self):
+        return self.integers[OWNER_AT]
+
+    @property
+    def ready(self):
+        """Whether the owner has its model and answers."""
+        return bool(self.owner and self.integers[READY_AT])
+
+    def serves(self, generation):
+        """Note that the owner answers with the model of this generation (see Board.publish)."""
+        self.integers[GENERATION_AT], self.integers[READY_AT] = generation, 1
+
+    def failed(self, generation):
+        """Note that the owner could not load the model of this generation, and keeps the one it has."""
+        self.integers[FAILED_AT] = generation
+
+    def outcome(self, generation):
+        """Whether the owner serves this generation; None while it has not tried."""
+        if self.integers[GENERATION_AT] >= generation:
+            return True
+        return False if self.integers[FAILED_AT] >= generation else None
+
+    def entries(self):
+        """(key, index of the first value, number of values) of every entry, while another process may be adding."""
+        at, end = HEADER_BYTES, self.integers[END_AT]
+        while at < end:
+            length, count = self.bytes[at:at + 8].cast("i")
+            key = bytes(self.bytes[at + 8:at + 8 + length]).decode().rstrip(" ")
+            place = (at + 8 + length) // 8
+            yield key, place, count
+            at = 8 * (place + count)
+
+    def place(self, key, count):
+        """The index of a key's first value; the lock is held. A full region gives the waste."""
+        place = self.places.get(key)
+        if place is not None:
+            return place
+        text = key.encode()
+        text += b" " * (-len(text) % 8)
+        at = self.integers[END_AT]
+        place = (at + 8 + len(text)) // 8
+        if place + count > len(self.doubles) - WASTE_DOUBLES:
+            return len(self.doubles) - WASTE_DOUBLES
+        header = self.bytes[at:at + 8].cast("i")
+        header[0], header[1] = len(text), count
+        self.bytes[at + 8:at + 8 + len(text)] = text
+        for i in range(place, place + count):  # an entry that was cut off may have been here
+            self.doubles[i] = 0
+        self.integers[END_AT] = 8 * (place + count)  # from here on it can be seen
+        self.places[key] = place
+        return place
+
+    def add(self, key, amount):
+        with self.lock:
+            self.doubles[self.place(key, 1)] += amount
+
+    def set(self, key, value):
+        with self.lock:
+            self.doubles[self.place(key, 1)] = value
+
+    def observe(self, key, count, index, value):
+        """For a histogram: one more in its bucket `index`, and `value` to the sum, which is the last of `count`."""
+        with self.lock:
+            place = self.place(key, count)
+            self.doubles[place + index] += 1
+            self.doubles[place + count - 1] += value
+
+    def read(self):
+        """{key: list of values}."""
+        return {key: self.doubles[place:place + count].tolist() for key, place, count in self.entries()}
+
+
+def key(name, *labels):
+    return SEPARATOR.join((name, *labels))
+
+
+def is_gauge(of_key):
+    return MEASURES[of_key.partition(SEPARATOR)[0]].kind == "gauge"
+
+
+def private():
+    region = Region(memoryview(bytearray(REGION_BYTES)))
+    region.claim()
+    return region
+
+
+own = private()  # what this process counts; its own alone without Gunicorn
+regions = [own]  # what all count
+
+
+# --- which process counts where ---
+
+def bytes_for(workers):
+    return (1 + workers) * REGION_BYTES
+
+
+def regions_in(memory):
+    return [Region(memory[i:i + REGION_BYTES]) for i in range(0, len(memory), REGION_BYTES)]
+
+
+def share(memory):
+    """In the master, before it forks: count in this memory, the master in the first region of it."""
+    global own, regions
+    regions = regions_in(memory)
+    own = regions[0]
+    own.claim()
+
+
+def free_region(taken):
+    """The number of a worker's region that is not among `taken`; None when there is no more room."""
+    return min(set(range(1, len(regions))) - set(taken), default=None)
+
+
+def start_worker(number):
+    """In a new worker: count in this region from now on; with None, where nobody reads it."""
+    global own
+    if number is None:
+        own = private()
+        return
+    own = regions[number]
+    own.claim()
+
+
+def end_worker(number):
+    """In the master, when a worker ended: its gauges no longer count, its counters do."""
+    if number is not None:
+        regions[number].release()
+    count("worker_exits")
+
+
+def ready_workers():
+    """How many workers answer; 1 where this process is all there is."""
+    return sum(region.ready for region in regions[1:]) if len(regions) > 1 else 1
+
+
+# --- counting ---
+
+def count(name, *labels):
+    own.add(key(name, *labels), 1)
+
+
+def change(name, amount):
+    """Move a gauge of this worker."""
+    own.add(key(name), amount)
+
+
+def observe(name, value, *labels):
+    """One more value in a histogram."""
+    buckets = MEASURES[name].buckets
+    own.observe(key(name, *labels), len(buckets) + 2, bisect.bisect_left(buckets, value), value)
+
+
+def count_answer(endpoint, method, status, error):
+    count("requests", endpoint, method if method in METHODS else "other", str(status), error)
+    if error == "OVERLOADED":
+        count("overloaded")
+    elif error == "DEADLINE_EXCEEDED":
+        count("deadline_exceeded")
+
+
+def note_model(model, before=None):
+    """What this worker says of its loaded model; before: the one that it answered with until now."""
+    worker = str(regions.index(own)) if own in regions else "-"
+    for one, value in ((before, 0), (model, 1)):
+        if one is not None:
+            own.set(key("model_info", one.name, one.manifest.engine, one.engine.precision, one.device,
+                        (one.manifest.weights["sha256"] or "")[:12]), value)
+    own.set(key("model_load_seconds", worker), model.load_seconds)
+
+
+class Stages:
+    """Milliseconds that a request spent in each stage."""
+
+    def __init__(self):
+        self.timings_ms = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - started)
+
+    def add(self, stage, seconds):
+        self.timings_ms[stage] = round(self.timings_ms.get(stage, 0) + 1000 * seconds, 2)
+
+    def count(self):
+        """Into the histograms, once, at the end: a stage may come several times."""
+        for stage, ms in list(self.timings_ms.items()):
+            observe("stage_duration_seconds", ms / 1000, stage)

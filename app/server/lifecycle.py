@@ -1,0 +1,150 @@
+"""How the Gunicorn master starts, stops and reloads: what its own signals do less gently.
+
+SIGTERM: /health says 503 `draining` for DRAIN_SECONDS while everything is still served; then the workers finish what
+they have and the master ends. A second SIGTERM ends the waiting.
+SIGHUP: the new model is prepared and checked in a process of its own, then published; each worker loads it beside its
+requests and answers with it from then on. A model that fails the check changes nothing.
+"""
+import logging
+import mmap
+import os
+import signal
+import time
+from pathlib import Path
+
+from app.config import StartError
+from app.server import board, counters
+
+SWAP_WITHIN_S = 120  # for all workers to load a model that was published
+
+log = logging.getLogger(__name__)
+
+
+def install(arbiter, drain_seconds, start_preparing, outcome_of):
+    """Replace the master's handlers of SIGTERM, SIGHUP and SIGCHLD; called by gunicorn.conf.py in the master.
+
+    start_preparing() starts the process that prepares and checks the model; outcome_of(process), when it has ended,
+    gives (folder, fallback_reason) of the bundle, or raises StartError.
+    """
+    stop, reap, own = arbiter.handle_term, arbiter.handle_chld, board.own
+    reload = {"process": None, "covers": 0, "again": False}
+
+    def handle_term():
+        if drain_seconds == 0 or own.draining:
+            own.draining = True
+            if reload["process"]:
+                reload["process"].terminate()
+            stop()
+        arbiter.log.info("draining", extra={"seconds": drain_seconds})
+        own.draining = True
+        signal.signal(signal.SIGALRM, lambda *_: arbiter.signal(signal.SIGTERM, None))
+        signal.setitimer(signal.ITIMER_REAL, drain_seconds)
+
+    def handle_hup():
+        if own.draining:
+            end_reload(own.tickets, False, "reload refused: the service is stopping")
+        elif reload["process"]:  # this one may have begun with files that have changed since
+            reload["again"] = True
+        else:
+            log.info("reloading: preparing the model")
+            reload.update(process=start_preparing(), covers=own.tickets, again=False)
+
+    def handle_chld():
+        reap()
+        process = reload["process"]
+        if process is None or is_alive(process.pid):
+            return
+        reload["process"] = None
+        try:
+            folder, fallback_reason = outcome_of(process)
+        except StartError as e:
+            end_reload(reload["covers"], False, f"reload failed, the old model goes on serving: {e}")
+        else:
+            generation = own.publish(folder, fallback_reason)
+            end_reload(reload["covers"], True, f"published {os.path.basename(folder)}", generation)
+        if reload["again"]:
+            handle_hup()
+
+    def end_reload(covers, worked, message, generation=None):
+        log.log(logging.INFO if worked else logging.ERROR, message)
+        own.add_outcome(covers, worked, message, generation)
+
+    arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
+    arbiter.handle_chld = arbiter.handle_cld = handle_chld
+
+
+def url_of(cfg):
+    """Where this machine reaches a service with this configuration of Gunicorn's, its first address."""
+    address = cfg.address[0]
+    if isinstance(address, str | bytes):
+        return f"unix:{os.fsdecode(address)}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address[0], address[0])
+    return f"http{'s' if cfg.is_ssl else ''}://{f'[{host}]' if ':' in host and '[' not in host else host}:{address[1]}"
+
+
+def is_alive(pid):
+    """Whether a process runs; the master reaps all of its children itself, so poll() cannot tell."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def services():
+    """{process id of the master: (Board, memory of the counters)} of the services on this machine whose memory this
+    user may open. Linux only; elsewhere none."""
+    found = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if not os.readlink(link).startswith(f"/memfd:{board.NAME}"):
+                continue
+            descriptor = os.open(link, os.O_RDWR)
+        except OSError:  # another user's, or gone meanwhile
+            continue
+        memory = memoryview(mmap.mmap(descriptor, 0))
+        its_board, pid = board.Board(memory, descriptor), int(link.parts[2])
+        if its_board.integers[board.MAGIC_AT] == board.MAGIC and its_board.integers[board.MASTER_AT] == pid:
+            found[pid] = its_board, memory[board.BYTES:]
+        else:  # a worker's view of the same memory
+            os.close(descriptor)
+    return found
+
+
+def running_service(pid=None):
+    """(master's process id, its Board, its workers' Regions) of the service on this machine, by its pid if there are
+    several. Raises StartError."""
+    found = services()
+    if pid is not None:
+        found = {p: service for p, service in found.items() if p == pid}
+    if len(found) != 1:
+        raise StartError("no running service was found" if not found else
+                         f"several services run here: choose one with --pid ({', '.join(map(str, sorted(found)))})")
+    (master, (its_board, memory)), = found.items()
+    return master, its_board, counters.regions_in(memory)[1:]
+
+
+def reload_and_wait(pid=None):
+    """Ask the running service to reload, and wait for the outcome of that. Returns (worked, one line)."""
+    master, its_board, regions = running_service(pid)
+    ticket = its_board.draw_ticket()
+    os.kill(master, signal.SIGHUP)
+    while not (outcomes := [one for one in its_board.read().get("reloads", []) if one["covers"] >= ticket]):
+        if not is_alive(master):
+            return False, "the service ended"
+        time.sleep(0.02)
+    if not outcomes[0]["worked"]:
+        return False, outcomes[0]["message"]
+    name, until = outcomes[0]["message"].removeprefix("published "), time.monotonic() + SWAP_WITHIN_S
+    while True:
+        by_worker = [region.outcome(outcomes[0]["generation"]) for region in regions if region.owner]
+        if by_worker and None not in by_worker or time.monotonic() > until:
+            break
+        if not is_alive(master):
+            return False, "the service ended"
+        time.sleep(0.02)
+    serving = by_worker.count(True)
+    if serving == len(by_worker):
+        return True, f"reloaded: {serving} worker{'s' if serving > 1 else ''} serve{'' if serving > 1 else 's'} {name}"
+    return False, (f"reload failed: {serving} of {len(by_worker)} workers serve {name}, the others keep the old model; "
+                   "the log says why")

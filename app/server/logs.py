@@ -1,0 +1,125 @@
+"""Logs: one line for each record, on standard error, without ever waiting for whoever reads them."""
+import collections
+import contextvars
+import logging
+import os
+import re
+import select
+import stat
+import uuid
+
+from app.server import counters
+
+MOST_PENDING_BYTES = 2**20  # kept for a reader that is late; beyond it lines are lost, and counted
+PIECE = select.PIPE_BUF     # of a pipe that can be written to, as much is taken without waiting
+
+request_id = contextvars.ContextVar("request_id", default=None)
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def id_for(inbound):
+    """The id of a request: the one that it brought, if that may stand in a log, or a new one."""
+    return inbound if inbound and REQUEST_ID.fullmatch(inbound) else str(uuid.uuid4())
+
+
+class StderrHandler(logging.Handler):
+    """Writes to standard error what it takes at once, and keeps the rest for the next record or flush()."""
+
+    def __init__(self):
+        super().__init__()
+        self.pending, self.pending_bytes = collections.deque(), 0
+        self.descriptor = self.poll = None
+
+    def emit(self, record):
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        except Exception:  # logging's own rule: a record that cannot be formatted is told of and raises nothing
+            self.handleError(record)
+            return
+        if self.pending_bytes + len(line) > MOST_PENDING_BYTES:
+            counters.count("log_lines_dropped")
+        else:
+            self.pending.append(line)
+            self.pending_bytes += len(line)
+        self.flush()
+
+    def flush(self):
+        with self.lock:
+            try:
+                while self.pending and self.write_some():
+                    pass
+            except BlockingIOError:
+                return
+            except OSError:  # nobody is there any more
+                self.pending.clear()
+                self.pending_bytes = 0
+
+    def write_some(self):
+        """Write a piece of the oldest line; False where that would have to wait."""
+        if self.descriptor is None:
+            self.open()
+        if not any(event & select.POLLOUT for _, event in self.poll.poll(0)):
+            return False
+        line = self.pending.popleft()
+        written = os.write(self.descriptor, line[:PIECE])
+        self.pending_bytes -= written
+        if written < len(line):
+            self.pending.appendleft(line[written:])
+        return True
+
+    def open(self):
+        self.descriptor = 2
+        if stat.S_ISFIFO(os.fstat(2).st_mode):  # another writer may fill the pipe between poll and write
+            try:
+                self.descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # not Linux, or another user's
+                self.descriptor = 2
+        self.poll = select.poll()
+        self.poll.register(self.descriptor, select.POLLOUT)
+
+
+class RequestIdFilter(logging.Filter):
+    def filter(self, record):
+        if request_id.get():
+            record.request_id = request_id.get()
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """Time, level, message, then the extra fields as key=value; control characters escaped."""
+    standard = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def formatMessage(self, record):
+        extra = {k: v for k, v in record.__dict__.items() if k not in self.standard and v is not None}
+        return printable(" ".join([super().formatMessage(record), *(f"{k}={v}" for k, v in extra.items())]))
+
+
+def printable(text):
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def logging_config(settings):
+    """A logging.config dictionary for the service and Gunicorn."""
+    if settings.log_format == "json":
+        formatter = {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": "%(levelname)s %(name)s %(message)s",
+                     "timestamp": True, "rename_fields": {"levelname": "level", "name": "logger"}}
+    else:
+        formatter = {"()": "app.server.logs.TextFormatter"}
+    return {"version": 1, "disable_existing_loggers": False,
+            "filters": {"request_id": {"()": "app.server.logs.RequestIdFilter"}},
+            "formatters": {"line": formatter},
+            "handlers": {"stderr": {"()": "app.server.logs.StderrHandler", "formatter": "line",
+                                    "filters": ["request_id"]}},
+            "root": {"level": settings.log_level, "handlers": ["stderr"]},
+            "loggers": {"gunicorn.error": {"level": settings.log_level, "handlers": [], "propagate": True},
+                        "gunicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
+                        "PIL": {"level": "WARNING"}}}
+
+
+def flush():
+    """Write what was kept for a reader that was late; called now and then."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()

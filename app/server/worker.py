@@ -1,0 +1,295 @@
+"""Gunicorn's gevent worker, with what a model server needs beside it: a heartbeat while the model loads, models that
+are replaced in place, an end for a worker whose model can no longer be trusted, time limits for clients in both
+directions.
+
+Each connection is a greenlet; calculations run in native threads (engine/slots.py). Nothing of the standard library is
+patched, but for ssl where TLS is served: only the sockets that clients come by are gevent's.
+
+All that is Gunicorn's and is overridden or called here, and in lifecycle.py, stands in GUNICORN; a test compares it
+with the installed release.
+"""
+import contextlib
+import ctypes
+import http.client
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+
+import gevent
+from gevent import monkey
+from gunicorn.arbiter import Arbiter
+from gunicorn.workers.ggevent import GeventWorker
+
+from app.config import StartError
+from app.errors import ServiceError
+from app.server import board, counters, logs
+
+GUNICORN = {
+    GeventWorker: ("patch", "load_wsgi", "timeout_ctx", "handle", "handle_request", "handle_error", "handle_exit",
+                   "run"),
+    Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "signal", "WORKERS", "WORKER_BOOT_ERROR"),
+}
+
+HEADERS_WITHIN_S = 10    # from the connection to the end of the first request's headers
+WRITE_SLACK_S = 0.75     # the application's own deadline comes first, and its answer can be written
+LINGER_S = 5             # for a client to send the rest, and get its answer, before the connection is closed,
+LINGER_PAUSE_S = 1       # as long as it does not pause
+IDLE_STOP_S = 0.2        # when the worker stops: for requests that are on their way on connections that are kept
+LOAD_WITHIN_S = 600      # no more heartbeats for a model that takes longer to load
+LOOK_AFTER_S = 0.1       # how often the model, the board and the log are looked after
+TRIM_EVERY_S = 5         # how often freed memory goes back to the system
+RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is started again after this time
+
+# A thread that comes back from a system call waits so long for Python's lock while another one calculates. With
+# Python's 5 ms, the loop accepts 200 connections a second at worst.
+SWITCH_INTERVAL_S = 0.0003
+
+LIBC, M_ARENA_MAX = ctypes.CDLL(None), -8
+DISCARDED = bytearray(2**18)  # what nobody wants to read is read into this
+
+PREDICTIONS = ("/predict", "/predict/batch")
+
+request_log = logging.getLogger("app.request")
+
+
+class Worker(GeventWorker):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.restart_reason = None
+        self.waiting = {}  # greenlets that wait for nothing that must be finished: the Timeout that ends it
+        self.replacing = None  # the thread that loads a newly published model
+        self.region = None  # number of its counters' region; set by gunicorn.conf.py
+
+    def patch(self):
+        """Gunicorn's patches everything. Native threads want locks, queues and sleep as they are."""
+        if self.cfg.is_ssl:
+            monkey.patch_ssl()
+        self.sockets = [gevent.socket.socket(s.FAMILY, socket.SOCK_STREAM, fileno=s.sock.detach())
+                        for s in self.sockets]
+
+    # --- the model ---
+
+    def load_wsgi(self):
+        """Load the application and its model, in a native thread: OpenVINO gives the thread that loads a stack for
+        signal handlers and frees it with the model, and a signal kills the process then. Heartbeats go on meanwhile.
+
+        Failing, the worker ends: with an exit code that stops the service if it is the only one, with another, after a
+        pause, if others serve."""
+        if hasattr(LIBC, "mallopt"):  # glibc; a heap for each of the threads would keep 40 MB more
+            LIBC.mallopt(M_ARENA_MAX, 2)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.generation, until = board.own.generation(), time.monotonic() + LOAD_WITHIN_S
+        thread = threading.Thread(target=self.load, name="load-model")
+        thread.start()
+        while thread.is_alive():
+            thread.join(1)
+            if time.monotonic() < until:
+                self.tmp.notify()
+        if not hasattr(self, "wsgi"):
+            self.give_up()
+        counters.own.serves(self.generation)
+
+    def load(self):
+        try:
+            super().load_wsgi()
+        except StartError as e:
+            self.log.critical("this worker cannot serve: %s", e)
+        except BaseException:  # whatever it was, it must not take the other workers along
+            self.log.exception("this worker cannot serve")
+
+    def give_up(self):
+        logs.flush()
+        first = min(number for number, region in enumerate(counters.regions) if number and region.owner)
+        if not counters.ready_workers() and self.region in (None, first):  # one such exit stops Gunicorn, two break it
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+        time.sleep(RETRY_LOAD_AFTER_S)
+        sys.exit(1)
+
+    def run(self):
+        """Serve, then end without the interpreter's own ending: a thread that hangs in native code would hold it up."""
+        code = 1
+        try:
+            gevent.get_hub().print_exception = lambda context, *e: self.log.error("%r failed", context, exc_info=e)
+            gevent.spawn(self.look_after)
+            super().run()
+            code = 1 if self.restart_reason else 0
+        except SystemExit as e:
+            code = e.code or 0
+        except Exception:  # the last word of this process
+            self.log.exception("this worker ends")
+        finally:
+            logging.shutdown()
+            os._exit(code)
+
+    def look_after(self):
+        trim_at = 0
+        while True:
+            gevent.sleep(LOOK_AFTER_S)
+            self.replace_model()
+            reason = self.wsgi.extensions["model"].needs_restart()
+            if reason and self.alive:
+                self.restart_reason = reason
+                self.log.error("this worker restarts: %s", reason)
+                counters.own.release()
+                self.handle_exit(None, None)
+            logs.flush()
+            if time.monotonic() > trim_at and hasattr(LIBC, "malloc_trim"):  # glibc keeps 100 MB of large pictures
+                trim_at = time.monotonic() + TRIM_EVERY_S
+                threading.Thread(target=LIBC.malloc_trim, args=(0,)).start()
+
+    def replace_model(self):
+        """Load what was published last, in a native thread, beside the requests. Failing, the model stays."""
+        published = board.own.published()
+        if published["generation"] <= self.generation or self.replacing and self.replacing.is_alive():
+            return
+        self.generation = published["generation"]
+
+        def replace():
+            try:
+                self.wsgi.extensions["replace"](published)
+            except StartError as e:
+                self.log.error("this worker keeps the old model: %s", e)
+                counters.own.failed(published["generation"])
+            except Exception:  # whatever it was, the old model serves on
+                self.log.exception("this worker keeps the old model")
+                counters.own.failed(published["generation"])
+            else:
+                counters.own.serves(published["generation"])
+        self.replacing = threading.Thread(target=replace, name="replace-model", daemon=True)
+        self.replacing.start()
+
+    # --- clients ---
+
+    def handle(self, listener, client, addr):
+        counters.change("connections", 1)
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            counters.change("connections", -1)
+
+    def timeout_ctx(self):
+        """Around the wait for a request: its headers must be there in time, or the connection is closed."""
+        kept = getattr(gevent.getcurrent(), "has_answered", False)
+        return self.until(gevent.Timeout(self.cfg.keepalive if kept else HEADERS_WITHIN_S, False))
+
+    @contextlib.contextmanager
+    def until(self, timeout):
+        """Around a wait that ends with a silent Timeout, or early when the worker stops."""
+        greenlet = gevent.getcurrent()
+        with timeout:
+            self.waiting[greenlet] = timeout
+            try:
+                yield
+            finally:
+                del self.waiting[greenlet]
+
+    def handle_request(self, listener_name, req, sock, addr):
+        """One request within one time limit, the writing of its answer included."""
+        gevent.getcurrent().has_answered = True
+        if board.is_draining() or not self.alive:
+            req.force_close()
+        # A request that is refused before its body is read ends its connection, and the answer says so.
+        may_close = req.should_close
+        req.should_close = lambda: may_close() or is_unread(req.body)
+        self.refuse_if_full(req, sock)
+        limit_s = self.wsgi.extensions["settings"].request_timeout + WRITE_SLACK_S
+        try:
+            with gevent.Timeout(limit_s) as timeout:
+                return super().handle_request(listener_name, req, sock, addr)
+        except gevent.Timeout as e:
+            if e is not timeout:
+                raise
+            counters.count("connections_cut_off")
+            self.log.info("cut off: a client did not read its answer within %g s", limit_s)
+            reset(sock)
+            raise StopIteration from e
+        except StopIteration:
+            self.linger(sock)
+            raise
+
+    def refuse_if_full(self, req, sock):
+        """Answer a prediction at once for which there is no room. In the application this would cost a millisecond, a
+        good part of what the prediction would: of more than the processor has time for, each would wait for it."""
+        slots = self.wsgi.extensions["model"].slots
+        if req.path not in PREDICTIONS or req.method not in ("POST", "PUT") or not slots.is_full():
+            return
+        started, error = time.monotonic(), slots.overloaded()
+        request_id = logs.id_for(dict(req.headers).get("X-REQUEST-ID"))
+        counters.count_answer(req.path, req.method, error.status, error.code)
+        request_log.info("request", extra={
+            "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
+            "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})
+        with gevent.Timeout(LINGER_S, False):
+            sock.sendall(answer_in_one_shape(error, request_id))
+        self.linger(sock)
+        raise StopIteration
+
+    def handle_error(self, req, client, addr, exc):
+        """Requests that Gunicorn refuses before the application sees them."""
+        super().handle_error(req, OneShape(client), addr, exc)
+        self.linger(client)
+
+    def linger(self, sock):
+        """Before a connection is closed, let the client stop sending and get its answer: closed with bytes unread, it
+        would be reset, and the answer lost."""
+        with (contextlib.suppress(OSError, ValueError),
+              self.until(gevent.Timeout(LINGER_S if self.alive else IDLE_STOP_S, False))):
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(LINGER_PAUSE_S)
+            while sock.recv_into(DISCARDED):
+                pass
+
+    # --- the end ---
+
+    def handle_exit(self, sig, frame):
+        """SIGTERM: no longer wait for those who have kept their connections and say nothing."""
+        super().handle_exit(sig, frame)
+        gevent.get_hub().loop.run_callback_threadsafe(gevent.spawn_later, IDLE_STOP_S, self.close_waiting)
+
+    def close_waiting(self):
+        for greenlet, timeout in list(self.waiting.items()):
+            gevent.kill(greenlet, timeout)
+
+
+def is_unread(body):
+    """Whether there is more of a request's body (gunicorn.http.body.Body) than was read."""
+    reader = body.reader
+    return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
+
+
+def reset(sock):
+    """Close at once, and forget what has not been sent."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+
+
+class OneShape:
+    """Stands for the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+
+    def sendall(self, page):
+        status = int(page.split(b" ", 2)[1])
+        code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
+            "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
+        counters.count_answer("none", "other", status, code)
+        self.client.sendall(answer_in_one_shape(ServiceError(status, code, message), str(uuid.uuid4())))
+
+
+def answer_in_one_shape(error, request_id):
+    """An HTTP response, as bytes, that says a ServiceError and that the connection ends."""
+    body = json.dumps({**error.body(), "request_id": request_id}).encode()
+    retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
+    return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
+            f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{retry}X-Request-ID: {request_id}\r\n\r\n").encode() + body

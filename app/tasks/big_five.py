@@ -1,0 +1,36 @@
+"""The OCEAN model: apparent Big Five traits of the largest face in a picture, or in a video's frames on average."""
+from app.media import faces
+from app.tasks.from_pictures import FromPictures
+from app.tasks.options import AT, FRAMES, METHOD, TTA
+
+
+class BigFive(FromPictures):
+    kind = "big_five_regression"
+    options = (METHOD, TTA, FRAMES, AT)
+    full_size = True  # that is where the checkpoints' faces were searched
+
+    def cut(self, image, shot, options, deadline, stages):
+        with stages("face"):
+            box = faces.find_crop(image, options["method"], deadline)
+        shot |= {"face_box": box, "face_detected": box is not None}
+        if box is None:
+            return None if options["method"] == "face" else image
+        return faces.cut_out(image, box)
+
+    def views(self, tensor, options):
+        return [tensor, tensor[:, :, ::-1]] if options["tta"] else [tensor]
+
+    def nothing_counts(self):
+        return faces.no_face_found()
+
+    def predictions(self, scores, options):
+        """{trait: score}, the regression's raw outputs."""
+        return {trait: float(score) for trait, score in zip(self.labels, scores, strict=True)}
+
+    def metadata(self, shots, counted, scores, options, of_video):
+        return {"backbone": self.network["backbone"], "method": options["method"], "tta": options["tta"],
+                "face_detected": all(shot["face_detected"] for shot in counted), "frames": shots,
+                "spread": self.predictions(scores.std(axis=0), options)}
+
+    def info(self):
+        return {"backbone": self.network["backbone"], "traits": self.labels}

@@ -1,0 +1,98 @@
+"""What the tasks on pictures and videos have in common: one file to one answer, decode → crop → preprocess → infer."""
+import numpy as np
+
+from app.media import pictures
+from app.media.containers import Frame, is_video
+
+
+class FromPictures:
+    """A task whose input is a picture or the chosen frames of a video.
+
+    Subclasses say what is cut out of a frame, which views of it the network sees, and what its outputs mean.
+    """
+    kind = None        # the task in words, for /info
+    options = ()       # of options.ALL, those that it has a use for
+    full_size = False  # whether a picture is decoded at its full size, not at one that is enough for the network
+
+    def __init__(self, manifest):
+        self.labels, self.network = manifest.labels, manifest.network
+
+    def cut(self, image, shot, options, deadline, stages):
+        """The RGB PIL image to look at; None where this frame does not count. shot: what the answer says of it."""
+        return image
+
+    def views(self, tensor, options):
+        """[(3, H, W) float32] that the network sees of one preprocessed picture."""
+        return [tensor]
+
+    def nothing_counts(self):
+        """The ServiceError where no frame counts."""
+        raise NotImplementedError
+
+    def scores(self, outputs):
+        """(N, K) float32 outputs of the network → (N, K) scores, which may be averaged."""
+        return outputs
+
+    def predictions(self, scores, options):
+        """(K,) scores as an answer has them."""
+        raise NotImplementedError
+
+    def metadata(self, shots, counted, scores, options, of_video):
+        """Further members of the answer's metadata. shots: of all frames; counted: of those that count."""
+        return {}
+
+    def answer(self, model, settings, data, options, deadline, stages, see=None):
+        """The answer to one file's bytes: {"predictions": …, "metadata": …}.
+
+        options: {name: value} of self.options; stages: counters.Stages, whose timings become part of the metadata; see:
+        called with (frame's number, RGB PIL image) of each picture just as it goes into the preprocessing. Raises
+        ServiceError.
+        """
+        of_video = is_video(data)
+        shots, counted, inputs, image_size = [], [], [], None
+        for frame, size in self.read_frames(model, settings, data, of_video, options, deadline, stages):
+            image_size = image_size or list(size)
+            shots.append({"index": frame.index, "time_s": frame.time_s})
+            image = self.cut(frame.image, shots[-1], options, deadline, stages)
+            deadline.check("face")
+            if image is None:
+                continue
+            counted.append(shots[-1])
+            if see:
+                see(frame.index, image)
+            with stages("preprocess"):
+                inputs += self.views(model.preprocessing(image), options)
+        if not inputs:
+            raise self.nothing_counts()
+        with stages("inference"):
+            scores = self.scores(model.infer(np.stack(inputs), deadline))  # (frames that count × views, K)
+        by_frame = scores.reshape(len(counted), -1, scores.shape[1]).mean(axis=1)
+        for shot, scores_of_frame in zip(counted, by_frame, strict=True):
+            shot["predictions"] = self.predictions(scores_of_frame, options)
+        return {"predictions": self.predictions(by_frame.mean(axis=0), options),
+                "metadata": {"media_type": "video" if of_video else "image", "model": model.name,
+                             "device": model.device, "image_size": image_size,
+                             **self.metadata(shots, counted, scores, options, of_video),
+                             "inference_time": round(stages.timings_ms["inference"] / 1000, 6),
+                             "timings_ms": stages.timings_ms}}
+
+    def read_frames(self, model, settings, data, of_video, options, deadline, stages):
+        """Yield (Frame, (width, height) as a person sees it) of a picture or of the chosen frames of a video."""
+        if not of_video:
+            with stages("decode"):
+                image, size = pictures.read_image(data, settings.max_image_pixels,
+                                                  None if self.full_size else model.preprocessing.resize)
+            deadline.check("decode")
+            yield Frame(0, 0.0, image), size
+            return
+        from app.media import video  # with the first video
+        frames = video.frames(data, settings, deadline, options["frames"], options["at"])
+        try:
+            while True:
+                with stages("decode"):
+                    frame = next(frames, None)
+                if frame is None:
+                    return
+                yield frame, frame.image.size
+        finally:
+            frames.close()

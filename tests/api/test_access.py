@@ -1,0 +1,311 @@
+"""Keys, limits and origins: who is let in, before a body is read, and what it looks like to those who are not."""
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import time
+
+import pytest
+import redis
+import requests
+from conftest import encoded, free_port, need, post
+from PIL import Image
+
+from app import create_app
+from app.config import Settings, SettingsError
+
+WHITE = encoded(Image.new("RGB", (40, 40), "white"))
+KEYS = "first-key-0123456789, second-key-9876543210"
+
+
+@pytest.fixture
+def client_with(app):
+    """client_with(**variables): a test client of an application with these settings and the model of `app`."""
+    model = app.extensions["model"]
+
+    def make(**variables):
+        return create_app(Settings.parse(variables), model).test_client()
+    return make
+
+
+def assert_refused(answer, status, code):
+    assert answer.status_code == status
+    assert set(answer.json) == {"status", "error", "message", "request_id"}
+    assert (answer.json["status"], answer.json["error"]) == ("error", code)
+    assert answer.headers["X-Request-ID"] == answer.json["request_id"]
+
+
+# --- keys ---
+
+@pytest.mark.parametrize("headers", [{"Authorization": "Bearer first-key-0123456789"},
+                                     {"Authorization": "bearer  second-key-9876543210"},
+                                     {"X-API-Key": "second-key-9876543210"}])
+def test_each_key_opens_in_either_header(client_with, headers):
+    assert client_with(API_KEYS=KEYS).get("/info", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer"}, {"Authorization": "Bearer first-key-012345678"},
+                                     {"Authorization": "Basic first-key-0123456789"}, {"X-API-Key": ""},
+                                     {"X-API-Key": KEYS}, {"X-API-Key": "Schl\u00fcssel"},
+                                     {"Authorization": "first-key-0123456789"}])
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/info", "/metrics"])
+def test_without_a_valid_key_the_answer_is_401(client_with, path, headers):
+    client = client_with(API_KEYS=KEYS)
+    answer = client.post(path, headers=headers) if path.startswith("/predict") else client.get(path, headers=headers)
+    assert_refused(answer, 401, "UNAUTHORIZED")
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "first" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/", "/docs", "/docs/swagger-ui.css", "/openapi.json",
+                                  "/static/page.js"])
+def test_probes_the_page_and_the_description_need_no_key(client_with, path):
+    with client_with(API_KEYS=KEYS).get(path) as answer:  # closes a file that is sent
+        assert answer.status_code == 200
+
+
+def test_without_api_keys_nothing_needs_one(client):
+    assert client.get("/info").status_code == 200
+
+
+def test_keys_are_neither_shown_nor_logged(start_service):
+    service = start_service(API_KEYS=KEYS, RATE_LIMIT="1/hour", LOG_LEVEL="debug").wait_ready()
+    key = {"X-API-Key": "first-key-0123456789"}
+    answers = [requests.post(service.url + "/predict", files={"file": WHITE}, headers=key, timeout=30)
+               for _ in range(2)]
+    answers.append(requests.get(service.url + "/info", headers=key, timeout=30))
+    answers.append(requests.get(service.url + "/metrics", headers=key, timeout=30))
+    assert [answer.status_code for answer in answers] == [200, 429, 200, 200]
+    answers.append(requests.get(service.url + "/info", headers={"X-API-Key": "wrong-key-5555"}, timeout=30))
+    service.stop()
+    for secret in ("first-key", "second-key", "wrong-key"):
+        assert secret not in service.log
+        assert not any(secret in answer.text for answer in answers)
+
+
+def test_settings_show_no_secret():
+    settings = Settings.parse({"API_KEYS": KEYS, "RATE_LIMIT_STORAGE": "redis://:pass-word@127.0.0.1/0"})
+    assert "first-key" not in repr(settings)
+    assert "pass-word" not in repr(settings)
+
+
+def test_a_refusal_comes_before_the_body(start_service):
+    service = start_service(API_KEYS=KEYS).wait_ready()
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9000000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=10))
+                  for _ in range(100)]
+        started = time.monotonic()
+        for client in silent:
+            client.sendall(head)
+        statuses = [client.recv(100)[:13] for client in silent]  # though not a byte of the body was sent
+        assert set(statuses) == {b"HTTP/1.1 401 "}
+        assert requests.get(service.url + "/health", timeout=10).status_code == 200
+        assert time.monotonic() - started < 8
+
+
+def test_a_refused_upload_gets_its_answer(start_service):
+    service = start_service(API_KEYS=KEYS).wait_ready()
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    with contextlib.closing(connection):
+        for size in (1000, 9_000_000, 60_000_000):  # http.client reads no answer before all of it is sent
+            for path in ("/predict", "/predict/batch"):
+                connection.request("POST", path, body=bytes(size), headers={"Content-Type": "image/png"})
+                answer = connection.getresponse()
+                assert (answer.status, json.loads(answer.read())["error"]) == (401, "UNAUTHORIZED")
+                assert answer.headers["Connection"] == "close"  # so that the next request opens another
+        connection.request("POST", "/predict", body=WHITE, headers={"X-API-Key": "first-key-0123456789"})
+        assert connection.getresponse().status == 200
+
+
+# --- limits ---
+
+def test_over_the_limit_the_answer_is_429_with_the_time_to_wait(client_with):
+    client = client_with(RATE_LIMIT="2/minute")
+    assert [post(client, WHITE).status_code for _ in range(2)] == [200, 200]
+    answer = post(client, WHITE)
+    assert_refused(answer, 429, "RATE_LIMITED")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 61  # the limiter adds a second, as Redis rounds
+    assert "2 per 1 minute" in answer.json["message"]
+
+
+def test_after_the_time_to_wait_the_client_is_served_again(client_with):
+    client = client_with(RATE_LIMIT="1/second;100/day")
+    statuses = [post(client, b"") for _ in range(2)]
+    if statuses[1].status_code != 429:  # the second began just between them
+        statuses.append(post(client, b""))
+    assert statuses[-1].status_code == 429
+    assert "1 per 1 second" in statuses[-1].json["message"]
+    assert "100 per" not in statuses[-1].json["message"]
+    time.sleep(int(statuses[-1].headers["Retry-After"]))
+    assert post(client, b"").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/", "/info", "/metrics"])
+def test_only_predictions_are_limited(client_with, path):
+    client = client_with(RATE_LIMIT="1/hour")
+    assert [client.get(path).status_code for _ in range(4)] == [200] * 4
+
+
+def test_predictions_and_batches_count_together(client_with):
+    client = client_with(RATE_LIMIT="2/hour")
+    assert [client.open(path, method=method).json["error"] for method, path in
+            (("POST", "/predict"), ("POST", "/predict/batch"), ("PUT", "/predict"), ("POST", "/predict/batch"))] == [
+        "MISSING_FILE", "MISSING_FILE", "RATE_LIMITED", "RATE_LIMITED"]
+
+
+def test_each_client_has_a_limit_of_its_own(client_with):
+    def status(address, **headers):
+        return client.post("/predict", environ_base={"REMOTE_ADDR": address}, headers=headers).status_code
+    client = client_with(RATE_LIMIT="1/hour")
+    assert [status("10.0.0.1"), status("10.0.0.1"), status("10.0.0.2")] == [400, 429, 400]
+    assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [400, 429, 400]
+    assert [status("::ffff:10.0.0.2"), status("::ffff:10.0.0.3"), status("::ffff:10.0.0.4")] == [429, 400, 400]
+    client = client_with(RATE_LIMIT="1/hour", API_KEYS="a,b")
+    assert [status("10.0.0.1", X_API_KEY="a"), status("10.0.0.2", X_API_KEY="a"), status("10.0.0.1", X_API_KEY="b"),
+            status("10.0.0.1")] == [400, 429, 400, 401]
+
+
+@pytest.mark.parametrize(("trusted", "statuses"), [("0", [400, 429, 429]), ("1", [400, 400, 429])])
+def test_forwarded_addresses_count_behind_trusted_proxies_only(client_with, trusted, statuses):
+    client = client_with(RATE_LIMIT="1/hour", TRUSTED_PROXIES=trusted)
+    answers = [client.post("/predict", headers={"X-Forwarded-For": address}).status_code
+               for address in ("10.0.0.1", "10.0.0.2", "6.6.6.6, 10.0.0.2")]
+    assert answers == statuses
+
+
+@pytest.fixture
+def start_redis(tmp_path):
+    """start_redis(port): a real Redis server on loopback, stopped at the end."""
+    servers = []
+
+    def start(port):
+        program = need("redis-server")
+        servers.append(subprocess.Popen([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+                                         "--dir", str(tmp_path)], stdout=subprocess.DEVNULL))
+        until = time.monotonic() + 20
+        with redis.Redis(port=port) as connection:
+            while True:
+                try:
+                    connection.ping()
+                    return servers[-1]
+                except redis.ConnectionError:
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+    yield start
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+def test_redis_holds_the_limit_over_workers_and_services(start_service, start_redis):
+    port = free_port()
+    start_redis(port)
+    shared = {"RATE_LIMIT": "6/hour", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0", "API_KEYS": KEYS}
+    services = [start_service(WORKERS="2", **shared), start_service(**shared)]
+    for service in services:
+        service.wait_ready()
+    key = {"X-API-Key": "first-key-0123456789"}
+    statuses = [requests.post(service.url + "/predict", files={"file": WHITE}, headers=key, timeout=30).status_code
+                for _ in range(5) for service in services]
+    assert statuses == [200] * 6 + [429] * 4
+    assert not any("Traceback" in service.log for service in services)
+    with redis.Redis(port=port) as connection:
+        names = b" ".join(connection.keys())
+    assert names
+    assert b"first-key" not in names
+
+
+def test_an_unreachable_redis_breaks_no_answer(client_with, start_redis, caplog):
+    port = free_port()
+    client = client_with(RATE_LIMIT="3/hour", RATE_LIMIT_STORAGE=f"redis://:pass-word@127.0.0.1:{port}/0")
+    assert [post(client, WHITE).status_code for _ in range(4)] == [200, 200, 200, 429]  # it counts by itself
+    assert "pass-word" not in caplog.text
+    assert [r.levelname for r in caplog.records if "memory" in r.getMessage()] == ["WARNING"]
+
+
+def test_a_redis_that_dies_or_hangs_breaks_no_answer_and_comes_back(client_with, start_redis):
+    port = free_port()
+    server = start_redis(port)
+    client = client_with(RATE_LIMIT="20/hour", RATE_LIMIT_STORAGE=f"redis://127.0.0.1:{port}/0")
+    assert post(client, WHITE).status_code == 200
+    server.send_signal(19)  # SIGSTOP: it takes connections and says nothing
+    started = time.monotonic()
+    assert [post(client, WHITE).status_code for _ in range(3)] == [200] * 3
+    assert time.monotonic() - started < 3
+    server.kill()
+    server.wait()
+    assert post(client, WHITE).status_code == 200
+    start_redis(port)
+    with redis.Redis(port=port) as connection:
+        until = time.monotonic() + 30
+        while not connection.keys():  # counted there again
+            assert post(client, b"").status_code in (400, 429)
+            assert time.monotonic() < until
+            time.sleep(0.2)
+
+
+# --- origins ---
+
+def test_allowed_origins_may_read_the_answers(client_with):
+    client = client_with(CORS_ORIGINS="https://shop.example, http://localhost:3000", API_KEYS=KEYS, RATE_LIMIT="1/hour")
+    for origin in ("https://shop.example", "http://localhost:3000"):
+        preflight = client.options("/predict", headers={
+            "Origin": origin, "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type, x-request-id"})
+        assert preflight.status_code == 200
+        assert preflight.headers["Access-Control-Allow-Origin"] == origin
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization, content-type, x-request-id"
+        refused = client.post("/predict", headers={"Origin": origin})
+        assert refused.status_code == 401
+        assert refused.headers["Access-Control-Allow-Origin"] == origin
+        assert "X-Request-ID" in refused.headers["Access-Control-Expose-Headers"]
+        assert "Access-Control-Allow-Credentials" not in refused.headers
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://shop.example.evil.example", "https://shopXexample",
+                                    "http://shop.example", "null"])
+def test_other_origins_may_not(client_with, origin):
+    answer = client_with(CORS_ORIGINS="https://shop.example").get("/health", headers={"Origin": origin})
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+def test_a_star_allows_every_origin(client_with):
+    answer = client_with(CORS_ORIGINS="*").get("/health", headers={"Origin": "https://anyone.example"})
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_without_origins_there_are_no_cors_headers(client):
+    answer = client.get("/health", headers={"Origin": "https://shop.example"})
+    assert not [name for name, _ in answer.headers if name.startswith("Access-Control")]
+
+
+# --- settings ---
+
+@pytest.mark.parametrize(("variable", "text", "takes"), [
+    ("RATE_LIMIT", "60", "a limit such as 60/minute"),
+    ("RATE_LIMIT", "60/fortnight", "a limit such as 60/minute"),
+    ("RATE_LIMIT", "-1/minute", "a limit such as 60/minute"),
+    ("CORS_ORIGINS", "example.org", "* or origins such as https://example.org"),
+    ("CORS_ORIGINS", "https://a.example/path", "* or origins"),
+    ("CORS_ORIGINS", "https://.*", "* or origins"),
+    ("TRUSTED_PROXIES", "yes", "an integer from 0 to 10"),
+])
+def test_bad_value_is_refused_in_one_line(variable, text, takes):
+    with pytest.raises(SettingsError) as e:
+        Settings.parse({variable: text})
+    assert str(e.value).startswith(f"{variable} must be {takes}")
+    assert str(e.value).endswith(f"got {text!r}")
+
+
+@pytest.mark.parametrize(("variable", "text"), [
+    ("API_KEYS", ","), ("API_KEYS", "has space"), ("API_KEYS", "good-key,Schl\u00fcssel"),
+    ("CACHE_URL", "http://:pass-word@127.0.0.1"), ("RATE_LIMIT_STORAGE", "http://:pass-word@127.0.0.1"),
+    ("RATE_LIMIT_STORAGE", "redis://")])
+def test_bad_value_of_a_secret_is_refused_without_showing_it(variable, text):
+    with pytest.raises(SettingsError) as e:
+        Settings.parse({variable: text})
+    assert str(e.value).startswith(f"{variable} must be ")
+    assert str(e.value).endswith("got something else")

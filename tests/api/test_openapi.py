@@ -1,0 +1,117 @@
+"""The OpenAPI document is valid, complete, and what the running service does; /docs shows it without the network."""
+import os
+import re
+import subprocess
+import sys
+
+import openapi_spec_validator
+import pytest
+import requests
+from conftest import ROOT
+
+from app import create_app
+from app.api.uploads import FILE_FIELDS
+from app.config import Settings
+
+
+@pytest.fixture(scope="module")
+def document(app):
+    return app.test_client().get("/openapi.json").json
+
+
+def test_document_is_valid_openapi_3_1(document):
+    assert document["openapi"] == "3.1.0"
+    openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
+
+
+def test_every_reference_leads_somewhere_and_every_response_has_its_id(document):
+    for reference in re.findall(r"'\$ref': '#/([^']+)'", str(document)):
+        target = document
+        for name in reference.split("/"):
+            target = target[name]
+    responses = [r for operations in document["paths"].values() for operation in operations.values()
+                 for r in operation["responses"].values() if "$ref" not in r]
+    for response in [*responses, *document["components"]["responses"].values()]:
+        assert "X-Request-ID" in response["headers"]
+
+
+def test_document_has_every_path_and_method_and_no_other(app, document):
+    served = {(rule.rule, method.lower()) for rule in app.url_map.iter_rules() if not rule.arguments
+              for method in rule.methods - {"HEAD", "OPTIONS"}}
+    assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
+
+
+def test_document_has_every_error_code_of_the_code(document):
+    source = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py") if path.name != "openapi.py")
+    used = set(re.findall(r"\d{3}, \"([A-Z_]{5,})\"|(?:400|404|405|413|415|500): \(\"([A-Z_]+)\"", source))
+    used = {a or b for a, b in used} - {"CLIENT_CLOSED_REQUEST"}  # for the log: that client is gone
+    assert {"MISSING_FILE", "OVERLOADED", "NOT_FOUND", "ALL_FAILED"} <= used
+    documented = str(document)
+    assert [code for code in sorted(used) if code not in documented] == []
+
+
+def test_document_says_where_a_key_is_needed_just_where_it_is(app):
+    client = create_app(Settings.parse({"API_KEYS": "a-key"}), app.extensions["model"]).test_client()
+    document = client.get("/openapi.json").json
+    assert sorted(document["components"]["securitySchemes"]) == ["bearer", "header"]
+    openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            refused = client.open(path, method=method.upper()).status_code == 401
+            assert bool(operation.get("security")) == refused, path
+            assert ("401" in operation["responses"]) == refused, path
+
+
+def test_without_keys_the_document_asks_for_none(document):
+    operations = [operation for methods in document["paths"].values() for operation in methods.values()]
+    assert not any(operation.get("security") for operation in operations)
+
+
+def test_document_has_every_form_and_field(document):
+    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert sorted(content) == ["application/json", "application/octet-stream", "image/*", "multipart/form-data",
+                               "video/*"]
+    for name in FILE_FIELDS:
+        assert name in str(content["multipart/form-data"])
+
+
+def test_examples_of_the_document_work(client, document):
+    content = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    for example in content["examples"].values():
+        assert client.post("/predict", json=example["value"]).status_code == 200
+    content = document["paths"]["/predict/batch"]["post"]["requestBody"]["content"]["application/json"]
+    body = client.post("/predict/batch", json=content["example"]).json
+    assert (body["count"], body["failed"]) == (2, 1)
+
+
+def test_limits_of_the_document_are_the_settings(document, settings):
+    schema = document["paths"]["/predict/batch"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["instances"]["maxItems"] == settings.max_batch_files
+
+
+def test_running_service_does_what_the_document_says(service, tmp_path):
+    """schemathesis asks every endpoint, with what the document allows and with what it does not."""
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
+         service.url + "/openapi.json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "No issues found" in done.stdout
+
+
+def test_docs_are_swagger_ui_from_installed_files(service):
+    page = requests.get(service.url + "/docs", timeout=10)
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "'unsafe-inline'" not in page.headers["Content-Security-Policy"].partition("script-src")[2].partition(";")[0]
+    files = re.findall(r'(?:href|src)="([^"]+)"', page.text)
+    assert len(files) == 5
+    for file in files:
+        assert not re.match(r"[a-z]+:|//", file)
+        assert requests.get(f"{service.url}/{file}", timeout=10).status_code == 200
+    assert b"SwaggerUIBundle" in requests.get(service.url + "/docs/swagger-ui-bundle.js", timeout=10).content
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "..%2f__init__.py", "%2fetc%2fpasswd"])
+def test_docs_serve_nothing_else(client, name):
+    assert client.get(f"/docs/{name}").json["error"] == "NOT_FOUND"

@@ -1,0 +1,293 @@
+"""Every form in which a file may come, and what bad ones are told."""
+import base64
+import contextlib
+import dataclasses
+import gc
+import http.client
+import json
+import re
+import socket
+import time
+
+import pytest
+import requests
+from conftest import encoded, photo, post
+from urllib3 import encode_multipart_formdata
+
+from app import create_app
+from app.api.uploads import PIECE, MemoryRequest
+
+CAT = encoded(photo("chelsea"), "JPEG")
+CAT_64 = base64.b64encode(CAT).decode()
+
+
+@pytest.fixture(scope="module")
+def answer(app):
+    """What multipart/form-data is answered: the other forms must be answered the same."""
+    return post(app.test_client(), CAT, "cat.jpg").json["predictions"]
+
+
+def error_of(response):
+    assert sorted(response.json) == ["error", "message", "request_id", "status"]
+    return response.status_code, response.json["error"], response.json["message"]
+
+
+def form(client, *parts, path="/predict"):
+    """POST multipart/form-data; parts: (name, text) or (name, (filename, bytes))."""
+    body, content_type = encode_multipart_formdata(parts)
+    return client.post(path, data=body, content_type=content_type)
+
+
+@pytest.mark.parametrize("content_type", ["image/jpeg", "image/x-any", "video/mp4", "application/octet-stream", None])
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_raw_body(client, answer, content_type, method):
+    response = client.open("/predict", method=method, data=CAT, content_type=content_type)
+    assert response.json["predictions"] == answer
+    assert response.json["metadata"]["filename"] is None
+
+
+@pytest.mark.parametrize("body", [
+    {"image": CAT_64},
+    {"file": CAT_64},
+    {"image": f"data:image/jpeg;base64,{CAT_64}"},
+    {"image": f"data:image/jpeg;charset=x;BASE64,{CAT_64}"},
+    {"image": f"data:application/octet-stream;base64,{CAT_64}"},
+    {"image": "\n".join(CAT_64[i:i + 76] for i in range(0, len(CAT_64), 76))},
+    {"image": base64.urlsafe_b64encode(CAT).decode().rstrip("=")},
+    {"image": {"b64": CAT_64}},
+    {"instances": [{"b64": CAT_64}]},
+    {"instances": [{"image_bytes": {"b64": CAT_64}}], "signature_name": "serving_default"},
+    {"instances": [CAT_64]},
+    {"image": CAT_64, "video": None, "top_k": None},
+], ids=range(12))
+def test_json(client, answer, body):
+    assert client.post("/predict", json=body).json["predictions"] == answer
+
+
+def test_json_of_a_vendors_type(client, answer):
+    body = json.dumps({"image": CAT_64})
+    assert client.post("/predict", data=body, content_type="application/vnd.api+json").json["predictions"] == answer
+
+
+def test_base64_of_the_largest_file_fits(app, settings):
+    exact = create_app(dataclasses.replace(settings, max_file_size=2 * 2**20), app.extensions["model"]).test_client()
+    padded = CAT + bytes(2 * 2**20 - len(CAT))
+    assert exact.post("/predict", json={"image": base64.b64encode(padded).decode()}).status_code == 200
+    status, code, _ = error_of(exact.post("/predict", json={"image": base64.b64encode(padded + b"\0").decode()}))
+    assert (status, code) == (413, "FILE_TOO_LARGE")
+
+
+@pytest.mark.parametrize("top_k", [3, "3", 3.0])
+def test_options_in_json(client, top_k):
+    assert len(client.post("/predict", json={"image": CAT_64, "top_k": top_k}).json["predictions"]) == 3
+
+
+def test_options_of_a_raw_body_are_in_the_query(client):
+    assert len(client.post("/predict?top_k=2", data=CAT, content_type="image/jpeg").json["predictions"]) == 2
+
+
+def test_an_option_in_the_body_wins_over_the_query(client):
+    assert len(form(client, ("file", ("c.jpg", CAT)), ("top_k", "3"), path="/predict?top_k=2").json["predictions"]) == 3
+    assert len(client.post("/predict?top_k=2", json={"image": CAT_64, "top_k": 3}).json["predictions"]) == 3
+
+
+def test_a_repeated_option_is_refused(client):
+    twice = (400, "INVALID_PARAMETER", "top_k must be sent once, got it 2 times")
+    cat = ("file", ("c.jpg", CAT))
+    assert error_of(form(client, cat, path="/predict?top_k=2&top_k=2")) == twice
+    assert error_of(form(client, cat, ("top_k", "1"), ("top_k", "1"))) == twice
+
+
+@pytest.mark.parametrize(("top_k", "got"), [([1], "a list"), ({}, "an object"), (True, "true"), (1.5, "1.5"),
+                                             ("abc", "abc"), (10**30, "1" + 30 * "0")])
+def test_bad_option_in_json_is_named(client, top_k, got):
+    status, code, message = error_of(client.post("/predict", json={"image": CAT_64, "top_k": top_k}))
+    assert (status, code) == (400, "INVALID_PARAMETER")
+    assert message.startswith("top_k must be ")
+    assert message.endswith(f", got {got}")
+
+
+def test_an_unchosen_file_input_beside_a_chosen_one(client, answer):
+    assert form(client, ("file", ("", b"")), ("image", ("c.jpg", CAT))).json["predictions"] == answer
+    assert error_of(form(client, ("file", ("", b""))))[:2] == (400, "MISSING_FILE")
+
+
+@pytest.mark.parametrize("value", ["@@@", "abcde", "data:image/png;base64,@", "data:image/png,abc", 5, True, [], ["x"],
+                                   {"b64": None}, {"b64": "AAAA", "x": 1}, {"a": {"b": {"c": "AAAA"}}}, "é"])
+def test_broken_base64(client, value):
+    for body, field in (({"image": value}, "image"), ({"instances": [value]}, "instances[0]")):
+        status, code, message = error_of(client.post("/predict", json=body))
+        assert (status, code) == (400, "INVALID_PARAMETER")
+        assert message.startswith(f"{field} must be base64, a base64 data: URL or ")
+
+
+@pytest.mark.parametrize("url", ["data:text/plain;base64,aGVsbG8=", "data:,hello", "data:text/html,<b>",
+                                 "DATA:application/pdf;base64,"])
+def test_data_url_of_something_else(client, url):
+    status, code, message = error_of(client.post("/predict", json={"image": url}))
+    assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert "send one that holds image/" in message
+
+
+@pytest.mark.parametrize(("body", "code", "says"), [
+    (b"[1, 2]", "INVALID_JSON", "must be a JSON object such as {\"image\": \"<base64>\"}, got a list"),
+    (b"\"text\"", "INVALID_JSON", "got a string"),
+    (b"null", "INVALID_JSON", "got null"),
+    (b"7", "INVALID_JSON", "got a number"),
+    (b"{\"image\": ", "INVALID_JSON", "cannot be parsed"),
+    (b"", "INVALID_JSON", "cannot be parsed"),
+    (b"\xff\xfe\xfd", "INVALID_JSON", "cannot be parsed"),
+    (b"[" * 9_000, "INVALID_JSON", "cannot be parsed"),
+    (b"[" * 50_000, "INVALID_JSON", "more than 10000 lists, objects and members"),
+    (b"{\"image\": \"AAAA\", \"top_k\": 1, \"top_k\": 2}", "INVALID_JSON", "'top_k' is repeated"),
+    (b"{}", "MISSING_FILE", "No file provided: send one as"),
+    (b"{\"image\": null}", "MISSING_FILE", "No file provided: send one as"),
+    (b"{\"instances\": []}", "MISSING_FILE", "No file provided: the list instances is empty"),
+    (b"{\"instances\": {\"b64\": \"AAAA\"}}", "INVALID_JSON", "instances must be a list"),
+    (b"{\"instances\": [\"AAAA\", \"AAAA\"]}", "TOO_MANY_FILES", "send one, or all of them to /predict/batch"),
+    (b"{\"image\": \"AAAA\", \"instances\": [\"AAAA\"]}", "TOO_MANY_FILES", "has image and instances; send one"),
+    (b"{\"image\": \"\"}", "EMPTY_FILE", "send one that has content"),
+    (b"{\"image\": \"aGVsbG8=\"}", "INVALID_IMAGE", "not a picture"),
+])
+def test_bad_json(client, body, code, says):
+    status, found, message = error_of(client.post("/predict", data=body, content_type="application/json"))
+    assert (status, found) == (400, code)
+    assert says in message
+
+
+def test_two_files_in_a_form(client):
+    for names in (("file", "file"), ("file", "image")):
+        status, code, message = error_of(form(client, *[(name, ("c.jpg", CAT)) for name in names]))
+        assert (status, code) == (400, "TOO_MANY_FILES")
+        assert "/predict/batch" in message
+
+
+@pytest.mark.parametrize("name", ["image", "instances"])
+def test_a_file_and_text_where_a_file_belongs(client, name):
+    status, code, message = error_of(form(client, ("file", ("c.jpg", CAT)), (name, '{"b64": "AAAA"}')))
+    assert (status, code) == (400, "TOO_MANY_FILES")
+    assert f"leave {name} out" in message
+
+
+def test_a_forgotten_at_sign_of_curl(client):
+    status, code, message = error_of(form(client, ("file", "photo.jpg")))
+    assert (status, code) == (400, "MISSING_FILE")
+    assert message.startswith("No file provided")
+    assert "-F file=@photo.jpg" in message
+
+
+def test_curls_data_binary_without_a_type_is_told_what_to_add(client):
+    response = client.post("/predict", data=CAT, content_type="application/x-www-form-urlencoded")
+    status, code, message = error_of(response)
+    assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert "add -H 'Content-Type: image/jpeg'" in message
+
+
+def test_empty_raw_body(client):
+    assert error_of(client.post("/predict", data=b"", content_type="image/jpeg"))[:2] == (400, "EMPTY_FILE")
+
+
+@pytest.mark.parametrize("body", [
+    b'{"image": "data:' + b"a" * 1_000_000 + b'"}',
+    b'{"image": "data:image/png' + b";a" * 500_000 + b'"}',
+    b'{"instances": [' + b"0," * 2_000_000 + b"0]}",
+    b'{"image": ' + b"[" * 1_000_000 + b"}",
+    b"{" + b",".join(b'"%d": 1' % i for i in range(9_000)) + b', "1": 1}',
+    b"{" + b",".join(b'"%d": 1' % i for i in range(200_000)) + b', "1": 1}'],
+    ids=["no comma", "parameters without end", "many instances", "deep", "repeated member", "many members"])
+def test_json_that_is_made_to_take_long_is_refused_in_no_time(client, body):
+    for path in ("/predict", "/predict/batch"):
+        started = time.process_time()
+        response = client.post(path, data=body, content_type="application/json")
+        assert response.status_code in (400, 415, 422), response.json
+        assert time.process_time() - started < 5  # it was minutes and hours
+
+
+def test_too_many_instances_are_counted_before_they_are_looked_at(client):
+    response = client.post("/predict/batch", json={"instances": [0] * 5000})
+    assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
+
+
+# --- memory ---
+
+def metric(service, name):
+    """The sum of a metric over its labels."""
+    text = requests.get(service.url + "/metrics", timeout=10).text
+    return sum(float(value) for value in re.findall(rf"^model_server_{name}(?:{{.*}})? (\S+)$", text, re.M))
+
+
+def wait_until(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def send_part_of_a_megabyte(service, pieces):
+    """A connection on which so many pieces of an upload were sent that should have 1 MB, which is 15.3 of them."""
+    connection = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+    connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+                       b"Content-Length: 1000000\r\n\r\n" + bytes(pieces * PIECE))
+    return connection
+
+
+def answer_on(connection):
+    """(status, headers, JSON) of the answer that comes on a connection."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.headers, json.loads(answer.read())
+
+
+def test_beyond_the_memory_for_bodies_the_largest_is_refused_and_a_small_one_answered(start_service):
+    service = start_service(MAX_BODY_MEMORY=str(16 * PIECE)).wait_ready()
+    with contextlib.ExitStack() as stack:
+        def hog(pieces, then_there):
+            connection = stack.enter_context(send_part_of_a_megabyte(service, pieces))
+            wait_until(lambda: metric(service, "body_bytes") == then_there * PIECE)
+            return connection
+        small = hog(6, then_there=6)
+        large = hog(8, then_there=14)
+        larger = hog(9, then_there=15)  # with its third piece there were 17, and `large` was the largest
+        refusals = [answer_on(large)]
+
+        picture = CAT + bytes(2 * PIECE)
+        assert service.predict(picture).json()["predictions"][0]["class"] == "tiger cat"
+        refusals.append(answer_on(larger))
+        assert [(status, body["error"]) for status, _, body in refusals] == [(503, "OVERLOADED")] * 2
+        assert [headers["Retry-After"] for _, headers, _ in refusals] == ["5", "5"]
+        assert metric(service, "overloaded_total") == 2
+        wait_until(lambda: metric(service, "body_bytes") == 6 * PIECE)
+        small.sendall(bytes(1_000_000 - 6 * PIECE))  # for which there is room again
+        assert answer_on(small)[2]["error"] == "INVALID_IMAGE"
+        wait_until(lambda: metric(service, "body_bytes") == 0)
+
+    with send_part_of_a_megabyte(service, 5):
+        wait_until(lambda: metric(service, "body_bytes") == 5 * PIECE)
+    wait_until(lambda: metric(service, "body_bytes") == 0)  # also where the client leaves
+    assert service.predict(CAT).status_code == 200
+
+
+def test_a_body_that_is_alone_may_be_larger_than_the_memory_for_bodies(app, settings, answer):
+    tight = create_app(dataclasses.replace(settings, max_body_memory=1000), app.extensions["model"]).test_client()
+    assert post(tight, CAT).json["predictions"] == answer
+    assert re.search(r"^model_server_body_bytes 0\.0$", tight.get("/metrics").text, re.M)
+
+
+@pytest.mark.parametrize("cache_url", [None, "memory://"])
+def test_a_refused_file_leaves_the_memory_without_waiting_for_the_garbage_collector(app, settings, cache_url):
+    client = create_app(dataclasses.replace(settings, cache_url=cache_url, max_body_memory=1000),
+                        app.extensions["model"]).test_client()
+
+    def requests_in_memory():
+        return sum(type(one) is MemoryRequest for one in gc.get_objects())
+    gc.collect()
+    before = requests_in_memory()
+    gc.disable()
+    try:
+        for path in ("/predict", "/predict/batch"):
+            assert post(client, b"no picture", path=path).status_code in (400, 422)
+            with client.application.extensions["bodies"].one():  # it is not alone then
+                assert post(client, CAT, path=path).status_code == 503
+        wait_until(lambda: requests_in_memory() == before)
+    finally:
+        gc.enable()

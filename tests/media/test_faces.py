@@ -1,0 +1,116 @@
+"""The face is the largest of those that OpenCV finds when it looks for all of them; its crop is worked out by hand."""
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import photo
+from opencv_faces import all_faces
+from PIL import Image
+
+from app.errors import Deadline, DeadlineExceeded
+from app.media import faces
+
+
+def collage(seed):
+    """A photograph with up to three faces of any size pasted in."""
+    random = np.random.default_rng(seed)
+    background = photo(["coffee", "chelsea", "rocket", "astronaut"][seed % 4])
+    width, height = map(int, random.integers(250, 1100, 2))
+    image, astronaut = background.resize((width, height)), photo("astronaut")
+    for _ in range(random.integers(0, 4)):
+        side = int(random.integers(90, min(width, height)))
+        face = astronaut.crop((80, 0, 410, 330)) if random.random() < 0.5 else astronaut
+        place = int(random.integers(0, width - side + 1)), int(random.integers(0, height - side + 1))
+        image.paste(face.resize((side, side)), place)
+    return image.crop((width // 6, height // 6, width - 60, height - 60)) if seed % 2 else image  # faces at the edges
+
+
+def test_the_largest_face_is_that_of_the_whole_search():
+    outcomes = set()
+    for seed in range(30):
+        image = collage(seed)
+        expected = max(all_faces(image), key=lambda box: box[2] * box[3], default=None)
+        assert faces.largest_face(image) == expected, seed
+        outcomes.add(expected is None)
+    assert outcomes == {True, False}
+
+
+def test_a_large_face_ends_the_search_early(monkeypatch):
+    searched, windows = [], faces.windows
+    monkeypatch.setattr(faces, "windows", lambda grey, smallest, *rest: searched.append(smallest) or windows(
+        grey, smallest, *rest))
+    image = photo("astronaut").crop((100, 0, 350, 250)).resize((900, 900))
+    assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
+    assert min(searched) > 100
+
+
+@pytest.mark.parametrize("x", [12, 18, 42, 66, 114, 132])
+def test_faces_that_are_cut_at_the_edge(x):
+    """OpenCV cuts windows at the edge before it gives them out, but groups them before it cuts them."""
+    image = photo("astronaut").resize((640, 640)).crop((x, 0, x + 360, 200))
+    assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
+
+
+@pytest.mark.parametrize("side", [40, 55, 59, 60, 61, 62, 63, 75, 90, 130, 300])
+def test_small_pictures_too(side):
+    image = photo("astronaut").crop((150, 40, 300, 190)).resize((side, side))
+    assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3], default=None)
+
+
+@pytest.mark.parametrize(("face", "size", "box"), [
+    ([100, 100, 100, 100], (512, 512), [82, 82, 135, 135]),   # side 135 around (150, 150): from 82.5
+    ([100, 100, 101, 103], (512, 512), [81, 82, 139, 139]),   # side int(139.05), from 81.0 and 82.0
+    ([0, 10, 100, 100], (512, 512), [0, 0, 135, 135]),        # -17.5 and -7.5 become 0, the side stays
+    ([400, 400, 100, 100], (480, 490), [382, 382, 98, 108]),  # cut at the right and below
+    ([5, 5, 60, 60], (64, 64), [0, 0, 64, 64]),               # 81 wide, cut on both sides
+])
+def test_crop_worked_out_by_hand(face, size, box):
+    assert faces.crop_box(face, size) == box
+
+
+def test_methods():
+    astronaut, coffee = photo("astronaut"), photo("coffee")
+    for method in ("face", "face+middle"):
+        assert faces.find_crop(astronaut, method) == faces.crop_box(faces.largest_face(astronaut), (512, 512))
+        assert faces.find_crop(coffee, method) is None
+    assert faces.find_crop(astronaut, "middle") is None
+
+
+def test_the_search_ends_at_its_deadline():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (3000, 4000, 3), np.uint8))  # takes seconds
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="during face"):
+        faces.find_crop(noise, "face", Deadline(0.3))
+    assert time.monotonic() - started < 2
+    assert faces.find_crop(noise, "middle", Deadline(0)) is None
+
+
+def test_tiny_pictures_have_no_face():
+    for size in ((1, 1), (59, 59), (3, 500), (60, 60)):
+        assert faces.largest_face(Image.new("RGB", size)) is None
+
+
+def test_every_thread_has_a_detector_of_its_own():
+    seen, results = [], []
+
+    def work():
+        seen.append(faces.detector())
+        assert faces.detector() is seen[-1] or len(seen) > 1
+        results.append(faces.largest_face(photo("astronaut")))
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(detector) for detector in [*seen, faces.detector()]}) == 5
+    assert results == [faces.largest_face(photo("astronaut"))] * 4
+
+
+def test_long_pictures_leave_the_detector_as_it_was():
+    """OpenCV's keeps buffers as wide as the widest and as high as the highest picture it has seen."""
+    face = photo("astronaut")
+    before = faces.largest_face(face)
+    for size in [(400_000, 60), (60, 400_000), (20_000, 100), (100, 20_000)]:
+        assert faces.largest_face(Image.new("RGB", size, "white")) is None
+    assert faces.largest_face(face) == before

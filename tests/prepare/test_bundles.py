@@ -1,0 +1,120 @@
+"""Bundles in MODEL_DIR: found by what they were made of, written whole, kept while they are used, then removed."""
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from app.config import Settings
+from app.engine import bundle
+from app.prepare import bundles, prepared
+
+MANIFEST = bundle.Manifest(
+    name="resnet18", task="classification", engine="openvino", network={}, labels=["a", "b"], preprocessing={},
+    total_parameters=1, weights={"source": "a test", "sha256": "0", "default": True, "labels_sha256": None},
+    versions={}, self_test={"outputs": [0, 1]}, files={})
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(folder_name, age, **fields): the folder of a bundle that is as many seconds old."""
+    def make(folder_name, age, **fields):
+        with bundles.writing(tmp_path, folder_name) as folder:
+            bundles.save_manifest(folder, dataclasses.replace(MANIFEST, **fields))
+        path = tmp_path / "bundles" / folder_name / "manifest.json"
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+        return path.parent
+    return make
+
+
+def names(tmp_path):
+    return sorted(os.listdir(tmp_path / "bundles"))
+
+
+def test_of_each_model_and_engine_the_newest_are_kept(tmp_path, write):
+    for i in range(bundles.KEPT + 3):
+        write(f"model-{i}", age=i)
+    write("another-model", age=100, name="resnet50")
+    write("another-engine", age=100, engine="torch")
+    write("int8", age=100, quantization={"calibration_sha256": "0", "agreement": {}})
+    bundles.prune(tmp_path)
+    assert names(tmp_path) == ["another-engine", "another-model", "int8",
+                               *(f"model-{i}" for i in range(bundles.KEPT))]
+
+
+def test_what_broken_off_exports_left_behind_is_removed(tmp_path, write):
+    write("model", age=0)
+    (tmp_path / "bundles/.new-abc/deep").mkdir(parents=True)
+    (tmp_path / "bundles/.new-abc/deep/model.bin").write_bytes(bytes(10))
+    (tmp_path / "bundles/.new-def").mkdir()
+    bundles.prune(tmp_path)
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_bundle_that_another_process_holds_is_kept_until_that_ends(tmp_path, write):
+    for i in range(bundles.KEPT):
+        write(f"new-{i}", age=i)
+    held = write("held", age=100)
+    code = ("import sys\nfrom pathlib import Path\nfrom app.prepare.bundles import hold\n"
+            "held = hold(Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          cwd=ROOT) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with bundles.hold(held):  # any number may
+            pass
+        bundles.prune(tmp_path)
+        assert held.exists()
+        holder.stdin.close()
+        holder.wait(10)
+    bundles.prune(tmp_path)
+    assert names(tmp_path) == [f"new-{i}" for i in range(bundles.KEPT)]
+    assert bundles.hold(held) is None
+
+
+def test_a_bundle_appears_when_it_is_whole(tmp_path, write):
+    write("model", age=0, labels=["old"])
+    with contextlib.suppress(KeyError), bundles.writing(tmp_path, "model") as folder:
+        bundles.save_manifest(folder, MANIFEST)
+        raise KeyError
+    assert (names(tmp_path), bundle.read(tmp_path / "bundles/model").labels) == (["model"], ["old"])
+    with bundles.writing(tmp_path, "model") as folder:
+        bundles.save_manifest(folder, MANIFEST)
+        assert bundle.read(tmp_path / "bundles/model").labels == ["old"]
+    assert (names(tmp_path), bundle.read(tmp_path / "bundles/model").labels) == (["model"], ["a", "b"])
+
+
+def test_the_newest_bundle_that_fits_is_found(tmp_path, write):
+    settings = Settings.parse({"MODEL_NAME": "resnet18", "MODEL_DIR": str(tmp_path)})
+    assert bundles.find(settings, "resnet18", "openvino") is None
+    write("old", age=10)
+    new = write("new", age=5)
+    write("of another version", age=0, versions={"torch": "0.0.1"})
+    write("of weights of the user's", age=0, weights={**MANIFEST.weights, "default": False})
+    write("of labels of the user's", age=0, weights={**MANIFEST.weights, "labels_sha256": "1"})
+    write("of a later format", age=0, format=bundle.FORMAT + 1)
+    assert bundles.find(settings, "resnet18", "openvino") == new
+    assert bundles.find(settings, "resnet18", "torch") is None
+
+
+@pytest.fixture
+def elsewhere(checkpoint, tmp_path, monkeypatch):
+    """Settings whose paths are relative to tmp_path, in a process that has gone to another folder since."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pt").symlink_to(checkpoint("mobilenet_v2", num_classes=3))
+    (tmp_path / "labels.txt").write_text("cat\ndog\nfish\n", encoding="utf-8")
+    settings = Settings.parse({"MODEL_NAME": "mobilenet_v2", "MODEL_PATH": "weights.pt", "LABELS_PATH": "labels.txt",
+                               "MODEL_DIR": "models", "ENGINE": "torch", "DEVICE": "cpu"})
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir("other")
+    return settings
+
+
+def test_relative_paths_mean_the_same_from_another_folder(elsewhere, tmp_path):
+    made = prepared(elsewhere, "torch")
+    assert made.folder.parent == tmp_path / "models/bundles"
+    assert bundles.verify(made.folder).labels == ["cat", "dog", "fish"]
+    assert prepared(elsewhere, "torch") == made
+    assert os.listdir(tmp_path / "other") == []

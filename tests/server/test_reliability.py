@@ -1,0 +1,674 @@
+"""Bad weather: overload, deadlines, hung inferences, killed processes, slow and vanishing clients, reloads, stops."""
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import inspect
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import ROOT, encoded, free_port, need
+from gunicorn.workers.ggevent import GeventWorker
+from hanging_model import copy_model_dir, replace_model
+from PIL import Image
+from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
+
+from app.server import machine
+from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
+
+WHITE = encoded(Image.new("RGB", (300, 300), "white"))
+
+
+def test_overload_is_refused_at_once_and_health_answers(start_service):
+    service = start_service(MAX_QUEUE="2").wait_ready()
+    with Load(service.url, 16) as load:
+        health = []
+        for _ in range(20):
+            started = time.monotonic()
+            health.append((requests.get(service.url + "/health", timeout=10).status_code, time.monotonic() - started))
+            time.sleep(0.05)
+    assert {status for status, _ in health} == {200}
+    assert set(load.answers) == {(200, "tiger cat"), (503, "OVERLOADED")}
+    assert not load.errors
+    assert load.retry_after
+    assert all(1 <= s <= 60 for s in load.retry_after)
+    assert service.predict(CAT).status_code == 200
+
+
+def test_clients_deadline_is_kept_and_checked(start_service):
+    service = start_service().wait_ready()
+
+    def post(timeout):
+        return requests.post(service.url + "/predict", files={"file": CAT}, headers={"X-Request-Timeout": timeout})
+    answer = post("0.0001")
+    assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
+    for text in ("0", "-1", "abc", "nan", "inf"):
+        assert (post(text).status_code, post(text).json()["error"]) == (400, "INVALID_PARAMETER")
+    assert post("20").status_code == 200
+
+
+def test_hung_inference_costs_one_client_its_deadline_and_the_slot_comes_back(start_service, model_dir, app, tmp_path):
+    copy_model_dir(model_dir, tmp_path)
+    replace_model(tmp_path)
+    service = start_service(MODEL_DIR=str(tmp_path), REQUEST_TIMEOUT="1.5").wait_ready()
+    (worker,) = service.workers()
+    started = time.monotonic()
+    answer = service.predict(WHITE)
+    assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
+    assert time.monotonic() - started < 3
+    for _ in range(5):  # the other slot goes on
+        assert service.predict(CAT).status_code == 200
+    wait_until(lambda: service.workers() and service.workers() != [worker], 30, "the worker that hangs is not replaced")
+    service.wait_ready()
+    assert "an inference has been hanging" in service.log
+    for _ in range(5):
+        assert service.predict(CAT).status_code == 200
+
+
+def test_killed_worker_is_replaced(start_service):
+    service = start_service(WORKERS="2").wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    first = service.workers()
+    with Load(service.url, 4) as load:
+        time.sleep(0.5)
+        os.kill(first[0], signal.SIGKILL)
+        wait_until(lambda: service.log.count("model ready") == 3, 10)
+        time.sleep(0.5)
+    assert len(load.errors) <= 4  # at most what the killed worker had open
+    assert set(load.answers) == {(200, "tiger cat")}
+    assert first[1] in service.workers()
+
+
+def test_killed_master_takes_its_workers_along_and_can_be_started_again(start_service):
+    service = start_service(WORKERS="2").wait_ready()
+    workers = service.workers()
+    service.process.kill()
+    service.process.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5)
+    again = start_service(PORT=str(service.port))
+    again.port, again.url = service.port, service.url
+    assert again.wait_ready().predict(CAT).status_code == 200
+
+
+def reload(service):
+    return subprocess.Popen([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def weights_of(service):
+    return requests.get(service.url + "/info").json()["model"]["weights"]["sha256"]
+
+
+@pytest.fixture
+def two_workers(start_service, checkpoint, tmp_path):
+    """(a Service of two workers with a resnet18, put(seed) which replaces its weights)."""
+    path = tmp_path / "model.pt"
+
+    def put(seed):
+        shutil.copy(checkpoint("resnet18", seed=seed), tmp_path / "new.pt")
+        os.replace(tmp_path / "new.pt", path)
+    put(1)
+    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), WORKERS="2").wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    return service, put
+
+
+def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
+    service, put = two_workers
+    workers, before = service.workers(), weights_of(service)
+    with Load(service.url, 2) as load:
+        time.sleep(0.3)
+        put(2)
+        done = reload(service)
+        stdout, stderr = done.communicate(timeout=120)
+        time.sleep(0.3)
+    assert done.returncode == 0, stderr
+    assert "reloaded: 2 workers serve resnet18-" in stdout
+    assert service.workers() == workers
+    assert {weights_of(service) for _ in range(8)}.isdisjoint({before})
+    assert not load.errors
+    assert {status for status, _ in load.answers} == {200}
+
+
+def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(two_workers):
+    service, put = two_workers
+    put(2)
+    first = reload(service)
+    wait_until(lambda: "reloading: preparing" in service.log, 10)
+    put(3)
+    second = reload(service)
+    outcomes = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert all("reloaded: 2 workers" in outcome for outcome in outcomes)
+    assert service.log.count("reloading: preparing") == 2
+    expected = hashlib.sha256((Path(service.log_path).parent / "model.pt").read_bytes()).hexdigest()
+    assert {weights_of(service) for _ in range(8)} == {expected}
+    assert "resnet18-" + expected[:12] in outcomes[1]
+
+
+def test_a_replaced_model_gives_its_memory_back(service):
+    def resident():
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in service.workers()) / 256  # MiB
+    sizes = []
+    for _ in range(6):
+        process = reload(service)
+        assert process.wait(60) == 0
+        process.communicate()
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+        sizes.append(resident())
+    assert sizes[-1] < sizes[1] + 25, sizes  # a model takes 60
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_path, damage):
+    path = tmp_path / "model.pt"
+    shutil.copy(checkpoint("resnet18", seed=1), path)
+    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path)).wait_ready()
+    workers = service.workers()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(checkpoint("resnet18", seed=2).read_bytes()[:10**6] if damage == "cut" else b"no weights")
+    done = subprocess.run([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "the old model goes on serving" in done.stderr
+    assert "reload failed" in service.log
+    wait_until(lambda: service.workers() == workers, 10)  # and nothing is left of the check's own process
+    assert service.predict(CAT).status_code == 200
+    os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    assert service.wait_ready().predict(CAT).status_code == 200
+
+
+def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
+    service = start_service().wait_ready()
+    workers = service.workers()
+    command = reload(service)
+    wait_until(lambda: len(service.workers()) > 1, 10)
+    (preparing,) = set(service.workers()) - set(workers)
+    os.kill(preparing, signal.SIGKILL)
+    assert "ended before it was through" in command.communicate(timeout=30)[1]
+    assert command.returncode == 1
+    wait_until(lambda: service.workers() == workers, 5)
+    assert service.predict(CAT).status_code == 200
+    command = reload(service)
+    assert "reloaded: 1 worker serves" in command.communicate(timeout=30)[0]
+
+
+def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_service, model_dir, app, tmp_path):
+    copy_model_dir(model_dir, tmp_path)
+    service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    victim = service.workers()[0]
+    pages = int(Path(f"/proc/{victim}/statm").read_text().split()[0])
+    resource.prlimit(victim, resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**20, resource.RLIM_INFINITY))
+    command = reload(service)
+    stderr = command.communicate(timeout=60)[1]
+    assert command.returncode == 1
+    assert "1 of 2 workers serve" in stderr
+    assert "this worker keeps the old model" in service.log
+    resource.prlimit(victim, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for _ in range(8):
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_everything_in_dev_shm_removed_costs_nothing(start_service):
+    """Of all services that this test's user runs: files are unlinked, and those that hold them go on."""
+    service = start_service(WORKERS="2", DRAIN_SECONDS="0.5").wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    for pid in (service.process.pid, *service.workers()):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(link)
+                if target.startswith(("/dev/shm/", "/tmp/")) and "/pytest-" not in target:
+                    os.unlink(target)
+    assert service.predict(CAT).status_code == 200
+    os.kill(service.workers()[0], signal.SIGKILL)
+    wait_until(lambda: service.log.count("model ready") == 3, 30, "a crashed worker is not replaced")
+    assert service.predict(CAT).status_code == 200
+    assert service.stop() == 0
+
+
+def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, model_dir, app, tmp_path):
+    copy_model_dir(model_dir, tmp_path)
+    service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    killed, other = service.workers()
+    shutil.rmtree(tmp_path / "bundles")
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: "this worker cannot serve" in service.log, 15)
+    time.sleep(3)
+    assert service.process.poll() is None
+    assert other in service.workers()
+    for _ in range(3):
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
+    service = start_service(DRAIN_SECONDS="1.5").wait_ready()
+    with Load(service.url, 4) as load:
+        time.sleep(0.5)
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: requests.get(service.url + "/health").status_code == 503, 1)
+        assert requests.get(service.url + "/health").json()["reason"] == "draining"
+        while service.process.poll() is None and service.predict(CAT).status_code == 200:
+            load.stopping = time.monotonic() or True  # the load balancer has turned away
+            time.sleep(0.1)
+            if "Handling signal: term" in service.log.split("draining", 1)[-1]:
+                break
+    assert service.process.wait(20) == 0
+    assert set(load.answers) == {(200, "tiger cat")}
+    assert not load.errors
+
+
+def test_health_is_never_200_before_the_model_answers(start_service):
+    service = start_service()
+    seen = set()
+    wait_until(lambda: seen.add(health_status(service.url)) or 200 in seen, 30)
+    assert seen <= {None, 503, 200}
+    assert service.predict(CAT).status_code == 200
+
+
+@contextlib.contextmanager
+def dripping(port, count, head=b""):
+    """Clients that send a byte every 100 ms, of their headers or, without `head`, of a body."""
+    stopping = threading.Event()
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(open_request(port, head)) for _ in range(count)]
+
+        def drip():
+            while not stopping.wait(0.1):
+                for s in slow:
+                    with contextlib.suppress(OSError):
+                        s.send(b"x", socket.MSG_DONTWAIT)
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        yield slow
+        stopping.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /predict HTTP/1.1\r\nX: ",
+                                  b"GET /health HTTP/1.1\r\nContent-Length: 100000\r\n\r\n"],
+                         ids=["bodies", "headers", "probes with bodies"])
+def test_slow_clients_starve_nobody(service, head):
+    with dripping(service.port, 100, head):
+        time.sleep(0.3)
+        for _ in range(10):
+            assert requests.get(service.url + "/health", timeout=2).status_code == 200
+            assert service.predict(CAT, timeout_s=2).json()["predictions"][0]["class"] == "tiger cat"
+
+
+def test_slow_bodies_are_told_at_the_deadline(start_service):
+    service = start_service(REQUEST_TIMEOUT="2").wait_ready()
+    with dripping(service.port, 3) as slow:
+        for s in slow:
+            s.settimeout(4)
+            answer = b""
+            while piece := s.recv(4096):
+                answer += piece
+            assert answer.split(b" ")[1] == b"504"
+            assert b"DEADLINE_EXCEEDED" in answer
+            assert b"during read" in answer
+
+
+def test_connections_that_say_nothing_and_slow_headers_are_closed(service):
+    with contextlib.ExitStack() as stack, dripping(service.port, 3, b"GET / HTTP/1.1\r\nX: ") as slow:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(60)]
+        assert service.predict(CAT, timeout_s=2).status_code == 200
+        for s in (*silent, *slow):
+            s.settimeout(HEADERS_WITHIN_S + 4)
+            with contextlib.suppress(ConnectionResetError):
+                assert s.recv(1) == b""  # closed, not left for ever
+
+
+def test_a_client_that_never_reads_is_cut_off_and_costs_the_others_nothing(start_service):
+    service = start_service(REQUEST_TIMEOUT="2").wait_ready()
+    (worker,) = service.workers()
+    before = descriptors(worker)
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            s = stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            s.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                s.send(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        for _ in range(10):
+            assert service.predict(CAT, timeout_s=2).status_code == 200
+        wait_until(lambda: cut_off(service) == 60, 2 + 5, "they were not cut off")
+        wait_until(lambda: descriptors(worker) <= before + 2, 3)
+
+
+def cut_off(service):
+    text = requests.get(service.url + "/metrics").text
+    return float(re.search(r"^model_server_connections_cut_off_total (\S+)", text, re.M)[1])
+
+
+def test_predictions_go_on_beside_a_thousand_connections(service):
+    """Their descriptors have numbers that select() does not take."""
+    (worker,) = service.workers()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit[1] < 3000:
+        pytest.skip("this user may not have 3000 descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3000, limit[1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1050):
+                stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+            started = time.monotonic()
+            assert requests.get(service.url + "/health", timeout=5).status_code == 200
+            assert service.predict(CAT).status_code == 200
+            assert time.monotonic() - started < 5
+            assert descriptors(worker) > 1050
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
+    need("openssl")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"),
+                    "-out", str(tmp_path / "cert.pem")], check=True, capture_output=True)
+    service = start_service(GUNICORN_CMD_ARGS=f"--certfile {tmp_path}/cert.pem --keyfile {tmp_path}/key.pem")
+    service.url = service.url.replace("http:", "https:")
+    session = requests.Session()
+    session.trust_env = False  # its certificates would win
+    session.verify = str(tmp_path / "cert.pem")
+    wait_until(lambda: "serving" in service.log, 60)
+    (worker,) = service.workers()
+    for _ in range(20):
+        answer = session.post(service.url + "/predict", files={"file": CAT}, timeout=10)
+        assert answer.json()["predictions"][0]["class"] == "tiger cat"
+    assert f'"url": "{service.url}"' in service.log
+    assert service.workers() == [worker]
+
+
+def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=ROOT, stderr=write, env={
+        **os.environ, "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu",
+        "HOST": "127.0.0.1", "PORT": str(port), "DRAIN_SECONDS": "0"})
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: health_status(url) == 200, 60)
+        with requests.Session() as session:
+            for _ in range(5000):  # more than the pipe and what is kept
+                session.get(url + "/" + "x" * 200, timeout=5)
+            metrics = session.get(url + "/metrics", timeout=5).text
+        assert float(re.search(r"log_lines_dropped_total ([0-9.]+)$", metrics, re.M)[1]) > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read)
+        os.close(write)
+
+
+def test_a_dripping_upload_does_not_stretch_the_stop(start_service):
+    service = start_service(REQUEST_TIMEOUT="3", DRAIN_SECONDS="1").wait_ready()
+    with dripping(service.port, 5):
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - started < 1 + 3 + 1
+
+
+def test_kept_connections_are_told_when_the_service_stops(start_service):
+    service = start_service(DRAIN_SECONDS="2").wait_ready()
+    with requests.Session() as session:
+        assert session.get(service.url + "/live").headers["Connection"] == "keep-alive"
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining" in service.log, 5)
+        assert session.get(service.url + "/live").headers["Connection"] == "close"
+    assert service.process.wait(10) == 0
+
+
+def test_idle_connections_do_not_hold_up_the_stop(start_service):
+    service = start_service().wait_ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            session = stack.enter_context(requests.Session())
+            assert session.get(service.url + "/live").status_code == 200
+            stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
+        started = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(("arguments", "line"), [
+    ("-k sync", "-k/--worker-class cannot be chosen"), ("--threads 4", "--threads cannot be chosen"),
+    ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be at least 1")])
+def test_gunicorns_options_that_do_not_fit_are_refused_in_one_line(start_service, arguments, line):
+    service = start_service(GUNICORN_CMD_ARGS=arguments)
+    assert service.process.wait(20) != 0
+    assert [text for text in service.log.splitlines() if "error: " in text and line in text], service.log
+    assert "Traceback" not in service.log
+
+
+def test_gunicorns_options_that_fit_are_taken_into_account(start_service, monkeypatch):
+    port = free_port()
+    service = start_service(GUNICORN_CMD_ARGS=f"-w 2 -b 127.0.0.1:{port}")
+    service.port, service.url = port, f"http://127.0.0.1:{port}"
+    service.wait_ready()
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    starting = next(json.loads(line) for line in service.log.splitlines() if '"starting"' in line)
+    assert starting["workers"] == 2
+    assert starting["streams"] == max(1, machine.usable_cores() // 2)
+    assert f'"url": "{service.url}"' in service.log
+    metrics = requests.get(service.url + "/metrics").text
+    assert float(re.search(r"^model_server_workers_ready (\S+)", metrics, re.M)[1]) == 2
+
+
+def test_more_workers_than_planned_are_counted(start_service):
+    service = start_service().wait_ready()
+    for workers in (2, 3, 4):  # equal signals at once are one
+        service.process.send_signal(signal.SIGTTIN)
+        wait_until(lambda workers=workers: service.log.count("model ready") == workers, 30)
+    metrics = requests.get(service.url + "/metrics").text
+    assert float(re.search(r"^model_server_workers_ready (\S+)", metrics, re.M)[1]) == 4
+
+
+def test_what_of_gunicorn_is_overridden_is_there_in_the_installed_release():
+    for of_gunicorn, names in GUNICORN.items():
+        for name in names:
+            assert hasattr(of_gunicorn, name), f"{of_gunicorn.__name__}.{name}"
+    for name, overridden in vars(Worker).items():
+        if not name.startswith("__") and hasattr(GeventWorker, name):
+            assert name in GUNICORN[GeventWorker], f"{name} overrides Gunicorn's and is not listed"
+            if callable(overridden) and not isinstance(overridden, contextlib._GeneratorContextManager):
+                ours, its = inspect.signature(overridden), inspect.signature(getattr(GeventWorker, name))
+                assert list(ours.parameters) == list(its.parameters), name
+
+
+@pytest.mark.parametrize("size", [20_000, 400_000])
+def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service, size):
+    service = start_service(MAX_FILE_SIZE="10KiB", MAX_QUEUE="0").wait_ready()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
+        for path, type in (("/nothing", "image/png"), ("/predict", "text/plain")):
+            connection.request("POST", path, bytes(size), {"Content-Type": type})
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("Connection")) == (404 if path == "/nothing" else 415, "close")
+            assert json.loads(answer.read())["status"] == "error"
+        connection.request("POST", "/predict", b"no picture", {"Content-Type": "image/png"})  # read whole
+        answer = connection.getresponse()
+        assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
+
+
+def test_refused_clients_that_stay_do_not_stop_the_worker(start_service):
+    service = start_service().wait_ready()
+    with contextlib.ExitStack() as stack:
+        staying = [stack.enter_context(open_request(service.port, length=10**9)) for _ in range(10)]
+        until, slowest = time.monotonic() + 8, 0
+        while time.monotonic() < until:
+            started = time.monotonic()
+            assert health_status(service.url) == 200
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.1)
+        assert slowest < 1.5
+        for s in staying:
+            assert s.recv(100).split(b" ")[1] == b"413"
+
+
+def test_clients_that_leave_cost_nothing_lasting(start_service):
+    service = start_service().wait_ready()
+    service.predict(CAT)
+    (worker,) = service.workers()
+    before = descriptors(worker)
+    for i in range(100):
+        if i % 2:
+            open_request(service.port).close()
+        else:
+            body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + CAT + b"\r\n--b--\r\n"
+            s = open_request(service.port, length=len(body))
+            s.sendall(body[5:])
+            s.close()  # before the answer
+    wait_until(lambda: descriptors(worker) <= before + 2, 20)
+    assert service.predict(CAT).status_code == 200
+    assert "Traceback" not in service.log
+
+
+def test_those_who_left_the_queue_are_not_inferred(start_service):
+    service = start_service(MAX_QUEUE="200").wait_ready()
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + CAT + b"\r\n--b--\r\n"
+    for _ in range(60):
+        s = open_request(service.port, length=len(body))
+        s.sendall(body[5:])
+        s.close()
+    wait_until(lambda: service.log.count('"path": "/predict"') == 60, 30)
+    statuses = [json.loads(line).get("status") for line in service.log.splitlines() if '"path": "/predict"' in line]
+    assert statuses.count(499) > 40
+
+
+def test_out_of_memory_is_a_503_and_passes(start_service):
+    service = start_service().wait_ready()
+    big = encoded(Image.new("RGB", (7000, 7000), "red"), "PNG")
+    assert service.predict(CAT).status_code == 200
+    (worker,) = service.workers()
+    pages = int(Path(f"/proc/{worker}/statm").read_text().split()[0])
+    resource.prlimit(worker, resource.RLIMIT_AS, (pages * resource.getpagesize() + 60 * 2**20, resource.RLIM_INFINITY))
+    answer = service.predict(big)
+    assert (answer.status_code, answer.json()["error"]) == (503, "OUT_OF_MEMORY")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert service.predict(CAT).status_code == 200
+    resource.prlimit(worker, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert service.predict(big).status_code == 200
+    assert service.workers() == [worker]
+
+
+@pytest.mark.parametrize("raw", [b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                                 b"GET / HTTP/1.1\r\nbad header\r\n\r\n",
+                                 b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n"])
+def test_gunicorns_own_errors_have_the_one_shape(service, raw):
+    with socket.create_connection(("127.0.0.1", service.port)) as s:
+        s.sendall(raw)
+        s.settimeout(10)
+        answer = b""
+        while piece := s.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert 400 <= int(head.split(b" ")[1]) < 500
+    assert sorted(json.loads(body)) == ["error", "message", "request_id", "status"]
+
+
+def test_load_balancer_loses_nothing_while_one_instance_is_restarted(start_service, tmp_path):
+    haproxy = need("haproxy")
+    one, two = start_service(DRAIN_SECONDS="3").wait_ready(), start_service(DRAIN_SECONDS="3").wait_ready()
+    port = free_port()
+    (tmp_path / "haproxy.cfg").write_text(f"""
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 30s
+    timeout server 30s
+frontend in
+    bind 127.0.0.1:{port}
+    default_backend model
+backend model
+    balance roundrobin
+    option httpchk GET /health
+    http-check expect status 200
+    default-server check inter 300ms fall 2 rise 2
+    server one 127.0.0.1:{one.port}
+    server two 127.0.0.1:{two.port}
+""")
+    proxy = subprocess.Popen([haproxy, "-f", str(tmp_path / "haproxy.cfg"), "-db"], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: health_status(url) == 200, 10)
+        with Load(url, 4) as load:
+            time.sleep(1)
+            assert one.stop() == 0
+            time.sleep(0.5)
+            again = start_service(PORT=str(one.port), DRAIN_SECONDS="0")
+            again.port, again.url = one.port, one.url
+            again.wait_ready()
+            time.sleep(1.5)
+        assert again.log.count('"path": "/predict"') > 0
+    finally:
+        proxy.kill()
+        proxy.wait()
+    assert not load.errors
+    assert set(load.answers) == {(200, "tiger cat")}
+
+
+@pytest.fixture
+def nginx(tmp_path):
+    """nginx(service): the URL of a real nginx with deploy/nginx.conf before that service."""
+    program, processes = need("nginx"), []
+
+    def start(service):
+        port = free_port()
+        site = (ROOT / "deploy/nginx.conf").read_text()
+        for default, here in (("listen 8080", f"listen 127.0.0.1:{port}"), (":5000", f":{service.port}")):
+            site = site.replace(default, here)
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log; events {{}}\n"
+            f"http {{ access_log off; client_body_temp_path {tmp_path}/body; proxy_temp_path {tmp_path}/proxy;\n"
+            f"fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;\n{site}}}\n")
+        processes.append(subprocess.Popen([program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]))
+        wait_until(lambda: health_status(f"http://127.0.0.1:{port}") == 200, 10)
+        return f"http://127.0.0.1:{port}"
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait(10)
+
+
+def test_slow_clients_wait_in_the_documented_proxy(service, nginx):
+    url = nginx(service)
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))))
+            client.sendall(head + CAT[:5000])
+        for _ in range(5):
+            answer = requests.post(url + "/predict", files={"file": CAT}, timeout=10)
+            assert answer.json()["predictions"][0]["class"] == "tiger cat"
+        in_progress = re.search(r"^model_server_requests_in_progress (\S+)$",
+                                requests.get(service.url + "/metrics", timeout=10).text, re.M)
+        assert in_progress[1] == "1.0"  # this scrape
+
+
+def test_refusals_pass_through_the_documented_proxy(start_service, nginx):
+    url = nginx(start_service(MAX_QUEUE="0").wait_ready())
+    with Load(url, 8) as load:
+        time.sleep(1)
+    assert set(load.answers) == {(200, "tiger cat"), (503, "OVERLOADED")}
+    assert load.retry_after
+    assert not load.errors

@@ -1,0 +1,198 @@
+"""The service as its users run it: real Gunicorn processes, real sockets."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import ROOT, encoded, free_port, photo
+
+from app.server import lifecycle
+
+CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
+
+
+def test_curls_upload_gets_the_right_answer(service):
+    answer = service.predict(CAT, "chelsea.jpg")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.json()["predictions"][0]["class"] == "tiger cat"
+
+
+def test_bad_input_leaves_the_worker_alive_and_logs_no_crash(service):
+    workers = service.workers()
+    bad = [(b"text", "photo.jpg", 400, {}), (b"", "empty.jpg", 400, {}), (CAT[:9000], "cut.jpg", 400, {}),
+           (CAT, "cat.jpg", 400, {"top_k": "abc"}), (bytes(11 * 2**20), "big.jpg", 413, {})]
+    for data, filename, status, options in bad:
+        answer = service.predict(data, filename, **options)
+        assert (answer.status_code, answer.json()["status"]) == (status, "error")
+    assert requests.get(service.url + "/nothing").json()["error"] == "NOT_FOUND"
+    assert requests.delete(service.url + "/predict").json()["error"] == "METHOD_NOT_ALLOWED"
+    assert service.predict(CAT).status_code == 200
+    assert service.workers() == workers
+    assert "Traceback" not in service.log
+    assert '"level": "ERROR"' not in service.log
+
+
+def test_one_log_line_a_request_with_its_id_and_stages(service):
+    requests.post(service.url + "/predict", files={"file": CAT}, headers={"X-Request-ID": "my-id-1"})
+    requests.get(service.url + "/nothing", headers={"X-Request-ID": "my-id-2"})
+    time.sleep(0.1)
+    lines = [json.loads(line) for line in service.log.splitlines() if line.startswith("{")]
+    (first,) = [line for line in lines if line.get("request_id") == "my-id-1"]
+    assert (first["method"], first["path"], first["status"], first["level"]) == ("POST", "/predict", 200, "INFO")
+    assert first["duration_ms"] >= first["timings_ms"]["inference"] > 0
+    (second,) = [line for line in lines if line.get("request_id") == "my-id-2"]
+    assert (second["status"], second["error"]) == (404, "NOT_FOUND")
+
+
+def test_workers_use_openvino_and_never_load_torch(service):
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in service.workers())
+    assert "libopenvino" in maps
+    assert "libtorch" not in maps
+    assert "libopenvino" not in Path(f"/proc/{service.process.pid}/maps").read_text()
+
+
+def test_uploads_are_not_written_to_disk(service):
+    worker = service.workers()[0]
+    big = encoded(photo("astronaut").resize((1500, 1500)), "PNG")
+    assert len(big) > 500_000
+    seen = set()
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", service.port)) as s:
+            head = (f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                    f"Content-Length: {len(big) + 100}\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"file\"; "
+                    "filename=\"a.png\"\r\n\r\n")
+            s.sendall(head.encode() + big[:-1000])
+            time.sleep(0.1)
+            for fd in Path(f"/proc/{worker}/fd").iterdir():
+                try:
+                    seen.add(str(fd.readlink()))
+                except OSError:
+                    continue
+    assert not [path for path in seen if path.startswith("/tmp") and "/pytest-" not in path], seen
+
+
+def test_text_logs(start_service):
+    service = start_service(LOG_FORMAT="text").wait_ready()
+    service.predict(CAT)
+    time.sleep(0.1)
+    line = [x for x in service.log.splitlines() if "path=/predict" in x][0]
+    assert " INFO " in line
+    assert "status=200" in line
+
+
+def test_several_workers_answer(start_service):
+    service = start_service(WORKERS="2").wait_ready()
+    until = time.monotonic() + 30
+    while len(service.workers()) < 2 or service.log.count("model ready") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    for _ in range(6):
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_sigterm_ends_it_with_exit_code_0_and_leaves_nothing(start_service):
+    before = set(Path("/dev/shm").iterdir())
+    service = start_service().wait_ready()
+    assert service.process.pid in lifecycle.services()
+    assert service.stop(signal.SIGTERM) == 0
+    assert service.process.pid not in lifecycle.services()
+    assert set(Path("/dev/shm").iterdir()) <= before
+    with socket.socket() as s:
+        assert s.connect_ex(("127.0.0.1", service.port)) != 0
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"MODEL_NAME": "resnet51"}, "MODEL_NAME 'resnet51' is unknown"),
+    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "/nowhere/model.pt"}, "MODEL_PATH /nowhere/model.pt cannot be read"),
+    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{corrupt}"}, "cannot be read as a checkpoint"),
+    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{other}"}, "does not fit resnet50"),
+    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{corrupt}", "MODEL_FALLBACK": "efficientnet_lite0"},
+     "cannot be read as a checkpoint"),
+    ({"MODEL_NAME": "resnet50", "WEIGHTS_MIRROR": "http://127.0.0.1:9"}, "the weights of resnet50 cannot be had"),
+    ({"TOP_K": "20"}, "TOP_K must be an integer from 1 to 10, got '20'"),
+    ({"DEVICE": "cuda"}, "DEVICE is cuda, but no NVIDIA GPU"),
+    ({"PRECISION": "fp16"}, "PRECISION is fp16, which is for GPUs"),
+])
+def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_path, checkpoint, variables, message):
+    (tmp_path / "corrupt.pt").write_bytes(checkpoint("resnet18").read_bytes()[:1_000_000])
+    places = {"corrupt": tmp_path / "corrupt.pt", "other": checkpoint("resnet18")}
+    service = start_service(**{k: v.format(**places) for k, v in variables.items()})
+    assert service.process.wait(30) != 0
+    lines = [line for line in service.log.splitlines() if message in line]
+    assert len(lines) == 1, service.log
+    assert "Traceback" not in service.log
+    assert "model ready" not in service.log
+
+
+def test_fallback_answers_loudly_where_the_weights_cannot_be_had(start_service):
+    service = start_service(MODEL_NAME="resnet50", MODEL_FALLBACK="efficientnet_lite0",
+                            WEIGHTS_MIRROR="http://127.0.0.1:9").wait_ready()
+    assert service.predict(CAT).json()["metadata"]["model"] == "efficientnet_lite0"
+    fallback = requests.get(service.url + "/info").json()["model"]["fallback"]
+    assert fallback["requested"] == "resnet50"
+    assert "cannot be downloaded" in fallback["reason"]
+    assert requests.get(service.url + "/health").json()["fallback_for"] == "resnet50"
+    assert "WARNING" in service.log
+
+
+def test_a_damaged_export_is_made_again(start_service, tmp_path):
+    service = start_service(MODEL_DIR=str(tmp_path)).wait_ready()
+    service.stop()
+    (weights,) = tmp_path.glob("bundles/*/model.bin")
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    service = start_service(MODEL_DIR=str(tmp_path)).wait_ready()
+    assert "is damaged" in service.log
+    assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_ipv6_addresses_can_be_listened_on(start_service):
+    service = start_service(HOST="::1")
+    service.url = f"http://[::1]:{service.port}"
+    assert service.wait_ready().predict(encoded(photo("coffee"))).status_code == 200
+
+
+def test_env_file_that_is_edited_takes_effect_at_the_next_start_only(tmp_path):
+    (tmp_path / ".env").write_text("TOP_K=3")
+    code = f"""
+import pathlib, runpy
+runpy.run_path({str(ROOT / "gunicorn.conf.py")!r})
+pathlib.Path(".env").write_text("TOP_K=4\\nTTA=false")
+from app.config import Settings
+settings = Settings.load()
+print(settings.top_k, settings.tta, Settings.load().port)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DEVICE": "cpu"})
+    assert done.stdout == "3 True 5000\n"
+
+
+def test_a_port_in_use_stops_the_start(start_service):
+    with socket.socket() as s:
+        port = free_port()
+        s.bind(("127.0.0.1", port))
+        s.listen()
+        service = start_service(PORT=str(port))
+        assert service.process.wait(30) != 0
+
+
+def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        service = start_service(MODEL_NAME="resnet18", MODEL_DIR=str(tmp_path / "models"),
+                                WEIGHTS_MIRROR=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()  # the download has begun, and gets nothing
+        with connection:
+            (preparing,) = service.workers()
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(10) != 0
+            assert not Path(f"/proc/{preparing}").exists()
+    assert "stopped before the model was ready" in service.log
+    assert "Traceback" not in service.log
