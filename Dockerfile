@@ -1,11 +1,11 @@
 # syntax=docker/dockerfile:1
 # docker build -t image-classifier-service .                                     ResNet-50, baked into the image
 # docker build -t … --build-arg MODEL_NAME=efficientnet_lite0 .                  another model
-# docker build -t … --build-arg PIP_EXTRA_INDEX_URL=<index of CPU builds> .      torch without CUDA: gigabytes less
+# docker build -t … --build-arg PIP_EXTRA_INDEX_URL=<index of CPU builds> .      torch without CUDA: gigabytes smaller
 # docker build -t … --target slim .                                              without torch: the baked model only
 ARG BASE_IMAGE=python:3.11-slim
 
-# --- packages and the exported model; nothing of this stage but packages and models is shipped ---
+# --- packages and the exported model, the only parts of this stage that are shipped ---
 FROM ${BASE_IMAGE} AS build
 ARG PIP_EXTRA_INDEX_URL=
 ARG MODEL_NAME=resnet50
@@ -17,12 +17,12 @@ RUN pip install -r requirements.txt
 COPY app app
 RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && cp -a models slim-models \
     && MODEL_NAME=${MODEL_NAME} DEVICE=cpu ENGINE=torch python -m app prepare && rm -rf models/weights slim-models/weights
-# The same packages without what only an export needs.
+# The same packages, without those that only the export needs.
 RUN cp -a /opt/venv /opt/slim && /opt/slim/bin/python -m pip freeze | sed 's/[ =@].*//' \
     | grep -E '^(torch|torchvision|triton|sympy|networkx|mpmath|fsspec|nvidia-.*|cuda-.*)$' \
     | xargs /opt/slim/bin/python -m pip uninstall --yes --quiet
 
-# --- what every image has ---
+# --- common to all images ---
 FROM ${BASE_IMAGE} AS base
 ARG MODEL_NAME=resnet50
 ENV MODEL_NAME=${MODEL_NAME} PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
@@ -33,7 +33,7 @@ COPY gunicorn.conf.py .
 COPY app app
 EXPOSE 5000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 CMD ["python", "-m", "app", "health"]
-# A stop takes DRAIN_SECONDS and what is in flight: docker run --stop-timeout 40 (or docker stop --time 40).
+# Stopping takes DRAIN_SECONDS plus the requests in flight: docker run --stop-timeout 40 (or docker stop --time 40).
 STOPSIGNAL SIGTERM
 CMD ["gunicorn", "app:create_app()"]
 

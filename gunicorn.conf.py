@@ -1,5 +1,6 @@
-"""Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it by itself."""
+"""Gunicorn's configuration, for CPU and GPU: `gunicorn 'app:create_app()'` reads it automatically."""
 import dataclasses
+import functools
 import math
 import os
 import resource
@@ -18,9 +19,9 @@ try:
     plan = plan_of(settings)
 except StartError as e:
     sys.exit(f"error: {e}")
-os.environ.update(settings.variables())  # for the workers to come: a .env that is edited later changes nothing
+os.environ.update(settings.variables())  # for future workers: editing .env later changes nothing
 
-# Before any worker imports a library that reads them: each inference has one thread, workers × streams = cores.
+# Set before any worker imports a library that reads them: one thread per inference, workers × streams = cores.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
@@ -51,7 +52,7 @@ held = []  # the files of bundles.hold
 
 
 def nworkers_changed(server, new, old):
-    """The first hook that Gunicorn calls: what stands on its command line is taken into account, or refused."""
+    """The first hook that Gunicorn calls: applies the options of its command line, or refuses them."""
     global settings, plan
     if old is not None:
         return
@@ -61,21 +62,21 @@ def nworkers_changed(server, new, old):
                      "its model after the fork and needs no threads for connections")
     if new < 1:
         sys.exit(f"error: -w/--workers must be at least 1, got {new}")
-    if new != plan.workers:  # -w: as many workers share the cores
+    if new != plan.workers:  # -w: this many workers share the cores
         settings = dataclasses.replace(settings, workers=new)
         plan = plan_of(settings)
         os.environ["WORKERS"] = str(new)
 
 
 def on_starting(server):
-    """Get the model ready once, before the workers; a model that cannot be had stops the start."""
-    # Until Gunicorn sets its own: process 1 of a container would not hear it, another would leave the download behind.
+    """Prepare the model once, before the workers; if that fails, the service does not start."""
+    # Until Gunicorn sets its own: process 1 of a container would ignore it, another would leave the download running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
     try:
         ready = prepared(settings, plan.engine)
     except StartError as e:
         sys.exit(f"error: {e}")
-    most = 2 * plan.workers + 64  # SIGTTIN adds others
+    most = 2 * plan.workers + 64  # SIGTTIN adds more
     counters.share(board.create(counters.bytes_for(most)))
     board.own.write(plan=dataclasses.asdict(plan))
     publish_first(ready)
@@ -94,13 +95,20 @@ def when_ready(server):
         ready = outcome_of(process)
         verify(ready.folder)
         held.append(hold(ready.folder))
-        del held[:-2]  # the one before, while workers still load
+        del held[:-2]  # keep the previous one while workers still load
         return ready.folder, ready.fallback_reason
     lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
 
 
+def ssl_context(conf, default_ssl_context_factory):
+    """Leave the handshake to the connection's greenlet, which limits its time: see Worker.handle."""
+    context = default_ssl_context_factory()
+    context.wrap_socket = functools.partial(context.wrap_socket, do_handshake_on_connect=False)
+    return context
+
+
 def pre_fork(server, worker):
-    """Each worker its device: of several GPUs the one with the fewest workers."""
+    """Give each worker a device: of several GPUs, the one with the fewest workers."""
     used = [w.device for w in server.WORKERS.values()]
     worker.region = counters.free_region(w.region for w in server.WORKERS.values())
     worker.device = min(plan.devices, key=used.count)
@@ -112,7 +120,7 @@ def post_fork(server, worker):
 
 
 def post_worker_init(worker):
-    if worker.age == 1:  # the first one has its model: say how to try it
+    if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
         picture = next(filter(os.path.exists, ("tests/images/chelsea.jpg", "app/api/static/cat.jpg")), "picture.jpg")
         worker.log.info("serving", extra={"url": url, "try": f"curl -F file=@{picture} {url}/predict"})

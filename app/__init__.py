@@ -3,8 +3,8 @@ import dataclasses
 
 
 def create_app(settings=None, loader=None):
-    """The Flask application. loader: a ModelLoader with its model; without one it is made here, once in each worker."""
-    # Imported here: the Gunicorn master, which imports this package too, then holds 10 MB less.
+    """The Flask application. loader: a ModelLoader that has its model; by default one is created, once per worker."""
+    # Imported here to keep 10 MB out of the Gunicorn master, which imports this package too.
     from flask import Flask
 
     from app.api import batch, docs, error_handlers, health, info, metrics, predict, requests, uploads
@@ -15,7 +15,7 @@ def create_app(settings=None, loader=None):
     app = Flask(__name__, template_folder="api/templates", static_folder="api/static")
     app.request_class = uploads.MemoryRequest
     app.json.sort_keys = False
-    app.config["MAX_CONTENT_LENGTH"] = uploads.FORM_OVERHEAD  # the endpoints that take files raise it
+    app.config["MAX_CONTENT_LENGTH"] = uploads.FORM_OVERHEAD  # endpoints that accept files raise it
     app.extensions["settings"] = settings
     app.extensions["model"] = loader or load_model(settings)
     app.extensions["replace"] = lambda published: app.extensions["model"].load(Prepared.of(published))
@@ -35,8 +35,7 @@ def create_app(settings=None, loader=None):
 
 
 def load_model(settings):
-    """A ModelLoader with its model: in a worker what the master has planned and published, elsewhere what these
-    settings mean. Raises StartError."""
+    """A ModelLoader with the model that the master has published, else that of the settings. Raises StartError."""
     from app.config import Plan
     from app.engine.bundle import Prepared
     from app.model_loader import ModelLoader

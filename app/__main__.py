@@ -13,12 +13,12 @@ from app.tasks.options import ALL
 def main():
     parser = argparse.ArgumentParser(prog="python -m app")
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="get the model ready before the service starts: download, convert")
+    prepare = commands.add_parser("prepare", help="prepare the model before the service starts: download, convert")
     prepare.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
-    prepare.add_argument("--check", action="store_true", help="load the model too, and check its answer")
-    reload = commands.add_parser("reload", help="let the running service load its model anew, without a gap")
-    reload.add_argument("--pid", type=int, help="process id of the Gunicorn master, where several services run")
-    commands.add_parser("health", help="ask the running service whether it is ready, at HOST and PORT")
+    prepare.add_argument("--check", action="store_true", help="also load the model and check its output")
+    reload = commands.add_parser("reload", help="reload the running service's model without downtime")
+    reload.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
+    commands.add_parser("health", help="check whether the service at HOST and PORT is ready")
     add_predict_and_evaluate(commands)
     arguments = parser.parse_args()
     return {"prepare": run_prepare, "reload": run_reload, "health": run_health, "predict": run_answering,
@@ -26,17 +26,17 @@ def main():
 
 
 def add_predict_and_evaluate(commands):
-    predict = commands.add_parser("predict", help="answer files and folders, without a server")
+    predict = commands.add_parser("predict", help="predict files and folders without a server")
     predict.add_argument("paths", nargs="+", type=Path, metavar="FILE|FOLDER")
-    predict.add_argument("--save-crop", type=Path, metavar="DIR", help="write the pictures that the model saw to DIR")
-    evaluate = commands.add_parser("evaluate", help="compare the answers with labels",
-                                   description="Prints 1 - MAE of each trait, or the top-1 and top-5 accuracy.")
+    predict.add_argument("--save-crop", type=Path, metavar="DIR", help="save the pictures that the model sees to DIR")
+    evaluate = commands.add_parser("evaluate", help="compare predictions with labels",
+                                   description="Prints 1 - MAE per trait, or the top-1 and top-5 accuracy.")
     evaluate.add_argument("--labels", required=True, type=Path, metavar="CSV",
-                          help="with a header; the file's path in FOLDER first, then a column for each trait by its "
-                               "name, or one with the class by its name or class_id")
+                          help="with a header; first the path within FOLDER, then a column per trait, named after it, "
+                               "or one column with the class name or class_id")
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
     for command in (predict, evaluate):
-        command.add_argument("--json", action="store_true", help="print JSON, one line a file or result")
+        command.add_argument("--json", action="store_true", help="print JSON, one line per file or result")
         for option in ALL:
             command.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=option.meaning)
 
@@ -62,7 +62,7 @@ def run_reload(arguments):
 
 
 def run_health(arguments):
-    """For HEALTHCHECK: 0 if the service on this machine is ready. No proxy is asked."""
+    """For HEALTHCHECK: 0 if the service on this machine is ready. Proxy settings are ignored."""
     import http.client
     try:
         settings = Settings.load()

@@ -1,4 +1,4 @@
-"""`python -m app predict` and `evaluate`: the answers of the API without a server."""
+"""`python -m app predict` and `evaluate`: the API's answers without a server."""
 import csv
 import dataclasses
 import json
@@ -18,25 +18,25 @@ from app.tasks import options as task_options
 from app.tasks.options import TOP_K
 
 SUFFIXES = {f".{extension}" for extension in (*pictures.EXTENSIONS, *containers.EXTENSIONS)}
-TOP = 5  # classes among which the right one may be
+TOP = 5  # for the top-5 accuracy
 
 
 class CommandError(StartError):
-    """What the caller of a command has to change; one line."""
+    """A command that cannot run as given; the message is one line."""
 
 
 def load(arguments):
-    """(loader, model, options) of a command. Raises StartError, ServiceError for a bad option."""
-    settings = dataclasses.replace(Settings.load(), workers=1, log_format="text")  # this process has all cores
+    """(loader, model, options) for a command. Raises StartError, or ServiceError for a bad option."""
+    settings = dataclasses.replace(Settings.load(), workers=1, log_format="text")  # this process gets all cores
     loader = load_model(settings)
     model = loader.current
     return loader, model, task_options.read(vars(arguments).get, loader.settings, model.task.options)
 
 
 def answers(loader, options, paths, crops=None):
-    """Yield (path, its answer or the ServiceError) in order, with a progress bar where someone watches.
+    """Yield (path, answer or ServiceError) in order, with a progress bar on a terminal.
 
-    crops: folder for the pictures that the model saw.
+    crops: folder for the pictures that the model sees.
     """
     model, settings = loader.current, loader.settings
 
@@ -61,7 +61,7 @@ def answers(loader, options, paths, crops=None):
 
 
 def find_files(paths):
-    """Files as they are; of folders all pictures and videos below, by their names."""
+    """Yield files as they are, and all pictures and videos below folders, sorted by path."""
     for path in paths:
         if path.is_dir():
             yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -72,7 +72,7 @@ def find_files(paths):
 def predict(arguments):
     paths = list(find_files(arguments.paths))
     if not paths:
-        raise CommandError("there is no picture and no video in " + ", ".join(map(str, arguments.paths)))
+        raise CommandError("there are no pictures or videos in " + ", ".join(map(str, arguments.paths)))
     try:
         if arguments.save_crop:
             arguments.save_crop.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def evaluate(arguments):
 
 
 def read_csv(path):
-    """(header, rows that are as long) of a CSV file. Raises CommandError."""
+    """(header, rows of the same length) of a CSV file. Raises CommandError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *rows = [row for row in csv.reader(file) if row]
@@ -145,7 +145,7 @@ def read_csv(path):
 
 
 def trait_labels(model, header, row, where):
-    """(K,) label of each trait in the model's order, from the columns of their names. Raises CommandError."""
+    """(K,) labels of the traits in the model's order, from the columns named after them. Raises CommandError."""
     try:
         return [float(row[header.index(trait.lower())]) for trait in model.labels]
     except ValueError as e:
@@ -154,7 +154,7 @@ def trait_labels(model, header, row, where):
 
 
 def closeness(model, pairs):
-    """1 - mean absolute error of each trait and their mean, and what the answer «always the mean label» would get."""
+    """1 - mean absolute error per trait and on average, and the same for always predicting the mean label."""
     predicted = np.array([[predictions[trait] for trait in model.labels] for predictions, _ in pairs])  # (N, K)
     labels = np.array([labels for _, labels in pairs])
     scores = 1 - np.abs(predicted - labels).mean(axis=0)
@@ -165,17 +165,17 @@ def closeness(model, pairs):
 
 
 def class_labels(model, header, row, where):
-    """class_id of the label in the column `label`, or in the second one. Raises CommandError."""
+    """The class_id of a row's label, in the column `label` or else the second one. Raises CommandError."""
     text = row[header.index("label") if "label" in header else 1].strip()
     if text in model.labels:
         return model.labels.index(text)
     if text.isdecimal() and int(text) < len(model.labels):
         return int(text)
-    raise CommandError(f"{where}: {text[:60]!r} is no class of {model.name}, by name or class_id")
+    raise CommandError(f"{where}: {text[:60]!r} is neither a class name nor a class_id of {model.name}")
 
 
 def accuracy(model, pairs):
-    """Share of the files whose label is the first, or among the first five, of the classes."""
+    """Share of files whose label is the top-1 class, or among the top five."""
     ranks = [[p["class_id"] for p in predictions] for predictions, _ in pairs]
     labels = [label for _, label in pairs]
     return {f"top_{k}": float(np.mean([label in rank[:k] for label, rank in zip(labels, ranks, strict=True)]))

@@ -1,4 +1,4 @@
-"""Every setting of the service: read once from the environment and `.env`, checked, then frozen."""
+"""The service's settings: read once from the environment and `.env`, validated, then frozen."""
 import dataclasses
 import os
 import re
@@ -18,11 +18,11 @@ MOST_FRAMES = 32
 
 
 class StartError(Exception):
-    """Why the service cannot start; the message is one line for the person who starts it."""
+    """Why the service cannot start; the message is one line for whoever starts it."""
 
 
 class SettingsError(StartError):
-    """A setting that cannot be used; the line names the variable."""
+    """An invalid setting; the message names the variable."""
 
 
 def integer(low, high):
@@ -48,7 +48,7 @@ def seconds(low, high):
 def byte_size(text):
     match = re.fullmatch(r"(\d{1,15})\s*([a-z]*)", text.lower())
     if not match or match[2] not in UNITS or int(match[1]) == 0:
-        raise ValueError("a number of bytes, or one with KiB, MiB or GiB behind it")
+        raise ValueError("a number of bytes, or one followed by KiB, MiB or GiB")
     return int(match[1]) * UNITS[match[2]]
 
 
@@ -68,7 +68,7 @@ def one_of(*choices):
 
 
 def path(text):
-    return Path(text).expanduser().absolute()  # the same file for processes that run in other folders
+    return Path(text).expanduser().absolute()  # the same file for processes with another working directory
 
 
 def yes_or_no(text):
@@ -105,7 +105,7 @@ def rate_limit(text):
     try:
         limits.parse_many(text)
     except ValueError:
-        raise ValueError("a limit such as 60/minute, or several with ; between them") from None
+        raise ValueError("a limit such as 60/minute, or several separated by ;") from None
     return text
 
 
@@ -120,7 +120,7 @@ def listed(part, takes):
 
 
 def setting(parse, default, secret=False):
-    """secret: the value is never shown, not even where it is wrong."""
+    """secret: the value is never shown, not even in an error message."""
     return dataclasses.field(default=default, repr=not secret, metadata={"parse": parse, "secret": secret})
 
 
@@ -157,13 +157,13 @@ class Settings:
     face_method: str = setting(one_of(*FACE_METHODS), "face+middle")
     tta: bool = setting(yes_or_no, True)
     video_frames: int = setting(integer(1, MOST_FRAMES), 1)
-    api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "keys of visible ASCII characters with commas between them"),
+    api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
                                      None, secret=True)
     rate_limit: str | None = setting(rate_limit, None)
     rate_limit_storage: str = setting(storage_url, "memory://", secret=True)
     trusted_proxies: int = setting(integer(0, 10), 0)
     cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
-                                                "* or origins such as https://example.org, with commas between them"),
+                                                "* or comma-separated origins such as https://example.org"),
                                          None)
     log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
@@ -178,7 +178,7 @@ class Settings:
 
     @classmethod
     def parse(cls, variables):
-        """Settings from a mapping of variables to texts; an empty text counts as unset. Raises SettingsError."""
+        """Settings from a mapping of variables to strings; an empty string counts as unset. Raises SettingsError."""
         values = {}
         for field in dataclasses.fields(cls):
             variable = field.name.upper()
@@ -193,7 +193,7 @@ class Settings:
         return cls(**values)
 
     def variables(self):
-        """The mapping that parse() makes these Settings of, for another process."""
+        """The mapping from which parse() makes the same Settings in another process."""
         texts = {field.name.upper(): getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
                 for name, value in texts.items()}
@@ -201,10 +201,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the machine is shared out: what server/machine.py makes of the Settings.
+    """How the service uses the machine; server/machine.py derives it from the Settings.
 
-    devices: the torch device of each worker in turn ("cpu", "cuda:0", …); streams: inferences that one worker runs
-    at once; slots: requests that one worker decodes or infers at once; queue: requests that may wait for a slot.
+    devices: torch devices that the workers are spread over ("cpu", "cuda:0", …); streams: concurrent inferences per
+    worker; slots: requests that a worker decodes or infers at once; queue: requests that may wait for a slot.
     """
     engine: str
     devices: tuple

@@ -1,4 +1,4 @@
-"""What goes wrong, in the words of the API: errors that carry their HTTP status and a stable code."""
+"""The API's errors, which carry their HTTP status and a stable code."""
 import gc
 import logging
 import math
@@ -8,15 +8,15 @@ log = logging.getLogger(__name__)
 
 
 class ServiceError(Exception):
-    """An answer other than the wished one: HTTP status, stable machine code, a sentence for the caller."""
+    """An error response: HTTP status, stable machine-readable code, a sentence for the caller."""
 
     def __init__(self, status, code, message, retry_after_s=None, details=None):
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
-        self.details = details or {}  # further members of the body
+        self.details = details or {}  # additional members of the body
 
     def retry_after(self):
-        """Whole seconds for the header Retry-After."""
+        """Whole seconds for the Retry-After header."""
         return max(1, math.ceil(self.retry_after_s))
 
     def body(self):
@@ -24,7 +24,7 @@ class ServiceError(Exception):
 
 
 class DeadlineExceeded(ServiceError):
-    """The request's time is over. stage: what it was in: read, queue, decode, face, inference, work."""
+    """The request's time is up. stage: where it was then: read, queue, decode, face, inference or work."""
 
     def __init__(self, stage):
         super().__init__(504, "DEADLINE_EXCEEDED", f"The time allowed for this request ran out (during {stage}).")
@@ -41,7 +41,7 @@ class Deadline:
         return self.at - time.monotonic()
 
     def check(self, stage):
-        """Raises DeadlineExceeded where the time is over."""
+        """Raises DeadlineExceeded if it has passed."""
         if self.remaining() <= 0:
             raise DeadlineExceeded(stage)
 
@@ -51,7 +51,7 @@ def invalid_parameter(name, takes, got):
 
 
 def out_of_memory(e):
-    """What a caller is told when the model or the decoder found no memory; what can be freed is."""
+    """The error for the caller when the model or a decoder runs out of memory. Frees what it can."""
     log.error("out of memory: %s", e)
     gc.collect()
     return ServiceError(503, "OUT_OF_MEMORY", "There was not enough memory for this request; try again later.",
@@ -59,6 +59,6 @@ def out_of_memory(e):
 
 
 def internal_error(e):
-    """What a caller is told of a bug, which goes to the log with its stack trace."""
+    """The error for the caller after a bug, which is logged with its stack trace."""
     log.error("unexpected error", exc_info=e)
-    return ServiceError(500, "INTERNAL_ERROR", "The service failed; the request id finds the reason in its log.")
+    return ServiceError(500, "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID.")

@@ -1,4 +1,4 @@
-"""ModelLoader: which models answer, loaded and checked once in each worker, and replaced in place."""
+"""ModelLoader: the models that serve requests, loaded and checked once per worker, and replaced in place."""
 import contextlib
 import functools
 import json
@@ -18,23 +18,23 @@ from app.server import counters
 
 log = logging.getLogger(__name__)
 
-# How far an output of the self-test may be from torch's at fp32 (int8: from the int8 network's when it was made), as a
-# share of the largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
+# How far a self-test output may be off from torch's at fp32 (int8: from the int8 network's at export), relative to the
+# largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
 SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 SELF_TEST_TIMEOUT_S = 60
-HUNG_AFTER_S = 10         # past the deadline, of an inference
-SLOT_HUNG_AFTER_S = 30    # of decoding or a face search, which look at the deadline now and then only
+HUNG_AFTER_S = 10         # past the deadline, for an inference
+SLOT_HUNG_AFTER_S = 30    # likewise for decoding and face detection, which rarely check the deadline
 
 
 class ModelError(StartError):
-    """A model that does not load or answers wrongly; one line."""
+    """A model that does not load or gives wrong answers; the message is one line."""
 
 
 class Model:
-    """One bundle, loaded: name, task, labels, preprocessing, device, engine, infer()."""
+    """A loaded bundle: name, task, labels, preprocessing, device, engine, infer()."""
 
     def __init__(self, source, settings, plan, is_alone):
-        """source: a bundle.Prepared; is_alone(): whether nothing else wants the processor. Raises StartError."""
+        """source: a bundle.Prepared; is_alone(): whether nothing else needs the processor. Raises StartError."""
         started = time.monotonic()
         self.device, self.is_alone, self.fallback_reason = plan.device, is_alone, source.fallback_reason
         self.requested = settings.model_name
@@ -50,7 +50,7 @@ class Model:
         self.load_seconds = time.monotonic() - started
 
     def self_test(self):
-        """The warm-up inference, compared with what the torch network answered. Raises ModelError."""
+        """Run a warm-up inference and compare its output with the torch network's. Raises ModelError."""
         expected = np.array([self.manifest.self_test["outputs"]], np.float32)
         try:
             outputs = np.concatenate([self.engine.infer(self_test_input(self.preprocessing),
@@ -60,22 +60,22 @@ class Model:
         except (ServiceError, RuntimeError, MemoryError) as e:
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
-            raise ModelError(f"{self.name} answers its self-test wrongly: off by {error:.2g} of the largest output")
+            raise ModelError(f"{self.name} fails its self-test: the outputs are off by {error:.2g} of the largest")
 
     def infer(self, batch, deadline):
         """float32 (N, 3, H, W), preprocessed → float32 (N, K), the network's outputs. Raises DeadlineExceeded,
-        MemoryError; ModelError where the network fails, and fails its self-test too."""
+        MemoryError; ModelError if the network fails and then fails its self-test too."""
         try:
             return self.engine.infer(batch, deadline, self.is_alone())
         except (ServiceError, MemoryError):
             raise
-        except Exception:  # the network itself failed: is it still right?
+        except Exception:  # the network itself failed: does it still work?
             self.self_test()
             raise
 
     @functools.cached_property
     def identity(self):
-        """What determines its answers, as bytes."""
+        """All that determines the model's answers, as bytes."""
         manifest = self.manifest
         return json.dumps([manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
                            manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
@@ -94,7 +94,7 @@ class Model:
 
 
 class ModelLoader:
-    """The models of one worker by name, of which the current one answers, and the slots that they share."""
+    """A worker's models by name, the current one of which serves requests, and the slots that they share."""
 
     def __init__(self, settings, plan):
         self.settings, self.plan = settings, plan
@@ -102,15 +102,15 @@ class ModelLoader:
         self.models, self.current = {}, None
         self.state = "loading"  # why not ready: loading, self_test_failed; None when ready
         self.started = time.monotonic()
-        self.lock = threading.Lock()  # around who uses which model
+        self.lock = threading.Lock()  # guards who uses which model
 
     @property
     def ready(self):
         return self.state is None
 
     def load(self, source):
-        """Load a bundle (a Prepared), check its answer to a known input, and answer with it from now on; what the model
-        before has begun it finishes. In any native thread. Raises StartError, and nothing has changed then."""
+        """Load a bundle (a Prepared), self-test it and make it the current model; the previous one finishes what it has
+        begun. Runs in any native thread. Raises StartError, and then changes nothing."""
         model, before = Model(source, self.settings, self.plan, self.slots.is_alone), self.current
         with self.lock:
             self.current = model
@@ -121,7 +121,7 @@ class ModelLoader:
         counters.note_model(model, before)
         self.close_unused(before)
         if model.fallback_reason:
-            log.warning("MODEL_FALLBACK answers: %s is served, not %s (%s)", model.name, self.settings.model_name,
+            log.warning("MODEL_FALLBACK is in use: serving %s instead of %s (%s)", model.name, self.settings.model_name,
                         model.fallback_reason)
         log.info("model ready", extra={"model": model.name, "device": model.device, "engine": model.manifest.engine,
                                        "precision": model.engine.precision, "seconds": round(model.load_seconds, 2),
@@ -130,7 +130,7 @@ class ModelLoader:
 
     @contextlib.contextmanager
     def lease(self):
-        """The current Model, which stays whole until the end of the block, whatever is loaded meanwhile."""
+        """The current Model, which stays usable until the end of the block even if another one is loaded meanwhile."""
         with self.lock:
             model = self.current
             model.users += 1
@@ -145,7 +145,7 @@ class ModelLoader:
             self.close_unused(model)
 
     def close_unused(self, model):
-        """Give a retired model's memory back once nobody uses it, in a thread of its own: it may take a while."""
+        """Free a retired model once it is unused, in a thread of its own, as this may take a while."""
         with self.lock:
             if model is None or not model.retired or model.users:
                 return
@@ -153,7 +153,7 @@ class ModelLoader:
         threading.Thread(target=model.engine.close, name="close-model").start()
 
     def needs_restart(self):
-        """Why this process can no longer be trusted with the model, in words for the log, or None."""
+        """Why this process must be replaced, as a phrase for the log, or None."""
         if self.state == "self_test_failed":
             return "the model failed its self-test"
         if self.ready and self.current.engine.hung_seconds() > HUNG_AFTER_S:
@@ -164,6 +164,6 @@ class ModelLoader:
 
 
 def rebuild(**arguments):
-    """The bare torch module of a manifest's `network`."""
+    """The torch module for a manifest's `network`, without weights."""
     from app.prepare import networks  # imports torch
     return networks.rebuild(**arguments)

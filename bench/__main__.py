@@ -1,4 +1,4 @@
-"""python -m bench: measure this service, its rivals and the limit in turn, in rounds; print tables, write JSON.
+"""python -m bench: measures this service, its rivals and the limit in turn, in rounds; prints tables, writes JSON.
 
 `make bench` and `make bench-quick` install what it needs first.
 """
@@ -20,7 +20,7 @@ from bench import inputs, report, services
 from bench.report import LARGE, MEDIUM, OVER_CAPACITY, RIVALS, SIZES, SMALL
 
 HERE = Path(__file__).parent
-# Exact where both see every pixel; a much larger picture is decoded at a smaller scale, which moves probabilities.
+# Exact if both see every pixel; a much larger picture is decoded at a reduced scale, which changes probabilities.
 TOLERANCE = {SMALL: 1e-3, MEDIUM: 1e-3, LARGE: 0.02}
 
 
@@ -45,7 +45,7 @@ def call(module, specification):
 
 
 def children_cpu_s():
-    """Seconds of processor time of the processes that this one started and that have ended."""
+    """Seconds of processor time of this process's children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -64,28 +64,28 @@ class Bench:
             self.systems = [system for system in self.systems if system in arguments.only]
         self.rounds = arguments.rounds or (1 if self.quick else 3)
         self.seconds = 3 if self.quick else 4
-        self.results = {system: {} for system in self.systems}  # system → measurement → one result a round
+        self.results = {system: {} for system in self.systems}  # system → measurement → one result per round
 
     def variables(self, precision):
         return {"MODEL_NAME": "resnet50", "MODEL_PATH": str(self.work / "inputs/resnet50.pt"), "DEVICE": "cpu",
                 "MODEL_DIR": str(self.work / "models"), "PRECISION": precision, **self.extra}
 
     def load_of(self, size, system):
-        """The part of a load's specification that says what is sent and what is right."""
+        """The part of a load's specification that says what to send and what to expect."""
         names = [name for name in self.expected if name.startswith(size)]
         return {"path": "/predict", "files": [str(self.work / "inputs" / name) for name in names],
                 "expected": [self.expected[name] for name in names],
                 "tolerance": None if system.endswith("bf16") else TOLERANCE[size]}
 
     def plan(self):
-        """What is measured on each service in one round: (size, connections)."""
+        """What to measure on each service in one round: (size, connections)."""
         if self.quick:
             return [(SMALL, 1), (SMALL, 8), (SMALL, 32), (MEDIUM, 8), (LARGE, 8)]
         return [(size, connections) for size in SIZES for connections in (1, 8, 32)]
 
     def run(self):
         for system in self.systems:
-            if system.startswith("this"):  # made before, as an image's build does
+            if system.startswith("this"):  # prepared beforehand, as when an image is built
                 subprocess.run([sys.executable, "-m", "app", "prepare"], check=True, cwd=services.ROOT,
                                stdout=subprocess.DEVNULL,
                                env=services.environment(self.variables(system.split()[1])))
@@ -140,7 +140,7 @@ class Bench:
             running.stop()
 
     def put_load(self, system, running, measurement, load):
-        """Measure one load, and with it what the service and everybody else had of the processor, in cores."""
+        """Measure one load, and how much of the processor the service and all other programs used, in cores."""
         machine_before, service_before, started = services.machine_cpu_s(), running.cpu_s(), time.perf_counter()
         result = call("bench.load", {**load, "port": running.port})
         elapsed = time.perf_counter() - started

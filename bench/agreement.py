@@ -1,8 +1,8 @@
-"""How far bf16 answers from fp32 on real weights: EfficientNet-Lite0 on scikit-image's photographs.
+"""How much bf16 answers differ from fp32 with real weights: EfficientNet-Lite0 on scikit-image's photographs.
 
     python -m bench.agreement MODEL_DIR
 
-Each photograph is taken whole and as its four quarters. Prints JSON: {pictures, top1_changes, max_dp, mean_dp_top1}.
+Each photograph is used whole and as its four quarters. Prints JSON: {pictures, top1_changes, max_dp, mean_dp_top1}.
 """
 import json
 import sys

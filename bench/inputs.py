@@ -1,9 +1,9 @@
-"""What the benchmark serves and sends, the same on every machine: weights, pictures, and the right answers.
+"""What the benchmark serves and sends, the same on every machine: weights, pictures and the right answers.
 
     python -m bench.inputs FOLDER
 
 writes resnet50.pt, pictures named <width>x<height>-<photograph>.jpg, and expected.json: {file name: [class_id,
-probability]}, as torch and torchvision's transforms answer on the whole, unscaled picture.
+probability]}, as torch and torchvision's transforms predict for the whole, unscaled picture.
 """
 import io
 import json
@@ -19,7 +19,7 @@ from app.prepare.networks import torchvision
 
 PHOTOS = Path(skimage.__file__).parent / "data"
 NAMES = ["astronaut", "chelsea", "coffee", "rocket"]
-# (width, height): JPEG quality and noise of the sensor (standard deviation, 0..255) that give the sizes of real
+# (width, height): JPEG quality and sensor noise (standard deviation, 0..255) that give the file sizes of real
 # photographs: about 60 kB, 220 kB and 2.9 MB.
 SIZES = {(500, 375): (88, 5), (1024, 768): (88, 6), (4000, 3000): (88, 6)}
 
@@ -29,7 +29,7 @@ def photo(name):
 
 
 def picture(name, size):
-    """A photograph as a camera of that many pixels would have taken it, as a JPEG file's bytes."""
+    """A photograph as a camera with that many pixels would take it, as a JPEG file's bytes."""
     quality, noise = SIZES[size]
     image = photo(name)
     side = min(image.width / 4, image.height / 3)
@@ -45,10 +45,10 @@ def picture(name, size):
 def network(pictures):
     """ResNet-50 with seeded weights that tell the photographs apart, and its transforms.
 
-    pictures: {(size, photograph's name): a JPEG file's bytes}. Random weights alone answer one class to everything.
-    Batch normalisation is set from the pictures, and the rows of the last layer for classes 100, 300, 500 and 700 so
-    that each answers one photograph with a probability of about 0.8: a mistake in picture, preprocessing or
-    arithmetic shows.
+    pictures: {(size, photograph's name): a JPEG file's bytes}. Random weights alone predict one class for everything.
+    Batch normalisation is calibrated with the pictures, and the rows of the last layer for classes 100, 300, 500 and
+    700 are set so that each recognises one photograph with a probability of about 0.8: a mistake in picture,
+    preprocessing or arithmetic shows.
     """
     torch.manual_seed(0)
     module = torchvision().models.resnet50()
@@ -56,13 +56,13 @@ def network(pictures):
     batch = torch.stack([transforms(Image.open(io.BytesIO(data))) for data in pictures.values()])  # (12, 3, 224, 224)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None  # the plain mean over what it sees
+            layer.momentum = None  # the plain mean over all batches
         if isinstance(layer, torchvision().models.resnet.Bottleneck):
             torch.nn.init.constant_(layer.bn3.weight, 0.2)  # random blocks at full strength amplify rounding errors
     head, module.fc = module.fc, torch.nn.Identity()
     with torch.inference_mode():
         module.train()(batch)
-        features = module.eval()(batch).unflatten(0, (len(SIZES), len(NAMES))).mean(0)  # (4, 2048): one a photograph
+        features = module.eval()(batch).unflatten(0, (len(SIZES), len(NAMES))).mean(0)  # (4, 2048): one per photograph
     module.fc = head
     with torch.no_grad():
         centre = features.mean(0)

@@ -1,9 +1,9 @@
-"""The limit: the service's own decode, preprocessing and inference in a plain loop, one process a core, no HTTP.
+"""The limit: the service's own decoding, preprocessing and inference in a plain loop, one process per core, no HTTP.
 
     python -m bench.limit < specification.json > result.json
 
 Specification (JSON object): variables of the service; processes; phases, each [name, files, expected, tolerance,
-processes at work, warm_s, seconds]. Result: {name: {throughput, latency_ms, wrong}}.
+working processes, warm_s, seconds]. Result: {name: {throughput, latency_ms, wrong}}.
 """
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""A load generator that checks every answer: one thread, keep-alive connections, requests built beforehand.
+"""A load generator that checks every answer: one thread, keep-alive connections, prebuilt requests.
 
     python -m bench.load < specification.json > result.json
 
@@ -7,10 +7,10 @@ Specification (JSON object):
     files            paths of pictures, sent in turn as multipart/form-data in the field `file`
     expected         [class_id, probability] of the best prediction for each file
     tolerance        how far that probability may be off; null checks class_id alone
-    connections      closed loop: so many connections, each sends as soon as it has its answer; or
-    rate             open loop: requests a second, exponential gaps (seeded), however slowly the answers come;
-                     latency counts from the moment that the request was due
-    even             open loop: true for gaps that are all the same
+    connections      closed loop: this many connections, each of which sends as soon as it has its answer; or
+    rate             open loop: requests per second with exponential gaps (seeded), however slow the answers are;
+                     latency counts from when the request was due
+    even             open loop: true for gaps of equal length
     warm_s, seconds  what is answered (closed) or due (open) in the first warm_s is not counted; the next `seconds` are
 """
 import collections
@@ -23,8 +23,8 @@ import sys
 import time
 
 BOUNDARY = b"----------------------------3f9c1d7a52e84b60"
-DRAIN_S = 15            # after the end of the load, answers are waited for so long
-MOST_CONNECTIONS = 512  # open loop: requests due beyond these wait in the client, and their latency runs
+DRAIN_S = 15            # how long to wait for answers after the end of the load
+MOST_CONNECTIONS = 512  # open loop: further requests wait in the client, while their latency counts
 PIECE = 1 << 18
 
 
@@ -37,7 +37,7 @@ def build_request(port, path, data):
 
 
 def percentiles(values_s):
-    """{p50, p95, p99, mean, max} in milliseconds, or None of no values."""
+    """{p50, p95, p99, mean, max} in milliseconds, or None if there are no values."""
     if not values_s:
         return None
     ordered = sorted(values_s)
@@ -46,8 +46,8 @@ def percentiles(values_s):
 
 
 class Connection:
-    """One request at a time. step() moves it on, and returns (status, body) once, when the answer is whole.
-    Raises OSError where the connection fails or the answer is not HTTP with a Content-Length."""
+    """One request at a time. step() advances it, and returns (status, body) once the answer is complete. Raises OSError
+    if the connection fails or the answer is not HTTP with a Content-Length."""
 
     def __init__(self, port, selector):
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=5)
@@ -68,7 +68,7 @@ class Connection:
                 self.unsent = self.unsent[self.socket.send(self.unsent[:PIECE]):]
         except BlockingIOError:
             pass
-        except (BrokenPipeError, ConnectionResetError):  # refused before it was all sent: the answer may be there
+        except (BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer may be there
             self.unsent, self.closing = memoryview(b""), True
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.unsent else 0)
         if events != self.events:
@@ -82,7 +82,7 @@ class Connection:
             return None
         piece = self.socket.recv(65536)
         if not piece:
-            raise ConnectionResetError("closed before the answer was whole")
+            raise ConnectionResetError("closed before the answer was complete")
         self.answer += piece
         if self.total is None:
             end = self.answer.find(b"\r\n\r\n")
@@ -107,7 +107,7 @@ class Connection:
 
 
 class Tally:
-    """Counts and checks what came back in the counted window."""
+    """Counts and checks the answers within the counted window."""
 
     def __init__(self, expected, tolerance):
         self.expected, self.tolerance = expected, tolerance
@@ -117,8 +117,8 @@ class Tally:
         self.off, self.stages, self.staged = 0.0, collections.Counter(), 0
 
     def add(self, index, status, body, latency_s, now, counted, retry_after=None):
-        """counted: whether the request is one of those that are reported; in an open loop, one that was due before
-        the window and is answered in it is not, and still is work done: it goes into the throughput."""
+        """counted: whether the request is reported; in an open loop, one that was due before the window and is answered
+        in it is not, but as it is work done, it counts towards the throughput."""
         right = status == 200 and self.check(index, body)
         if right:
             self.finished.append(now)
@@ -152,7 +152,7 @@ class Tally:
 
 
 def answers_right(spec):
-    """Send the first file of a specification once; whether it is answered, and right. Raises OSError."""
+    """Send the first file of a specification once. Returns whether the answer is right; raises OSError."""
     with open(spec["files"][0], "rb") as f:
         request = build_request(spec["port"], spec["path"], f.read())
     with selectors.DefaultSelector() as selector:
@@ -172,7 +172,7 @@ def answers_right(spec):
 
 
 def run(spec):
-    """Put the load of a specification on the service; returns the result as a dictionary."""
+    """Run the load of a specification against the service. Returns the result as a dictionary."""
     requests = []
     for path in spec["files"]:
         with open(path, "rb") as f:
@@ -198,7 +198,7 @@ def run(spec):
             connection = idle.pop() if idle else Connection(spec["port"], selector)
         except OSError:
             tally.lost += counted(start, time.perf_counter())
-            time.sleep(0.01)  # nobody listens: ask again, but not in a tight loop
+            time.sleep(0.01)  # nobody listens: retry, but not in a tight loop
             return
         opened = max(opened, len(busy) + 1)
         busy.add(connection)

@@ -1,4 +1,4 @@
-"""From the benchmark's results to tables: what was measured, where the time goes, which targets were reached."""
+"""Tables of the benchmark's results: what was measured, where the time goes, which targets were met."""
 import statistics
 
 SMALL, MEDIUM, LARGE = "500x375", "1024x768", "4000x3000"
@@ -12,7 +12,7 @@ REFUSED_AT_ONCE_MS = 100
 
 
 def median(outcome, system, measurement, *path):
-    """The median over the rounds of a number in a measurement's results; None where it was not measured."""
+    """The median over the rounds of a number in a measurement's results; None if it was not measured."""
     values = []
     for result in outcome["results"].get(system, {}).get(measurement, []):
         for key in path:
@@ -52,27 +52,27 @@ def markdown(outcome):
     settings = "".join(f"; {name}={value}" for name, value in outcome["settings"].items())
     others, most = disturbance(outcome)
     parts = [f"{outcome['machine']['name']}. {outcome['date']}, {outcome['mode']} run, medians of {outcome['rounds']} "
-             f"rounds{settings}. {versions}. Other programs had {others:.2f} cores on average, {most:.2f} at most.",
-             "### Images a second, 8 connections (share of the limit)",
+             f"rounds{settings}. {versions}. Other programs used {others:.2f} cores on average, {most:.2f} at most.",
+             "### Images per second, 8 connections (share of the limit)",
              table(["", *SIZES, "memory (PSS)", "ready after"], [throughput_row(outcome, s) for s in systems]),
              "### Latency and answers",
              table(["", "file", "load", "answers/s", "p50 ms", "p95 ms", "p99 ms", "not 200", "wrong", "p off by",
                     "client's CPU"],
                    [row for s in services for row in load_rows(outcome, s)]),
-             "### Where the time of one request goes, milliseconds (means)",
-             table(["", "file", "load", "read", "queue", "decode", "preprocess", "inference", "the rest", "in all"],
+             "### Time per stage of a request, milliseconds (means)",
+             table(["", "file", "load", "read", "queue", "decode", "preprocess", "inference", "rest", "total"],
                    [row for s in services if s.startswith("this") for row in stage_rows(outcome, s)]),
              "### Targets", table(["", "target", "measured", ""],
                                   [[t["number"], t["target"], t["measured"], t["verdict"]] for t in targets(outcome)])]
     if agreement := outcome["agreement"]:
-        parts.append(f"bf16 beside fp32, EfficientNet-Lite0 on {agreement['pictures']} pictures: "
-                     f"{agreement['top1_changes']} other top-1, a probability moved by {agreement['max_dp']:.3f} at "
-                     f"most, that of the best class by {agreement['mean_dp_top1']:.4f} on average.")
+        parts.append(f"bf16 against fp32, EfficientNet-Lite0 on {agreement['pictures']} pictures: "
+                     f"{agreement['top1_changes']} top-1 changes; probabilities differ by {agreement['max_dp']:.3f} at "
+                     f"most, those of the best class by {agreement['mean_dp_top1']:.4f} on average.")
     return "\n\n".join(parts)
 
 
 def disturbance(outcome):
-    """How much of the processor programs beyond the service and the load generator had: (mean, largest) in cores."""
+    """How many cores programs other than the service and the load generator used: (mean, maximum)."""
     others = [result["others_cpu"] for system in outcome["results"].values() for rounds in system.values()
               for result in rounds if isinstance(result, dict) and "others_cpu" in result]
     return (statistics.mean(others), max(others)) if others else (0.0, 0.0)
@@ -115,15 +115,15 @@ def stage_rows(outcome, system):
 
 
 def targets(outcome):
-    """The targets, each as {number, target, measured, verdict}: "reached", "fell short", or "not measured"."""
+    """The targets, each as {number, target, measured, verdict}: "met", "missed" or "not measured"."""
     found = []
 
     def add(number, target, values, reached, digits=2):
-        """values: {what: number or None}; reached: whether one number is good enough."""
+        """values: {what: number or None}; reached(number): whether it is good enough."""
         known = {what: value for what, value in values.items() if value is not None}
         measured = ", ".join(f"{what} {value:.{digits}f}" for what, value in known.items())
         complete = len(known) == len(values)
-        verdict = "not measured" if not complete else "reached" if all(map(reached, known.values())) else "fell short"
+        verdict = "not measured" if not complete else "met" if all(map(reached, known.values())) else "missed"
         found.append({"number": str(number), "target": target, "measured": measured or "–", "verdict": verdict})
 
     def to_limit(size):
@@ -135,7 +135,7 @@ def targets(outcome):
 
     add(1, "≥ 0.90 × limit, c=8, fp32", {size: to_limit(size) for size in (SMALL, MEDIUM)}, lambda v: v >= 0.9)
     for system, wanted in (("this fp32", 2.2), ("this bf16", 4)):
-        add(2, f"≥ {wanted} × each rival, c=8, {system[5:]} against fp32",
+        add(2, f"≥ {wanted} × each rival, c=8, {system[5:]} versus fp32",
             to_rivals(system, SMALL) | to_rivals(system, MEDIUM), lambda v, wanted=wanted: v >= wanted)
         add(2, f"≥ 3 × each rival on {LARGE}, {system[5:]}", to_rivals(system, LARGE), lambda v: v >= 3)
     alone = {system[5:]: ratio(median(outcome, system, f"{SMALL} c=1", "latency_ms", "p50"),
@@ -149,7 +149,7 @@ def targets(outcome):
     best = max((value for value in best if value is not None), default=None)
     add(5, "answers/s at 3 × overload ≥ 0.9 × the best, fp32",
         {"": ratio(throughput(outcome, "this fp32", SMALL, "300 %"), best)}, lambda v: v >= 0.9)
-    add(5, f"the rest refused at once (p95 ≤ {REFUSED_AT_ONCE_MS} ms)",
+    add(5, f"the others refused at once (p95 ≤ {REFUSED_AT_ONCE_MS} ms)",
         {"ms": median(outcome, "this fp32", f"{SMALL} 300 %", "refused_ms", "p95")},
         lambda v: v <= REFUSED_AT_ONCE_MS, 0)
     add(6, "on a GPU", {"": None}, bool)

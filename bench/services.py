@@ -1,4 +1,4 @@
-"""Start this service and its rivals as their users do, wait until they answer, weigh them, stop them."""
+"""Starts this service and its rivals as their users do, waits until they answer, measures memory, stops them."""
 import contextlib
 import os
 import signal
@@ -22,14 +22,14 @@ def free_port():
 
 
 def machine_cpu_s():
-    """Seconds of processor time that the whole machine has spent, with what its host took away."""
+    """Seconds of processor time that the whole machine has spent, including time stolen by its host."""
     ticks = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
     user, nice, system, _, _, irq, softirq, steal, *_ = ticks
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def rival_python(name):
-    """The Python of a rival's virtual environment, which the Makefile puts beside this one."""
+    """The Python of a rival's virtual environment, which the Makefile creates next to this one."""
     return f"{sys.prefix}-rival-{name}/bin/python"
 
 
@@ -46,13 +46,13 @@ def commands(port, cores):
 
 
 def environment(variables):
-    """This process's environment with the service's settings at their defaults (an empty text is unset, and wins over
-    `.env`) but for `variables`."""
+    """This process's environment with the service's settings at their defaults (an empty string means unset, and
+    overrides `.env`) except for `variables`."""
     return {**os.environ, **{name.upper(): "" for name in Settings.__dataclass_fields__}, **variables}
 
 
 def processes(session):
-    """Ids of all processes of a session: of a service that was started as the leader of one."""
+    """IDs of all processes of a session, for a service that was started as a session leader."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -67,7 +67,7 @@ def processes(session):
 def pss_mb(session, part="Pss"):
     """Proportional set size of all processes of a session, in 10⁶ bytes: memory shared between them counts once.
 
-    part: Pss, or Pss_Anon for what is no file: that alone does not depend on which other programs run.
+    part: Pss, or Pss_Anon for memory not backed by files, which alone does not depend on what other programs run.
     """
     kib = 0
     for pid in processes(session):
@@ -80,17 +80,17 @@ def pss_mb(session, part="Pss"):
 
 
 class Running:
-    """A started service: `port`, `seconds_to_ready` from the start to its first right answer."""
+    """A started service: its `port`, and `seconds_to_ready` from the start to its first right answer."""
 
     def __init__(self, name, variables, cores, folder, probe):
-        """variables: for the environment. folder: where its log goes. probe: a load specification of one picture."""
+        """variables: for the environment; folder: for its log; probe: a load specification with one picture."""
         self.port = free_port()
         self.log = folder / f"{name}-{self.port}.log"
         started = time.perf_counter()
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 commands(self.port, cores)[name], stdout=log, stderr=log, start_new_session=True,
-                cwd=ROOT if name == "this" else folder,  # gunicorn.conf.py is this service's alone
+                cwd=ROOT if name == "this" else folder,  # gunicorn.conf.py is only for this service
                 env=environment({"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0",
                                  "PYTHONPATH": str(ROOT), **variables}))
         try:
@@ -101,7 +101,7 @@ class Running:
         self.seconds_to_ready = time.perf_counter() - started
 
     def wait_ready(self, probe):
-        """Until one request is answered right. Raises RuntimeError."""
+        """Wait until one request is answered right. Raises RuntimeError."""
         until = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
@@ -113,7 +113,7 @@ class Running:
         raise RuntimeError(f"not ready within {READY_WITHIN_S} s:\n{self.log.read_text()[-2000:]}")
 
     def cpu_s(self):
-        """Seconds of processor time that all its processes have had."""
+        """Seconds of processor time that all its processes have used."""
         ticks = 0
         for pid in processes(self.process.pid):
             with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""Who may ask, from where, and how often: API_KEYS, CORS_ORIGINS, RATE_LIMIT. All of it before the body is read.
+"""Authentication, CORS and rate limits (API_KEYS, CORS_ORIGINS, RATE_LIMIT), checked before the body is read.
 
-Without a key: the probes, the page at /, the API's description. Counted against RATE_LIMIT: predictions only.
+The probes, the page at / and the API's description need no key. Only predictions count against RATE_LIMIT.
 """
 import hashlib
 import hmac
@@ -17,7 +17,7 @@ from app.errors import ServiceError
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs")
 LIMITED_BLUEPRINTS = ("predict", "batch")
-REDIS_TIMEOUT_S = 0.1  # a request pays it once an outage, and once at each of the ever rarer attempts after it
+REDIS_TIMEOUT_S = 0.1  # a request waits this long when an outage starts, and at each of the ever rarer retries
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ def digest(key):
 
 
 def require_key():
-    """Raises ServiceError UNAUTHORIZED for a request without a valid key, where it needs one."""
+    """Raises ServiceError UNAUTHORIZED if the request needs a valid key and has none."""
     is_open = request.endpoint is None or request.endpoint in OPEN_ENDPOINTS or request.blueprint in OPEN_BLUEPRINTS
-    if is_open or request.method == "OPTIONS":  # a browser asks without a key whether it may ask
+    if is_open or request.method == "OPTIONS":  # a browser's preflight request has no key
         return
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "").strip()
     given = digest(given)
-    # Equal lengths, no early end: the time taken says nothing of the keys.
+    # Equal lengths and no early exit: the time taken reveals nothing about the keys.
     if not sum([hmac.compare_digest(given, known) for known in current_app.extensions["api_keys"]]):
         raise ServiceError(401, "UNAUTHORIZED", "This needs a valid key: send one as 'Authorization: Bearer KEY' "
                                                 "or in the header X-API-Key.")
@@ -62,20 +62,20 @@ def require_key():
 # --- limits ---
 
 def limit(app, settings):
-    """Count predictions by client in flask-limiter, in this process or in Redis; without Redis, in this process."""
-    from flask_limiter import Limiter, RateLimitExceeded  # 50 ms of a worker's start
+    """Rate-limit predictions per client with flask-limiter, counting in Redis or, without it, in this process."""
+    from flask_limiter import Limiter, RateLimitExceeded  # adds 50 ms to a worker's start
     is_redis, options = settings.rate_limit_storage != "memory://", {}
     if is_redis:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
         options = {"socket_timeout": REDIS_TIMEOUT_S, "socket_connect_timeout": REDIS_TIMEOUT_S,
                    "retry": Retry(NoBackoff(), 0)}
-    logging.getLogger("flask-limiter").setLevel(logging.WARNING)  # each refusal stands in the request's own line
+    logging.getLogger("flask-limiter").setLevel(logging.WARNING)  # the request's own log line has each refusal
     limiter = Limiter(client, application_limits=[settings.rate_limit], storage_uri=settings.rate_limit_storage,
                       storage_options=options, in_memory_fallback_enabled=True, swallow_errors=True,
                       key_prefix="model-server")
     limiter.init_app(app)
-    hit = app.before_request_funcs[None].pop()  # flask-limiter's own check, which would wait for Redis in the loop
+    hit = app.before_request_funcs[None].pop()  # flask-limiter's own check, which would block the event loop on Redis
 
     def check():
         try:
@@ -94,8 +94,7 @@ def limit(app, settings):
 
 
 def client():
-    """Whom a prediction is counted for: the holder of the key, else the address; of IPv6 the /64, as one client has
-    all of it."""
+    """Whose limit a prediction counts against: the key's holder, else the address, of IPv6 the /64 (one client's)."""
     if "client" in g:
         return g.client
     address = request.remote_addr or "unknown"
@@ -111,8 +110,8 @@ def refusal(limiter):
     breached = [limit for limit in limiter.current_limits if limit.breached]
     try:
         seconds = max(limit.reset_at for limit in breached) - time.time()
-    except Exception as e:  # the storage went away in between
-        log.warning("the rate limit's storage is out of reach: %s", e)
+    except Exception as e:  # the storage failed in between
+        log.warning("the rate limit's storage is unreachable: %s", e)
         seconds = 1
     allowed = "; ".join(str(limit.limit) for limit in breached)
     return ServiceError(429, "RATE_LIMITED", f"Too many requests: {allowed} are allowed; try again later.",

@@ -1,4 +1,4 @@
-"""POST /predict/batch: several files, one result for each, in order."""
+"""POST /predict/batch: several files, one result per file, in order."""
 import functools
 
 from flask import Blueprint, current_app, g, jsonify
@@ -39,8 +39,7 @@ def predict_batch():
 
 
 def outcome(model, file, chosen, deadline):
-    """The result of one file, or the ServiceError that it ended with. Runs in a greenlet of its own, in a copy of the
-    request's context."""
+    """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
     loader, settings, cache = (current_app.extensions[name] for name in ("model", "settings", "cache"))
     stages = counters.Stages()
 
@@ -62,16 +61,16 @@ def outcome(model, file, chosen, deadline):
         return e
     except MemoryError as e:
         return out_of_memory(e)
-    except Exception as e:  # a bug that one file meets is that file's alone
+    except Exception as e:  # a bug that one file triggers does not affect the others
         return internal_error(e)
     finally:
         stages.count()
 
 
 def all_failed(failures, body):
-    """The error of a batch without a single answer; the service's own failure keeps its code, so that callers retry."""
+    """The error if every file failed; if the service itself was at fault, its code is kept so that callers retry."""
     first = failures[0]
     if first.status >= 500 and all(f.code == first.code for f in failures):
         return ServiceError(first.status, first.code, first.message, first.retry_after_s, details=body)
-    return ServiceError(422, "ALL_FAILED", f"None of the {len(failures)} files could be answered; each one's result "
-                                           "says why.", details=body)
+    return ServiceError(422, "ALL_FAILED", f"None of the {len(failures)} files could be answered; their results say "
+                                           "why.", details=body)

@@ -1,4 +1,4 @@
-"""The result cache: an answer that was computed once is given again, until CACHE_TTL."""
+"""The result cache: answers are reused until CACHE_TTL expires."""
 import hashlib
 import json
 import logging
@@ -14,15 +14,15 @@ from app.server import counters
 
 log = logging.getLogger(__name__)
 
-MEMORY_ENTRIES = 1024   # of about 1 kB for a classifier
-REDIS_TIMEOUT_S = 0.05  # a request pays it once an outage
-REDIS_PROBE_S = 1.0     # how often a Redis that is out of reach is tried again, in the background
+MEMORY_ENTRIES = 1024   # of about 1 kB each for a classifier
+REDIS_TIMEOUT_S = 0.05  # a request waits this long when an outage starts
+REDIS_PROBE_S = 1.0     # how often an unreachable Redis is retried in the background
 KEY_PREFIX = "prediction:"
-LARGE = 2**18           # bytes that are hashed in a native thread: a millisecond of them
+LARGE = 2**18           # bytes, which take a millisecond to hash; more are hashed in a native thread
 
 
 class PlainSerializer:
-    """Bytes as they are: cachelib's own would unpickle, and thereby run, whatever someone has put into Redis."""
+    """Keeps bytes as they are: cachelib's own would unpickle, and thus run, whatever someone put into Redis."""
 
     def dumps(self, value):
         return value
@@ -32,15 +32,15 @@ class PlainSerializer:
 
 
 class ResultCache:
-    """Answers kept as JSON under the SHA-256 of all that determines them: the file, the options, the model.
+    """Answers stored as JSON under the SHA-256 of everything that determines them: the file, the options, the model.
 
-    It is asked in the loop, where nothing else runs between two calls that wait; a Redis is asked in native threads. A
-    store that is out of reach costs a warning; the service goes on without it and tries it again in the background.
+    Its methods run in the event loop, where nothing else runs between two waits; Redis is called in native threads. If
+    the store is unreachable, the service logs a warning, goes on without it and retries it in the background.
     """
 
     def __init__(self, settings, slots):
         self.slots = slots
-        self.flights = {}  # key → AsyncResult of the answer that a request is computing now
+        self.flights = {}  # key → AsyncResult of the answer that a request is computing
         self.in_reach = True
         if settings.cache_url == "memory://":
             self.store, self.errors, self.call = SimpleCache(MEMORY_ENTRIES, settings.cache_ttl), (), call_here
@@ -49,11 +49,11 @@ class ResultCache:
             self.call = in_native_thread
 
     def fetch(self, model, data, options, compute, deadline, stages, admitted=False):
-        """(the answer, whether it was there or computed by another request just now).
+        """(the answer, whether it came from the cache or from a concurrent request).
 
-        compute() → the answer as JSON's types. Identical requests at the same time compute once in each worker: the
-        others wait, in places of the queue, and share the answer or a 4xx; when the one that computes fails for another
-        reason, the next one computes. Raises what compute raises, DeadlineExceeded, OVERLOADED.
+        compute() → the answer as JSON types. Each worker computes concurrent identical requests once: the others wait
+        in places of the queue and share the answer or a 4xx; if the computing request fails for another reason, the
+        next one takes over. Raises what compute raises, DeadlineExceeded, OVERLOADED.
         """
         with stages("cache"):
             key = in_native_thread(key_of, data, options, model) if len(data) > LARGE else key_of(data, options, model)
@@ -75,7 +75,7 @@ class ResultCache:
         return answer, is_hit
 
     def outcome(self, flight, deadline, stages, admitted):
-        """What the other request ended with: None or an exception. Waits in a place of the queue."""
+        """How the other request ended: None or an exception. Waits for it in a place of the queue."""
         if not admitted:
             self.slots.check_room()
         self.slots.onlookers += 1
@@ -101,7 +101,7 @@ class ResultCache:
             flight.set_exception(e)
             raise
         finally:
-            del self.flights[key], flight  # which may hold the error, whose stack trace holds this frame
+            del self.flights[key], flight  # may hold the error, whose traceback holds this frame
 
     def load(self, key):
         text = self.ask(self.store.get, key)
@@ -114,7 +114,7 @@ class ResultCache:
         self.ask(self.store.set, key, json.dumps(answer).encode())
 
     def ask(self, call, *arguments):
-        """What the store answers; None while it is out of reach."""
+        """The store's answer; None while it is unreachable."""
         if not self.in_reach:
             return None
         try:
@@ -122,7 +122,7 @@ class ResultCache:
         except self.errors as e:
             if self.in_reach:
                 self.in_reach = False
-                log.warning("the cache is out of reach, going on without it: %s", e)
+                log.warning("the cache is unreachable, going on without it: %s", e)
                 gevent.spawn(self.probe)
             return None
 
@@ -134,7 +134,7 @@ class ResultCache:
             except self.errors:
                 continue
             self.in_reach = True
-            log.warning("the cache is in reach again")
+            log.warning("the cache is reachable again")
 
 
 def call_here(call, *arguments):
@@ -148,7 +148,7 @@ def key_of(data, options, model):
 
 
 def redis_store(url, ttl_s):
-    """(cachelib's store on a Redis server, what it raises when that is out of reach)."""
+    """(cachelib's Redis store, the exceptions that it raises when Redis is unreachable)."""
     import redis
     client = redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S,
                                   retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))

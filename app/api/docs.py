@@ -1,4 +1,4 @@
-"""GET /openapi.json and /docs: the OpenAPI 3.1 document of what is running here, and Swagger UI to read and try it."""
+"""GET /openapi.json and /docs: the service's OpenAPI 3.1 document, and Swagger UI to read and try it."""
 from pathlib import Path
 
 import flask_swagger_ui
@@ -8,14 +8,14 @@ bp = Blueprint("docs", __name__)
 
 SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
 
-# Swagger UI draws its icons from data: URLs and sets styles on its elements; nothing comes from elsewhere.
+# Swagger UI uses icons from data: URLs and inline styles; nothing is loaded from other hosts.
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
                            "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
 @bp.get("/openapi.json")
 def openapi():
-    from app.api.openapi import document  # only those who ask for it need it
+    from app.api.openapi import document  # only needed here
     return jsonify(document(current_app.extensions["settings"], current_app.extensions["model"].current.task.kind))
 
 

@@ -1,4 +1,4 @@
-"""The one place that turns any error into JSON, those that Flask and Werkzeug raise included."""
+"""Renders every error as JSON, including those that Flask and Werkzeug raise."""
 from http import HTTPStatus
 
 from flask import g, jsonify
@@ -6,11 +6,11 @@ from werkzeug.exceptions import HTTPException
 
 from app.errors import ServiceError, internal_error, out_of_memory
 
-# What the framework itself raises, in the words of the contract.
+# The codes and messages for errors that the framework raises.
 FRAMEWORK = {
     404: ("NOT_FOUND", "There is nothing at this path; GET / lists the endpoints."),
-    405: ("METHOD_NOT_ALLOWED", "This path does not take this method; the Allow header names those it takes."),
-    413: ("FILE_TOO_LARGE", "The request is larger than this service accepts; GET /info says how much it takes."),
+    405: ("METHOD_NOT_ALLOWED", "This path does not allow this method; the Allow header lists those it does."),
+    413: ("FILE_TOO_LARGE", "The request is larger than this service accepts; GET /info lists the limits."),
     415: ("UNSUPPORTED_MEDIA_TYPE", "Send the file as multipart/form-data in the field 'file'."),
 }
 
@@ -38,7 +38,7 @@ def render_http_exception(e):
         return e
     code, message = FRAMEWORK.get(e.code, (None, None))
     if code is None and e.code is not None and e.code >= 500:
-        code, message = "INTERNAL_ERROR", "The service failed; the request id finds the reason in its log."
+        code, message = "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID."
     elif code is None:
         code, message = "BAD_REQUEST", f"The request cannot be understood: {HTTPStatus(e.code or 400).phrase}."
     response = render(ServiceError(e.code or 400, code, message))

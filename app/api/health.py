@@ -1,4 +1,4 @@
-"""GET /health and /ready for load balancers, GET /live for whoever restarts processes."""
+"""GET /health and /ready for load balancers, GET /live for process supervisors."""
 import time
 
 from flask import Blueprint, current_app, jsonify

@@ -1,4 +1,4 @@
-"""GET / and GET /info: what this service is and what answers."""
+"""GET / and GET /info: the endpoints, the model, the limits and the versions."""
 import platform
 
 from flask import Blueprint, current_app, jsonify, make_response, render_template, request
@@ -19,12 +19,12 @@ ENDPOINTS = {
     "/live": "liveness: 200 as long as the process answers",
     "/info": "the model, the limits and the versions",
     "/metrics": "counts and times, for Prometheus",
-    "/openapi.json": "the OpenAPI document of all this",
-    "/docs": "the same to read and to try, in a browser",
+    "/openapi.json": "the OpenAPI document",
+    "/docs": "the same to read and try, in a browser",
 }
 
 
-# The page holds no inline script or style, and takes nothing from elsewhere; blob: is the picture that was chosen.
+# The page has no inline scripts or styles and loads nothing from other hosts; blob: is the chosen picture.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
                                "media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "

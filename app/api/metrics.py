@@ -1,4 +1,4 @@
-"""GET /metrics for Prometheus: what counters.py has counted, summed over all workers, those that died too."""
+"""GET /metrics for Prometheus: the totals of counters.py over all workers, including those that have ended."""
 import platform
 
 from flask import Blueprint, Response, request
@@ -25,7 +25,7 @@ def metrics():
 
 
 class Sums:
-    """A prometheus-client collector of everything, over all processes of this service."""
+    """A prometheus-client collector of all measures, over all processes of this service."""
 
     def collect(self):
         sums = self.read()
@@ -43,13 +43,13 @@ class Sums:
         yield from processes()
 
     def read(self):
-        """{measure's name: {labels: values}}, joined over the regions."""
+        """{measure's name: {labels: values}}, combined over the regions."""
         found = {}
         for region in counters.regions:
             for of_key, values in region.read().items():
                 name, *labels = of_key.split(SEPARATOR)
                 if MEASURES[name].kind == "gauge" and (not region.owner or labels and values == [0]):
-                    continue  # of a worker that ended, in the second case of its predecessor or the model before
+                    continue  # of an ended worker, or, if 0, of a predecessor or the previous model
                 found.setdefault(name, {}).setdefault(tuple(labels), []).append(values)
         sums = {name: {labels: [MEASURES[name].join(column) for column in zip(*rows, strict=True)]
                        for labels, rows in by_labels.items()} for name, by_labels in found.items()}
@@ -60,7 +60,7 @@ class Sums:
 
 
 def cumulative(buckets, values):
-    """[(upper bound as text, how many values are not above it)], with +Inf at the end."""
+    """[(upper bound as text, number of values up to it)], ending with +Inf."""
     total, bounds = 0.0, []
     for bound, value in zip((*map(float, buckets), "+Inf"), values, strict=True):
         total += value
@@ -69,7 +69,7 @@ def cumulative(buckets, values):
 
 
 def processes():
-    """prometheus-client's process metrics of each process, by its number: master, 1, 2, …"""
+    """prometheus-client's process metrics of each process, labelled master, 1, 2, …"""
     families = {}
     for number, region in enumerate(counters.regions):
         if not region.owner:

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of what is running here."""
+"""The service's OpenAPI 3.1 document."""
 from app.api.uploads import FILE_FIELDS, batch_limit
 from app.config import FACE_METHODS, NAME, VERSION
 from app.tasks.options import ALL
@@ -8,14 +8,14 @@ PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMO
 
 
 def document(settings, task):
-    """The OpenAPI 3.1 document for these settings and a task's kind, as JSON's types."""
+    """The OpenAPI 3.1 document for these settings and a task's kind, as JSON types."""
     return {
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "One vision model behind HTTP.",
-                 "description": "Send a picture or a video in any usual form, get what the model sees in it. "
-                                "Options may stand in the body or in the query; the body wins, and a repeated option "
-                                "is refused. Options that the model has no use for are ignored.\n\nEvery error has "
-                                "one shape, with a stable code in `error` and in `message` what to change."},
+                 "description": "Send a picture or a video in any common form and get what the model sees in it. "
+                                "Options go in the body or in the query; the body wins, and a repeated option is "
+                                "refused. Options that the model does not use are ignored.\n\nAll errors have the same "
+                                "form: a stable code in `error`, and what to change in `message`."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
         "paths": tagged(paths(settings), settings),
@@ -25,13 +25,13 @@ def document(settings, task):
 
 
 def options(settings):
-    """{name: (what it does, its schema)} of the options of a prediction."""
+    """{name: (what it does, its schema)} of a prediction's options."""
     return {option.name: (option.meaning, option.schema | ({"default": option.default(settings)} if option.setting
                                                            else {})) for option in ALL}
 
 
 def or_null(schema):
-    """The same, also for null, which JSON may have where an option is not sent."""
+    """The same schema, but null is valid too: JSON may hold it for an option that is not sent."""
     wider = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
     return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
 
@@ -40,26 +40,26 @@ ERRORS = {
     "400": ("The request or the file cannot be used.",
             ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_PARAMETER", "INVALID_JSON",
              "TOO_MANY_FILES", "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
-    "401": ("The service has API_KEYS, and this request carries none of them.", ["UNAUTHORIZED"],
+    "401": ("API_KEYS is set, and the request carries no valid key.", ["UNAUTHORIZED"],
             "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
     "404": ("There is nothing at this path.", ["NOT_FOUND"],
             "There is nothing at this path; GET / lists the endpoints."),
-    "405": ("This path does not take this method.", ["METHOD_NOT_ALLOWED"],
-            "This path does not take this method; the Allow header names those it takes."),
+    "405": ("This path does not allow this method.", ["METHOD_NOT_ALLOWED"],
+            "This path does not allow this method; the Allow header lists those it does."),
     "413": ("Too large, in bytes, pixels or seconds.",
             ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE", "VIDEO_TOO_LARGE", "VIDEO_TOO_LONG"],
-            "The file has 20971520 bytes; at most 10485760 are taken."),
-    "415": ("This kind of content is not taken.", ["UNSUPPORTED_MEDIA_TYPE"],
-            "Content-Type text/plain is not taken here: send one as multipart/form-data in the field 'file'."),
-    "422": ("The option method=face, and no face.", ["NO_FACE_FOUND"],
+            "The file has 20971520 bytes; at most 10485760 are allowed."),
+    "415": ("This type of content is not accepted.", ["UNSUPPORTED_MEDIA_TYPE"],
+            "Content-Type text/plain is not accepted here: send one as multipart/form-data in the field 'file'."),
+    "422": ("With method=face, no face was found.", ["NO_FACE_FOUND"],
             "No face was found; send a picture with a face that looks at the camera, or method=face+middle or middle."),
     "429": ("More than RATE_LIMIT allows.", ["RATE_LIMITED"],
             "Too many requests: 60 per 1 minute are allowed; try again later."),
-    "500": ("A bug of the service.", ["INTERNAL_ERROR"],
-            "The service failed; the request id finds the reason in its log."),
-    "503": ("Not now.", ["OVERLOADED", "OUT_OF_MEMORY", "SHUTTING_DOWN"],
+    "500": ("A bug in the service.", ["INTERNAL_ERROR"],
+            "The service failed; its log has the reason under the request ID."),
+    "503": ("Temporarily unavailable.", ["OVERLOADED", "OUT_OF_MEMORY", "SHUTTING_DOWN"],
             "The service is at its limit; try again later."),
-    "504": ("Not in time.", ["DEADLINE_EXCEEDED"],
+    "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
 }
 EVERYWHERE = ("405", "500")
@@ -67,16 +67,16 @@ OF_A_PREDICTION = ("400", "401", "413", "415", "429", "503", "504", *EVERYWHERE)
 KEY_NEEDED = ("/predict", "/predict/batch", "/info", "/metrics")
 
 HEADERS = {
-    "X-Request-ID": {"description": "The id of the request in every line of the log: yours, if you sent one of 1 to "
+    "X-Request-ID": {"description": "The request's ID, which is in its log lines: yours, if you sent one of 1 to "
                                     "128 characters A-Z, a-z, 0-9, '.', '_' and '-', else a new one.",
                      "required": True, "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"}},
     "Server-Timing": {"description": "Milliseconds spent in each stage.",
                       "schema": {"type": "string"}, "example": "read;dur=0.4, queue;dur=0.01, inference;dur=36.9"},
-    "X-Cache": {"description": "Where a result cache is on: whether the answer came from it.",
+    "X-Cache": {"description": "With a result cache: whether the answer came from it.",
                 "schema": {"enum": ["hit", "miss"]}},
     "Retry-After": {"description": "Seconds to wait before trying again.", "required": True,
                     "schema": {"type": "string", "pattern": "^[0-9]+$"}},
-    "Allow": {"description": "The methods that this path takes.", "required": True, "schema": {"type": "string"}},
+    "Allow": {"description": "The methods that this path allows.", "required": True, "schema": {"type": "string"}},
     "WWW-Authenticate": {"description": "How to send a key.", "required": True, "schema": {"const": "Bearer"}},
 }
 
@@ -148,7 +148,7 @@ def paths(settings):
     one_file = {"multipart/form-data": {"schema": {
         "type": "object", "properties": {"file": {
             "type": "string", "format": "binary",
-            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are taken as well."},
+            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are accepted too."},
             **fields},
         "required": ["file"]}}}
     as_json = {"application/json": {
@@ -165,7 +165,7 @@ def paths(settings):
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
-            "summary": "What this service is and which endpoints it has; for a browser, a page to try it",
+            "summary": "The service's endpoints; for a browser, a page to try it",
             "responses": {"200": {"description": "The endpoints, or the page.", "headers": header("X-Request-ID"),
                                   "content": {"application/json": {"schema": ref("Index")},
                                               "text/html": {"schema": {"type": "string"}}}},
@@ -179,9 +179,9 @@ def paths(settings):
                     "parameters": parameters, "requestBody": {"required": True, "content": raws},
                     "responses": answered}},
         "/predict/batch": {"post": {
-            "summary": "Several pictures or videos in, one result for each, in order", "operationId": "predictBatch",
+            "summary": "Several pictures or videos in, one result per file, in order", "operationId": "predictBatch",
             "description": f"At most {settings.max_batch_files} files, together at most "
-                           f"{batch_limit(settings)} bytes. One bad file never spoils the others.",
+                           f"{batch_limit(settings)} bytes. A bad file does not affect the others.",
             "parameters": parameters,
             "requestBody": {"required": True, "content": {
                 "multipart/form-data": {
@@ -195,7 +195,7 @@ def paths(settings):
                     "example": {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}], "top_k": 1}}}},
             "responses": {"200": success("At least one file was answered.", ref("BatchAnswer"), "Server-Timing",
                                          "X-Cache"),
-                          "422": success("None was: ALL_FAILED.", ref("BatchError"), "Server-Timing"),
+                          "422": success("No file was answered: ALL_FAILED.", ref("BatchError"), "Server-Timing"),
                           **errors(*OF_A_PREDICTION)}}},
         "/health": get("Readiness, for load balancers", ref("Health"), further=health,
                        description="200 when a prediction would be answered, else 503 with `reason`."),
@@ -204,14 +204,14 @@ def paths(settings):
                      {"status": "alive", "version": VERSION, "timestamp": 1767225600.5}),
         "/info": get("The model, the limits and the versions", ref("Info"), further=errors("401")),
         "/metrics": {"get": {
-            "summary": "Counts and times over all workers, for Prometheus",
-            "responses": {"200": {"description": "Prometheus' text format, or OpenMetrics where that is preferred.",
+            "summary": "Counts and times of all workers, for Prometheus",
+            "responses": {"200": {"description": "Prometheus' text format, or OpenMetrics if that is preferred.",
                                   "headers": header("X-Request-ID"),
                                   "content": {"text/plain": {"schema": {"type": "string"}},
                                               "application/openmetrics-text": {"schema": {"type": "string"}}}},
                           **errors("401", *EVERYWHERE)}}},
         "/openapi.json": get("This document", {"type": "object"}),
-        "/docs": {"get": {"summary": "This document, to read and to try", "responses": {
+        "/docs": {"get": {"summary": "This document, to read and try", "responses": {
             "200": {"description": "The page.", "headers": header("X-Request-ID"),
                     "content": {"text/html": {"schema": {"type": "string"}}}}, **errors(*EVERYWHERE)}}},
     }
@@ -231,22 +231,22 @@ def schemas(settings, task):
     traits = {"type": "object", "additionalProperties": number,
               "description": "The regression's raw score of each trait, about 0 to 1."}
     predictions = classes if task == "classification" else traits
-    shot = record({"index": {**some, "description": "Number of the frame in the order of showing, from 0."},
+    shot = record({"index": {**some, "description": "Number of the frame in display order, from 0."},
                    "time_s": milliseconds},
-                  {"predictions": {**predictions, "description": "Of this frame; missing where it does not count."},
+                  {"predictions": {**predictions, "description": "For this frame; missing if it does not count."},
                    "face_detected": {"type": "boolean"},
                    "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
-                                "description": "[x, y, width, height] of the crop, in pixels; null for all of it."}})
+                                "description": "[x, y, width, height] of the crop, in pixels; null for no crop."}})
     metadata = record({
         "media_type": {"enum": ["image", "video"]}, "model": text, "device": text,
         "image_size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2,
-                       "description": "[width, height] as a person sees the picture."},
+                       "description": "[width, height] of the picture when upright."},
         "inference_time": {**milliseconds, "description": "Seconds in the model; 0 for an answer from the cache."},
         "timings_ms": {"type": "object", "additionalProperties": milliseconds,
                        "description": "Milliseconds in each stage."}},
-        {"filename": {"type": ["string", "null"], "description": "The base name, null where none was sent."},
+        {"filename": {"type": ["string", "null"], "description": "The base name; null if none was sent."},
          "frames": {"type": "array", "items": shot, "minItems": 1,
-                    "description": "What was looked at: of a video with any model, of a picture with ocean."},
+                    "description": "The frames analysed: for videos with any model, for pictures with ocean."},
          "backbone": text, "method": {"enum": list(FACE_METHODS)}, "tta": {"type": "boolean"},
          "face_detected": {"type": "boolean", "description": "Whether every frame that counts was cropped to a face."},
          "spread": {**traits, "description": "Standard deviation over frames and mirror images."}})
@@ -279,8 +279,8 @@ def schemas(settings, task):
                           "model_loaded": {"type": "boolean"}, "uptime_seconds": milliseconds, "version": text,
                           "timestamp": {**number, "description": "Unix seconds."}},
                          {"reason": {"enum": ["loading", "draining", "self_test_failed"]},
-                          "fallback_for": {**text, "description": "The model that was asked for, where MODEL_FALLBACK "
-                                                                  "answers in its place."}}),
+                          "fallback_for": {**text, "description": "The configured model, if MODEL_FALLBACK is served "
+                                                                  "in its place."}}),
         "Live": record({"status": {"const": "alive"}, "version": text, "timestamp": number}),
         "Index": record({"name": text, "version": text, "status": {"const": "running"},
                          "endpoints": {"type": "object", "additionalProperties": text}}),

@@ -36,7 +36,7 @@ def predict():
         is_hit = None
         if cache is None:
             filename, found = in_slot(read_and_answer)
-        else:  # what was answered before needs no slot
+        else:  # a cached answer needs no slot
             data, filename, chosen = in_native_thread(read)
             found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: answer(data, chosen)), deadline,
                                         g.stages)
@@ -48,7 +48,7 @@ def predict():
 
 
 def request_deadline(settings):
-    """REQUEST_TIMEOUT from now, or less by the client's X-Request-Timeout (seconds). Raises ServiceError."""
+    """REQUEST_TIMEOUT from now, or X-Request-Timeout (seconds) if that is shorter. Raises ServiceError."""
     text = request.headers.get("X-Request-Timeout")
     if text is None:
         return Deadline(settings.request_timeout)
@@ -62,7 +62,7 @@ def request_deadline(settings):
 
 
 def client_watch():
-    """A function that tells whether the client still holds its connection; None where that cannot be seen."""
+    """A function that says whether the client is still connected; None if that cannot be determined."""
     connection = request.environ.get("gunicorn.socket")
     if connection is None or not hasattr(select, "POLLRDHUP"):
         return None

@@ -1,4 +1,4 @@
-"""Each request's id, its time in stages, its count and its line in the log."""
+"""Each request's ID, stage timings, counters and log line."""
 import logging
 import time
 
@@ -27,7 +27,7 @@ def before_request():
 def after_request(response):
     endpoint = request.url_rule.rule if request.url_rule else "none"
     seconds, error = time.perf_counter() - g.started, g.get("error_code", "")
-    timings = dict(g.stages.timings_ms)  # a call that goes on past its deadline may still add to them
+    timings = dict(g.stages.timings_ms)  # a call that runs past its deadline may still add to them
     g.stages.count()
     counters.count_answer(endpoint, request.method, response.status_code, error)
     counters.observe("request_duration_seconds", seconds, endpoint)

@@ -1,7 +1,7 @@
 """From an HTTP request to files and options: multipart, raw body and JSON through one path.
 
-The body is received in the loop, in large pieces and within a limit for all bodies together; what is in it is parsed
-where the caller wants it, in a native thread.
+The body is received in the event loop, in large pieces and within a limit for all bodies together; it is parsed where
+the caller chooses, in a native thread.
 """
 import base64
 import binascii
@@ -24,15 +24,16 @@ from app.server import counters
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
-PIECE = 2**16                   # bytes of a body that are read at once
+SMALL_PIECE, PIECE = 2**13, 2**18  # bytes of a body to read at once, at its start and later
 INSTANCES = "instances"         # TensorFlow Serving's list
-FORM_OVERHEAD = 64 * 1024       # bytes of a body beside the files: boundaries, headers, options
+FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
 HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
                "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
 MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
 DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
-MOST_JSON_PARTS = 10_000  # lists, objects and members of a body, of which base64 has none
+LARGE_JSON = 2**20
+MOST_JSON_PARTS = 10_000  # lists, objects and members of a body; base64 has none
 
 
 class MemoryRequest(Request):
@@ -51,10 +52,10 @@ class MemoryRequest(Request):
 
 @dataclass(frozen=True)
 class Upload:
-    """One file as it was sent, not checked yet.
+    """One file as it was sent, unchecked.
 
-    content: its bytes, or what stands in JSON where base64 belongs; filename: the base name as the client gave it, or
-    None; field: where it stood, for messages.
+    content: its bytes, or the JSON value that should be base64; filename: the base name that the client gave, or None;
+    field: where it was found, for messages.
     """
     content: Any
     filename: str | None
@@ -67,13 +68,13 @@ class Upload:
             raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
         kind, most = ("video", settings.max_video_size) if is_video(data) else ("file", settings.max_file_size)
         if len(data) > most:
-            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {len(data)} bytes; at most {most} are taken.")
+            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {len(data)} bytes; at most {most} are allowed.")
         return data
 
 
 class Bodies:
-    """The memory of all request bodies of this process together: beyond `most` bytes, the largest of those that are
-    still coming in is refused, however many bytes the others declare. A body that is the only one is never refused."""
+    """The memory of all request bodies in this process: beyond `most` bytes, the largest body that is still being
+    received is refused, however many bytes the others declare. A lone body is never refused."""
 
     def __init__(self, most):
         self.most, self.total = most, 0
@@ -81,7 +82,7 @@ class Bodies:
 
     @contextlib.contextmanager
     def one(self):
-        """Around the time for which a body is kept. Gives its key."""
+        """Around the time for which a body is kept. Yields its key."""
         key = object()
         self.sizes[key] = 0
         try:
@@ -97,8 +98,7 @@ class Bodies:
         counters.change("body_bytes", size)
 
     def add(self, key, size):
-        """Note that so many more bytes of a body are there. Raises ServiceError OVERLOADED, here or in the greenlet of
-        the one that is refused."""
+        """Count more bytes of a body. Raises ServiceError OVERLOADED in the greenlet of the body that is refused."""
         self.grow(key, size)
         while self.total > self.most and len(self.sizes) > 1 and self.receiving:
             largest = max(self.receiving, key=self.sizes.get)
@@ -111,27 +111,27 @@ class Bodies:
 
 @contextlib.contextmanager
 def received(max_bytes, deadline):
-    """Around all that is done with the current request's body, which is received first. max_bytes: of its files.
+    """Receive the current request's body and keep it until the end of the block. max_bytes: of its files.
 
     Raises ServiceError for a body that is too large (as HTTPException 413), cut off, or too slow.
     """
     check_media_type()
-    most = (max_bytes * 4 // 3 if request.is_json else max_bytes) + FORM_OVERHEAD  # base64 makes 4 bytes of 3
+    most = (max_bytes * 4 // 3 if request.is_json else max_bytes) + FORM_OVERHEAD  # base64 turns 3 bytes into 4
     bodies = current_app.extensions["bodies"]
     with bodies.one() as key:
         with g.stages("read"):
             body = receive(most, deadline, bodies, key)
-        request.max_content_length = most  # within which it is
+        request.max_content_length = most  # which it does not exceed
         request.environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}  # shares the bytes
         del body
         yield
 
 
 def check_media_type():
-    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE where the headers say that nothing of the body can be used."""
+    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE if, by its headers, the body cannot hold a file."""
     mimetype = request.mimetype
     if mimetype != "multipart/form-data" and not request.is_json and not MEDIA_TYPE.fullmatch(mimetype):
-        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not taken here: "
+        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
                            f"{HOW_TO_SEND}. With curl --data-binary add -H 'Content-Type: image/jpeg'.")
 
 
@@ -146,7 +146,8 @@ def receive(most, deadline, bodies, key):
     try:
         with gevent.Timeout(max(0, deadline.remaining()), DeadlineExceeded("read")):
             while declared is None or body.tell() < declared:
-                piece = stream.read(PIECE if declared is None else min(PIECE, declared - body.tell()))
+                most_now = min(PIECE, max(SMALL_PIECE, body.tell()))  # little of a dripped body is uncounted
+                piece = stream.read(most_now if declared is None else min(most_now, declared - body.tell()))
                 if not piece:
                     break
                 body.write(piece)
@@ -155,7 +156,7 @@ def receive(most, deadline, bodies, key):
                     raise RequestEntityTooLarge
     except (ServiceError, HTTPException, MemoryError):
         raise
-    except Exception as e:  # each server has exceptions of its own for a client that sends nonsense, or leaves
+    except Exception as e:  # each server has its own exceptions for clients that send nonsense or disconnect
         raise cut_off() from e
     finally:
         bodies.receiving.pop(key, None)
@@ -169,43 +170,43 @@ def no_memory():
 
 
 def cut_off():
-    return ServiceError(400, "BAD_REQUEST", "The connection ended before the whole request was there.")
+    return ServiceError(400, "BAD_REQUEST", "The connection ended before the request was complete.")
 
 
 def one_file(settings):
-    """The one file of the received body: (its bytes, its base name or None, option).
+    """The only file of the received body: (its bytes, its base name or None, option).
 
-    option(name) is that option's text, or None where it was not sent; see `option_reader`. Raises ServiceError.
+    option(name) is that option's text, or None if it was not sent; see `option_reader`. Raises ServiceError.
     """
     files, option = parse_body(FILE_FIELDS)
     if len(files) > 1:
-        raise ServiceError(400, "TOO_MANY_FILES", f"This path takes one file, found {len(files)} "
+        raise ServiceError(400, "TOO_MANY_FILES", f"This path accepts one file, found {len(files)} "
                            f"({', '.join(f.field for f in files[:4])}); send one, or all of them to /predict/batch.")
     return files[0].read(settings), files[0].filename, option
 
 
 def batch_of_files(settings):
-    """All files of the received body, none of them checked: (list of Upload in the body's order, option)."""
+    """All files of the received body, unchecked: (list of Upload in the body's order, option)."""
     request.max_form_parts = 2 * settings.max_batch_files + 64
     files, option = parse_body(BATCH_FIELDS)
     if len(files) > settings.max_batch_files:
-        raise ServiceError(400, "TOO_MANY_FILES", f"A batch takes at most {settings.max_batch_files} files, "
+        raise ServiceError(400, "TOO_MANY_FILES", f"A batch may have at most {settings.max_batch_files} files, "
                            f"found {len(files)}; send the others in a second batch.")
     return files, option
 
 
 def one_file_limit(settings):
-    """Bytes that the file of a prediction may have."""
+    """The maximum size of a prediction's file, in bytes."""
     return max(settings.max_file_size, settings.max_video_size)
 
 
 def batch_limit(settings):
-    """Bytes that the files of a batch may have together."""
+    """The maximum total size of a batch's files, in bytes."""
     return max(BATCH_BODY_FILES * settings.max_file_size, settings.max_video_size)
 
 
 def parse_body(fields):
-    """(at least one Upload, option) from any form of request. Raises ServiceError."""
+    """(at least one Upload, option) from any type of request. Raises ServiceError."""
     mimetype = request.mimetype
     if mimetype == "multipart/form-data":
         files, sent = files_of_form(fields), request.form.to_dict(flat=False)
@@ -224,7 +225,7 @@ def files_of_form(fields):
     place = {id(stream): i for i, stream in enumerate(request.file_streams)}
     parts.sort(key=lambda named: place[id(named[1].stream)])
     files = [Upload(part.stream.getvalue(), base_name(part.filename), name) for name, part in parts]
-    # A browser sends a part with neither name nor content for a file input in which nothing was chosen.
+    # For a file input in which nothing was chosen, a browser sends a part with neither name nor content.
     files = [file for file in files if file.filename or file.content]
     texts = [name for name in (*fields, INSTANCES) if request.form.get(name)]
     if texts and files:
@@ -239,7 +240,9 @@ def files_of_form(fields):
 def files_of_json(fields):
     """(list of Upload, the object's other members as {name: [value]})."""
     text = request.get_data(cache=False)
-    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_PARTS:  # parsed, a byte of these would cost a hundred
+    if len(text) > LARGE_JSON:  # without white space, of which base64 needs none; piece by piece, as each holds the GIL
+        text = b"".join(text[i:i + PIECE].translate(None, WHITE_SPACE) for i in range(0, len(text), PIECE))
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_PARTS:  # parsing these takes a hundred times their size
         raise ServiceError(400, "INVALID_JSON", f"The body has more than {MOST_JSON_PARTS} lists, objects and members.")
     try:
         body = json.loads(text, object_pairs_hook=unique_members)
@@ -285,9 +288,9 @@ def json_type(value):
 
 
 def from_base64(value, field):
-    """The bytes of base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
+    """Decode base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
 
-    White space, the URL-safe alphabet and missing padding are taken. Raises ServiceError.
+    White space, the URL-safe alphabet and missing padding are accepted. Raises ServiceError.
     """
     for _ in range(2):
         if isinstance(value, dict) and len(value) == 1:
@@ -314,10 +317,10 @@ URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
 
 
 def option_reader(sent):
-    """option(name): an option's text from the body or else from the query, None where it was not sent.
+    """option(name): an option's text from the body or else from the query, None if it was not sent.
 
     sent: {name: list of values} of the form's fields or the JSON object's members. The body wins over the query.
-    option raises ServiceError for an option that is repeated within either, or is a list or an object in JSON.
+    option raises ServiceError if the option is repeated within either, or is a list or an object in JSON.
     """
     def option(name):
         values = sent.get(name) or request.args.getlist(name)

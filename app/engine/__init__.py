@@ -1,29 +1,28 @@
 """Run batches through a network: OpenVINO on a CPU, torch on a GPU (or on a CPU, as the reference).
 
-An engine is made from a bundle and has three calls:
-    infer(batch, deadline, alone): float32 (N, 3, H, W) → float32 (N, outputs); alone: nothing else wants the processor;
+An engine is created from a bundle and has three methods, which native threads call concurrently:
+    infer(batch, deadline, alone): float32 (N, 3, H, W) → float32 (N, outputs); alone: nothing else needs the processor;
         raises DeadlineExceeded, MemoryError
-    hung_seconds(): how long an inference has gone on past the deadline of everyone who waited for it
-    close(): give threads and memory back; nothing is inferred any more
-It is called in native threads, several at a time.
+    hung_seconds(): how long an inference has been running after everyone who waited for it has left
+    close(): release threads and memory; no inference may follow
 """
 import sys
 
 from app.config import StartError
 
-# OpenVINO's package reports its use to a statistics server when it is imported, from a forked child. A service that its
-# user did not ask to call anyone does not; without the reporting package OpenVINO does without.
+# When imported, OpenVINO reports its use to a statistics server, from a forked child. The service must not contact
+# anyone unasked; without its telemetry package, OpenVINO does not.
 sys.modules.setdefault("openvino_telemetry", None)
 
 
 class EngineError(StartError):
-    """An engine that cannot run here as asked; one line."""
+    """An engine that cannot run here as configured; the message is one line."""
 
 
 def create(manifest, folder, streams, settings, device, rebuild):
-    """The engine of a bundle on a device ("cpu", "cuda:0"). Raises EngineError.
+    """Create the engine for a bundle on a device ("cpu", "cuda:0"). Raises EngineError.
 
-    streams: inferences at once; rebuild: makes the bare torch module of manifest.network, where torch is the engine.
+    streams: concurrent inferences; rebuild: creates the torch module of manifest.network, if torch is the engine.
     """
     if manifest.engine == "openvino":
         from app.engine.openvino_engine import OpenVINOEngine
@@ -33,6 +32,6 @@ def create(manifest, folder, streams, settings, device, rebuild):
 
 
 def is_out_of_memory(e):
-    """Whether an engine's RuntimeError is about memory: OpenVINO and torch (CUDA and CPU) say it in these words."""
+    """Whether an engine's RuntimeError means out of memory, as OpenVINO and torch (CUDA and CPU) word it."""
     return any(words in str(e) for words in ("bad_alloc", "out of memory", "can't allocate memory", "allocate",
                                              "ALLOC_FAILED"))

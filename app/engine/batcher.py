@@ -1,4 +1,4 @@
-"""Dynamic batches: what several requests want inferred at the same time is run at once."""
+"""Dynamic batching: concurrent requests are inferred together."""
 import queue
 import threading
 import time
@@ -12,16 +12,16 @@ from app.server import counters
 
 
 class Batcher:
-    """Collects what several requests want inferred into batches, run by a fixed pool of threads.
+    """Collects the inputs of several requests into batches, which a fixed pool of threads runs.
 
-    An idle thread starts with what is there at once. While it is at work, requests gather, and the next batch takes up
-    to max_batch rows of them; if it is not full and more than one request is under way, it waits wait_s for the others.
+    An idle thread starts at once with what is there. While it is busy, requests queue up, and the next batch takes up
+    to max_batch of their rows; if it is not full and began with more than one request, it waits up to wait_s for more.
     """
 
     def __init__(self, run, threads, max_batch, wait_s):
         self.call, self.max_batch, self.wait_s = run, max_batch, wait_s
         self.jobs = queue.SimpleQueue()  # (array (n, …), Future, Deadline), or None to stop
-        self.due = {}  # thread name → when the last deadline of the batch that it runs passes
+        self.due = {}  # thread name → the last deadline in the batch that it is running
         self.threads = [threading.Thread(target=self.work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
         for thread in self.threads:
             thread.start()
@@ -73,7 +73,7 @@ class Batcher:
         self.due[name] = max(deadline.at for _, _, deadline in batch)
         try:
             outputs = self.call(np.concatenate([rows for rows, _, _ in batch]) if len(batch) > 1 else batch[0][0])
-        except Exception as e:  # whatever the network raised belongs to those who asked, not to this thread
+        except Exception as e:  # what the network raises is for the callers, not for this thread
             for _, future, _ in batch:
                 future.set_exception(e)
             return
@@ -85,7 +85,7 @@ class Batcher:
             start += len(rows)
 
     def overdue_seconds(self):
-        """How long the oldest batch runs on after everyone who waited for it has left."""
+        """How long the oldest batch has been running after everyone who waited for it has left."""
         return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def close(self):

@@ -1,4 +1,4 @@
-"""A bundle: the folder with all that a worker needs to serve one model, made once by `python -m app prepare`.
+"""A bundle: the folder with all that a worker needs to serve one model, created by `python -m app prepare`.
 
     MODEL_DIR/bundles/resnet50-11ad3fa6b2c5-openvino/
         manifest.json          the Manifest below, written last
@@ -13,18 +13,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = 1  # raised whenever an older bundle would be read wrongly
+FORMAT = 1  # incremented whenever older bundles would be misread
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bundle to serve. fallback_reason: why it is MODEL_FALLBACK that answers, else None."""
+    """The bundle to serve. fallback_reason: why MODEL_FALLBACK is served, else None."""
     folder: Path
     fallback_reason: str | None = None
 
     @classmethod
     def of(cls, published):
-        """The one that a Board has published."""
+        """The bundle that a Board has published."""
         return cls(Path(published["folder"]), published["fallback_reason"])
 
 
@@ -33,9 +33,9 @@ class Manifest:
     """What is in a bundle.
 
     network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
-    weights: {"source": where from, "sha256": of the weights' file, "labels_sha256": of LABELS_PATH or None,
-    "default": true if they are the ones that MODEL_NAME alone means}; self_test: {"outputs": what the torch network
-    answers to preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an int8 network,
+    weights: {"source": their origin, "sha256": of the weights file, "labels_sha256": of LABELS_PATH or None, "default":
+    whether they are the published ones, not from MODEL_PATH}; self_test: {"outputs": of the torch network for
+    preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an int8 network,
     {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}.
     """
     name: str
@@ -54,7 +54,7 @@ class Manifest:
 
 
 def installed_versions(*names):
-    """{distribution: version} of those that are installed, without importing them."""
+    """{distribution: version} of the installed ones, without importing them."""
     versions = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -63,7 +63,7 @@ def installed_versions(*names):
 
 
 def read(folder):
-    """The Manifest in a folder; None where there is none that this version can read."""
+    """The Manifest in a folder; None if there is none that this version can read."""
     try:
         fields = json.loads((folder / "manifest.json").read_text())
         return Manifest(**fields) if fields.get("format") == FORMAT else None

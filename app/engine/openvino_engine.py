@@ -1,4 +1,4 @@
-"""The OpenVINO engine: single images on as many streams as there are cores."""
+"""The OpenVINO engine: single images, one stream per core."""
 import ctypes
 import queue
 import threading
@@ -11,12 +11,12 @@ from app.errors import DeadlineExceeded
 from app.server import counters
 
 POLL_S = 0.05
-ALL_CORES_MAX_BYTES = 128 * 2**20  # of weights, whose second copy is what a lone request on all cores costs
+ALL_CORES_MAX_BYTES = 128 * 2**20  # of weights: to run a lone request on all cores takes a second copy
 
 
 class OpenVINOEngine:
-    """`streams` inferences at once, each on one thread, which share one copy of the weights; and, where the weights are
-    small enough for a second copy, one inference on as many threads for a request that is alone."""
+    """`streams` single-threaded inferences at once, which share one copy of the weights; and, if the weights are small
+    enough for a second copy, one inference on as many threads for a lone request."""
 
     def __init__(self, folder, streams, precision):
         import openvino
@@ -25,20 +25,20 @@ class OpenVINOEngine:
         if precision == "auto":
             precision = "bf16" if native_bf16 else "fp32"
         if precision == "bf16" and not native_bf16:
-            raise EngineError("PRECISION is bf16, but this processor does not calculate in bf16; use fp32 or auto")
+            raise EngineError("PRECISION is bf16, but this processor does not support bf16; use fp32 or auto")
         if precision == "fp16":
             raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
         self.tensor, self.threads, self.folder, self.core = openvino.Tensor, streams, folder, core
-        self.overdue, self.lock = [], threading.Lock()  # [(request, pool, since)] of callers that have left
+        self.overdue, self.lock = [], threading.Lock()  # [(request, pool, since)] whose callers have left
         self.idle = self.requests(streams)
         self.on_all_cores = self.requests(1) \
             if streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES else None
         unload_pages(folder / "model.bin")
 
     def requests(self, streams):
-        """A pool of as many idle inference requests, each of which has run once. The first runs of a process must not
-        come from several threads at once: with OpenVINO 2026.4 they can wait for each other for ever."""
+        """A pool of `streams` idle inference requests, each of which has run once. A process's first runs must not come
+        from several threads at once: with OpenVINO 2026.4 they can deadlock."""
         compiled = self.core.compile_model(self.folder / "model.xml", "CPU", {
             "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self.threads,
             # Pinned streams of two processes would share the first core and leave the others idle.
@@ -59,8 +59,7 @@ class OpenVINOEngine:
         request.start_async()
 
     def infer(self, batch, deadline, alone=False):
-        """Images one after the other, on as many idle streams as there are: larger batches gain nothing on a CPU.
-        A single one that is alone has all cores."""
+        """Infer images one by one on all idle streams (batches gain nothing on a CPU); a lone image gets all cores."""
         pool = self.idle
         if alone and len(batch) == 1 and self.on_all_cores and not self.on_all_cores.empty():
             pool = self.on_all_cores
@@ -72,7 +71,7 @@ class OpenVINOEngine:
                         idle.append(pool.get_nowait())
                     except queue.Empty:
                         self.finish(running, idle, outputs, deadline)
-                self.begin(idle[-1], batch[i:i + 1])  # where this fails the request is idle still
+                self.begin(idle[-1], batch[i:i + 1])  # if this fails, the request is still idle
                 running.append((i, idle.pop()))
                 counters.observe("batch_size", 1)
             while running:
@@ -87,7 +86,7 @@ class OpenVINOEngine:
         return np.concatenate(outputs)
 
     def finish(self, running, idle, outputs, deadline):
-        """Wait for the oldest of the running inferences."""
+        """Wait for the oldest running inference."""
         i, request = running[0]
         try:
             if not request.wait_for(max(1, int(1000 * deadline.remaining()))):
@@ -108,7 +107,7 @@ class OpenVINOEngine:
                     raise DeadlineExceeded("queue") from None
 
     def take_back(self):
-        """Make the requests idle again whose inference has ended after its caller had left."""
+        """Return requests to their pools whose inference has ended after its caller left."""
         with self.lock:
             ended = [one for one in self.overdue if has_ended(one[0])]
             self.overdue = [one for one in self.overdue if one not in ended]
@@ -116,7 +115,7 @@ class OpenVINOEngine:
             pool.put(request)
 
     def hung_seconds(self):
-        """How long the oldest inference runs on after its caller has left."""
+        """How long the oldest inference has been running since its caller left."""
         self.take_back()
         with self.lock:
             return max((time.monotonic() - since for _, _, since in self.overdue), default=0.0)
@@ -126,8 +125,8 @@ class OpenVINOEngine:
 
 
 def unload_pages(path):
-    """Give back the memory of a mapped file's pages: OpenVINO has repacked the weights and keeps the mapping, of whose
-    100 MB (ResNet-50) it reads 3 MB again. Linux only; elsewhere nothing happens."""
+    """Release a mapped file's pages: OpenVINO has repacked the weights but keeps the mapping, of whose 100 MB
+    (ResNet-50) it reads only 3 MB again. Does nothing except on Linux."""
     try:
         with open("/proc/self/maps") as maps:
             ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(f" {path.resolve()}")]
@@ -139,8 +138,8 @@ def unload_pages(path):
 
 
 def has_ended(request):
-    """Whether an inference that was cancelled is over; its outcome interests nobody."""
+    """Whether a cancelled inference is over; its outcome does not matter."""
     try:
         return request.wait_for(0)
-    except RuntimeError:  # OpenVINO's word for «cancelled» or «failed»
+    except RuntimeError:  # it was cancelled or failed
         return True

@@ -1,7 +1,7 @@
-"""From an upright RGB picture to the model's input, with Pillow and NumPy alone; and what comes before and after it.
+"""From an upright RGB picture to the model's input, with Pillow and NumPy only; also the self-test input and softmax.
 
-The same arithmetic as torchvision.transforms._presets.ImageClassification on a PIL image: resize of the shorter side
-with antialiasing, centre crop, /255, normalise.
+The same arithmetic as torchvision.transforms._presets.ImageClassification on a PIL image: resize the shorter side with
+antialiasing, centre crop, /255, normalise.
 """
 import math
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-MOST_RESIZED_PIXELS = 4_000_000  # 16 MB; a picture that would get larger is more than fifty times as long as wide
-REACH = {"bilinear": 1, "bicubic": 2}  # how far a filter looks, in pixels of the larger of both pictures
+MOST_RESIZED_PIXELS = 4_000_000  # 16 MB; only pictures more than fifty times as long as wide exceed it
+REACH = {"bilinear": 1, "bicubic": 2}  # a filter's radius, in pixels of the larger of the two pictures
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Preprocessing:
         return centre_crop(image.resize(size, filter), self.crop)
 
     def resize_middle(self, image, size, filter):
-        """What centre_crop keeps of the longer side of image.resize(size), without the rest, which may be gigabytes;
-        equal to it but for the rounding of single pixels."""
+        """image.resize(size), but only the part of the longer side that centre_crop keeps, as all of it may take
+        gigabytes. Equal except for the rounding of single pixels."""
         axis = 0 if size[0] > size[1] else 1
         scale = image.size[axis] / size[axis]
         start = round((size[axis] - self.crop) / 2) * scale
@@ -53,7 +53,7 @@ class Preprocessing:
         middle = image.crop(box)
         box = [0, 0, *middle.size]
         box[axis], box[axis + 2] = start - first, start - first + self.crop * scale
-        if axis == 1 and scale < 1:  # Pillow's order, whichever costs it less
+        if axis == 1 and scale < 1:  # Pillow's order: the cheaper one
             middle, box[2] = middle.resize((kept[0], middle.height), filter), kept[0]
         elif axis == 1:
             middle, box = middle.resize((middle.width, kept[1]), filter, box), None
@@ -61,7 +61,7 @@ class Preprocessing:
 
 
 def resized_size(size, shorter_side):
-    """(width, height) with the shorter one at shorter_side, the longer one truncated as torchvision does."""
+    """(width, height) with the shorter one set to shorter_side and the longer one truncated, as in torchvision."""
     width, height = size
     if width <= height:
         return shorter_side, int(shorter_side * height / width)
@@ -69,7 +69,7 @@ def resized_size(size, shorter_side):
 
 
 def centre_crop(image, side):
-    """The middle side × side square; what the picture lacks is black, one pixel more right and below if odd."""
+    """The central side × side square, padded with black; odd padding puts one more pixel at the right and bottom."""
     pad_x, pad_y = max(0, side - image.width), max(0, side - image.height)
     if pad_x or pad_y:
         image = ImageOps.expand(image, (pad_x // 2, pad_y // 2, (pad_x + 1) // 2, (pad_y + 1) // 2))

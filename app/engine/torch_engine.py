@@ -1,4 +1,4 @@
-"""The torch engine: for GPUs, and on a CPU as the reference. The one module of a worker that imports torch."""
+"""The torch engine: for GPUs, and on a CPU as the reference. The only module of a worker that imports torch."""
 import numpy as np
 import torch
 
@@ -7,7 +7,7 @@ from app.engine.batcher import Batcher
 
 
 class TorchEngine:
-    """torch in a fixed pool of threads: one inference a thread on a CPU; dynamic batches, channels last, on a GPU."""
+    """torch in a fixed pool of threads: one inference per thread on a CPU; dynamic batches, channels last, on a GPU."""
 
     def __init__(self, manifest, folder, streams, settings, device, rebuild):
         self.device, self.rebuild = torch.device(device), rebuild
@@ -20,7 +20,7 @@ class TorchEngine:
         self.framework = f"torch {torch.__version__}"
         try:
             self.start(manifest, folder, streams, settings, precision)
-        except (RuntimeError, MemoryError) as e:  # the driver is too old, the GPU another program's, its memory full
+        except (RuntimeError, MemoryError) as e:  # the driver is too old, or the GPU is taken or full
             if not self.on_gpu:
                 raise
             raise EngineError(f"{device} cannot be used: {str(e).splitlines()[0]}; DEVICE=cpu serves without it") from e
@@ -28,7 +28,7 @@ class TorchEngine:
     def start(self, manifest, folder, streams, settings, precision):
         if self.on_gpu:
             torch.cuda.set_device(self.device)
-            # TF32 has 10 bits of 23: an fp32 that is not what it says.
+            # TF32 keeps 10 of the mantissa's 23 bits: not really fp32.
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         else:
             torch.set_num_threads(1)
@@ -43,7 +43,7 @@ class TorchEngine:
         self.module = module.to(self.device, self.dtype,
                                 memory_format=torch.channels_last if self.on_gpu else torch.preserve_format)
         max_batch = settings.max_batch_size if self.on_gpu else 1
-        if self.on_gpu:  # kernels are loaded and memory is taken now, not by the first requests of each size
+        if self.on_gpu:  # load kernels and allocate memory now, not at the first request of each size
             side, size = manifest.preprocessing["crop"], max_batch
             while size >= 1:
                 self.run(np.zeros((size, 3, side, side), np.float32))
@@ -58,7 +58,7 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 tensor = torch.from_numpy(batch)
-                if self.on_gpu:  # sent as it is, and converted there
+                if self.on_gpu:  # copied as it is, converted there
                     tensor = tensor.pin_memory().to(self.device, non_blocking=True)
                 tensor = tensor.to(self.dtype, memory_format=torch.channels_last if self.on_gpu
                                    else torch.preserve_format)
@@ -67,7 +67,7 @@ class TorchEngine:
             if not is_out_of_memory(e):
                 raise
             failure = str(e)
-        if self.on_gpu:  # out here nothing holds the activations any more
+        if self.on_gpu:  # outside the except block nothing holds the activations
             torch.cuda.empty_cache()
         raise MemoryError(failure)
 
@@ -78,7 +78,7 @@ class TorchEngine:
         return self.batcher.overdue_seconds()
 
     def close(self):
-        """End the threads and give the device's memory back."""
+        """Stop the threads and free the device's memory."""
         self.batcher.close()
         self.module = None
         if self.on_gpu:

@@ -1,17 +1,17 @@
-"""Videos told from pictures by their first bytes."""
+"""Tells videos from pictures by their first bytes."""
 from dataclasses import dataclass
 
 from PIL import Image
 
 EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
-MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # those of old QuickTime files too
+MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # also of old QuickTime files
 STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the same container
 EBML = b"\x1a\x45\xdf\xa3"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """index: number in the order of showing, from 0; time_s: seconds from the start; image: RGB PIL image, upright."""
+    """index: number in display order, from 0; time_s: seconds from the start; image: RGB PIL image, upright."""
     index: int
     time_s: float
     image: Image.Image

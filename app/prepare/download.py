@@ -1,4 +1,4 @@
-"""Fetch a file of known hash: with progress, time-outs and retries, and never a broken file left in place."""
+"""Fetches a file of known hash, with progress, time-outs and retries; never leaves a broken file in place."""
 import hashlib
 import http.client
 import logging
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class DownloadError(StartError):
-    """A file that cannot be downloaded; one line."""
+    """A file that cannot be downloaded; the message is one line."""
 
 
 def fetch(url, path, sha256_prefix):
-    """Download url to path, unless path is there and whole. Returns the file's SHA-256.
+    """Download url to path, unless the file is already there and intact. Returns its SHA-256.
 
     sha256_prefix: the first hexadecimal digits that the SHA-256 must have (torchvision's file names carry eight).
     Raises DownloadError.

@@ -1,4 +1,4 @@
-"""From a loaded torch network to the files that an engine loads."""
+"""Exports a loaded torch network to the files that an engine loads."""
 import torch
 
 from app.engine.preprocess import self_test_input
@@ -8,8 +8,7 @@ from app.prepare import bundles
 def export(network, engine, folder, settings):
     """Write a loaded Network into a bundle's folder for this engine.
 
-    Returns (the names of the files, what the network answers to self_test_input, as a list, the manifest's
-    `quantization`). Raises StartError.
+    Returns (file names, the network's outputs for self_test_input, the manifest's `quantization`). Raises StartError.
     """
     test_input = self_test_input(network.preprocessing)
     with torch.inference_mode():

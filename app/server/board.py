@@ -1,9 +1,9 @@
-"""What the processes of one running service tell each other: whether it stops, which model is published, how its
+"""What the processes of a running service tell each other: whether it is stopping, which model is published, how its
 reloads ended.
 
-It stands in memory that they share, which the Gunicorn master makes before it forks. On Linux that is a memfd: it has
-no name in any file system, so that nothing is left behind and nothing can be removed while the service runs, and
-`python -m app reload` opens it through /proc. The counters (counters.py) lie behind it in the same memory.
+It lives in shared memory that the Gunicorn master creates before it forks. On Linux this is a memfd: it has no name in
+any file system, so that nothing is left behind and nothing can be removed while the service runs, and `python -m app
+reload` opens it through /proc. The counters (counters.py) follow it in the same memory.
 """
 import fcntl
 import json
@@ -18,10 +18,10 @@ MOST_OUTCOMES = 16
 
 
 class Board:
-    """The master writes, but for the tickets of those who ask for a reload.
+    """Only the master writes, except for the tickets of reload requests.
 
     The text is a JSON object: `published` and `previous` {"generation", "folder", "fallback_reason"}, `address`, and
-    `reloads`, the last outcomes, oldest first: {"covers": the last ticket that was drawn when it began, "worked",
+    `reloads`, the last outcomes, oldest first: {"covers": the last ticket drawn before it began, "worked",
     "message", "generation"}.
     """
 
@@ -42,7 +42,7 @@ class Board:
         return self.integers[TICKETS_AT]
 
     def draw_ticket(self):
-        """A number for a reload that is asked for now, in any process."""
+        """A number for a reload requested now, by any process."""
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
         try:
             self.integers[TICKETS_AT] += 1
@@ -51,7 +51,7 @@ class Board:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def read(self):
-        """The JSON object; while the master writes, a reader tries again."""
+        """The JSON object; retries while the master is writing."""
         while True:
             sequence = self.integers[SEQUENCE_AT]
             text = bytes(self.bytes[TEXT_AT:TEXT_AT + self.integers[LENGTH_AT]])
@@ -69,11 +69,11 @@ class Board:
         return self.read().get("published")
 
     def generation(self):
-        """How often a model was published: cheap enough to look at ten times a second."""
+        """How many models have been published; cheap enough to check ten times a second."""
         return (self.published() or {}).get("generation", 0)
 
     def publish(self, folder, fallback_reason):
-        """Say which bundle workers serve from now on. Returns its generation."""
+        """Set the bundle that workers serve from now on. Returns its generation."""
         before = self.published()
         generation = (before["generation"] if before else 0) + 1
         self.write(previous=before, published={"generation": generation, "folder": str(folder),
@@ -89,7 +89,7 @@ own = None  # the Board of the service that this process belongs to; None withou
 
 
 def create(counter_bytes):
-    """In the master: make the memory. Returns the part of it for the counters, as a memoryview."""
+    """In the master: create the memory. Returns its part for the counters, as a memoryview."""
     global own
     size = BYTES + counter_bytes
     if hasattr(os, "memfd_create"):
@@ -104,5 +104,5 @@ def create(counter_bytes):
 
 
 def is_draining():
-    """Whether the service was told to stop and only waits for load balancers to notice."""
+    """Whether the service has been told to stop and is waiting for load balancers to notice."""
     return own is not None and own.draining

@@ -1,8 +1,8 @@
-"""What is counted and timed, summed over the processes of one running service, in memory that they share.
+"""Counters and timings of a running service, in memory shared by all its processes.
 
 Each worker writes to a region of its own (see board.py for the memory), so that no lock spans processes and a kill at
-any moment leaves all readable. A new worker goes on in the region of one that ended: nothing that was counted is lost.
-Names and units follow Prometheus' conventions; the blueprint that writes them out is api/metrics.py.
+any moment leaves everything readable. A new worker continues in the region of one that ended, so that no counts are
+lost. Names and units follow Prometheus' conventions; api/metrics.py exposes them.
 """
 import bisect
 import contextlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 REGION_BYTES = 256 * 1024  # some 2,000 series; pages that are not written take no memory
 OWNER_AT, END_AT, READY_AT, GENERATION_AT, FAILED_AT = range(5)
 HEADER_BYTES = 40          # process id of the owner, 0 when it ended; where the next entry goes; see Region
-WASTE_DOUBLES = 32         # at the region's end: takes what found no room, and is never read
+WASTE_DOUBLES = 32         # at the region's end: receives what no longer fits, and is never read
 SEPARATOR = "\x1f"         # between the parts of a key: the measure's name and its labels
 METHODS = ("GET", "HEAD", "POST", "PUT", "OPTIONS", "DELETE", "PATCH")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -23,7 +23,7 @@ POWERS_OF_2 = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Measure:
-    """kind: counter, gauge or histogram; buckets: a histogram's upper bounds; join: how workers' gauges are joined."""
+    """kind: counter, gauge or histogram; buckets: a histogram's upper bounds; join: how workers' gauges combine."""
     kind: str
     help: str
     labels: tuple = ()
@@ -38,36 +38,34 @@ MEASURES = {
     "stage_duration_seconds": Measure("histogram", "Time that requests spent in a stage.", ("stage",), SECONDS),
     "batch_size": Measure("histogram", "Pictures in each batch that the engine ran, self-tests included.",
                           buckets=POWERS_OF_2),
-    "cache_lookups": Measure("counter", "Looks into the result cache, by result: hit or miss.", ("result",)),
+    "cache_lookups": Measure("counter", "Result cache lookups, by result: hit or miss.", ("result",)),
     "batch_files": Measure("counter", "Files of batch requests; error is the code of the file's result, empty for a "
                                       "success.", ("error",)),
     "overloaded": Measure("counter", "Requests refused because the queue or the memory for uploads was full."),
-    "deadline_exceeded": Measure("counter", "Requests whose time ran out."),
+    "deadline_exceeded": Measure("counter", "Requests that exceeded their deadline."),
     "connections_cut_off": Measure("counter", "Connections closed because the client did not read its answer in time."),
     "log_lines_dropped": Measure("counter", "Log lines lost because nobody read standard error."),
-    "worker_exits": Measure("counter", "Workers that ended: crashed, or were killed or stopped."),
+    "worker_exits": Measure("counter", "Workers that crashed, were killed or stopped."),
     "connections": Measure("gauge", "Open connections."),
-    "requests_in_progress": Measure("gauge", "Requests that are being answered, this scrape included."),
+    "requests_in_progress": Measure("gauge", "Requests being answered, including this scrape."),
     "body_bytes": Measure("gauge", "Bytes of request bodies in memory."),
-    "queue_depth": Measure("gauge", "Requests that wait for a slot."),
+    "queue_depth": Measure("gauge", "Requests waiting for a slot."),
     "queue_limit": Measure("gauge", "Requests that may wait for a slot."),
-    "slots_in_use": Measure("gauge", "Slots that are at work."),
+    "slots_in_use": Measure("gauge", "Busy slots."),
     "slots": Measure("gauge", "Requests that may be decoded or inferred at once."),
-    "workers_ready": Measure("gauge", "Workers that have their model and answer."),
+    "workers_ready": Measure("gauge", "Workers that have loaded their model and serve requests."),
     "model_load_seconds": Measure("gauge", "How long the model took to load and pass its self-test.", ("worker",)),
-    "model_info": Measure("gauge", "The model that answers; weights is the start of their SHA-256.",
+    "model_info": Measure("gauge", "The model being served; weights is the start of their SHA-256.",
                           ("model", "engine", "precision", "device", "weights"), join=max),
-    "info": Measure("gauge", "The versions that answer.", ("version", "python"), join=max),
-    "draining": Measure("gauge", "1 while the service was told to stop and waits for load balancers."),
+    "info": Measure("gauge", "Versions of the service and of Python.", ("version", "python"), join=max),
+    "draining": Measure("gauge", "1 while the service is stopping and waits for load balancers."),
 }
 
 
 class Region:
-    """What one process counts, and what the others want to know of it: a header, then a log of entries, each a key
-    (text) with some float64 values.
+    """What one process counts, and its state: a header, then a log of entries, each a key (text) with float64 values.
 
-    An entry: int32 bytes of the key, int32 number of values, the key in UTF-8 padded with spaces to 8 bytes, the
-    values.
+    An entry: int32 length of the key, int32 number of values, the UTF-8 key space-padded to 8 bytes, the values.
     """
 
     def __init__(self, memory):
@@ -76,7 +74,7 @@ class Region:
         self.places = {}  # key → index of its first value
 
     def claim(self):
-        """Make the current process the owner; it counts on from what is there, but for the gauges."""
+        """Make the current process the owner; it continues the existing counts, but resets gauges."""
         self.lock = threading.Lock()
         self.places = {key: place for key, place, _ in self.entries()}
         self.integers[END_AT] = max(self.integers[END_AT], HEADER_BYTES)
@@ -95,15 +93,15 @@ class Region:
 
     @property
     def ready(self):
-        """Whether the owner has its model and answers."""
+        """Whether the owner has loaded its model and serves requests."""
         return bool(self.owner and self.integers[READY_AT])
 
     def serves(self, generation):
-        """Note that the owner answers with the model of this generation (see Board.publish)."""
+        """Record that the owner serves the model of this generation (see Board.publish)."""
         self.integers[GENERATION_AT], self.integers[READY_AT] = generation, 1
 
     def failed(self, generation):
-        """Note that the owner could not load the model of this generation, and keeps the one it has."""
+        """Record that the owner could not load the model of this generation, and keeps its current one."""
         self.integers[FAILED_AT] = generation
 
     def outcome(self, generation):
@@ -113,7 +111,7 @@ class Region:
         return False if self.integers[FAILED_AT] >= generation else None
 
     def entries(self):
-        """(key, index of the first value, number of values) of every entry, while another process may be adding."""
+        """Yield (key, index of the first value, number of values) of every entry, even while others are added."""
         at, end = HEADER_BYTES, self.integers[END_AT]
         while at < end:
             length, count = self.bytes[at:at + 8].cast("i")
@@ -123,7 +121,7 @@ class Region:
             at = 8 * (place + count)
 
     def place(self, key, count):
-        """The index of a key's first value; the lock is held. A full region gives the waste."""
+        """The index of a key's first value, in the waste if the region is full. The caller holds the lock."""
         place = self.places.get(key)
         if place is not None:
             return place
@@ -136,9 +134,9 @@ class Region:
         header = self.bytes[at:at + 8].cast("i")
         header[0], header[1] = len(text), count
         self.bytes[at + 8:at + 8 + len(text)] = text
-        for i in range(place, place + count):  # an entry that was cut off may have been here
+        for i in range(place, place + count):  # an unfinished entry may have been here
             self.doubles[i] = 0
-        self.integers[END_AT] = 8 * (place + count)  # from here on it can be seen
+        self.integers[END_AT] = 8 * (place + count)  # now readers can see it
         self.places[key] = place
         return place
 
@@ -151,7 +149,7 @@ class Region:
             self.doubles[self.place(key, 1)] = value
 
     def observe(self, key, count, index, value):
-        """For a histogram: one more in its bucket `index`, and `value` to the sum, which is the last of `count`."""
+        """For a histogram: add one to bucket `index`, and `value` to the sum, which is the last of `count` values."""
         with self.lock:
             place = self.place(key, count)
             self.doubles[place + index] += 1
@@ -176,8 +174,8 @@ def private():
     return region
 
 
-own = private()  # what this process counts; its own alone without Gunicorn
-regions = [own]  # what all count
+own = private()  # this process's region; without Gunicorn, the only one
+regions = [own]  # those of all processes
 
 
 # --- which process counts where ---
@@ -191,7 +189,7 @@ def regions_in(memory):
 
 
 def share(memory):
-    """In the master, before it forks: count in this memory, the master in the first region of it."""
+    """In the master, before it forks: count in this memory, the master in its first region."""
     global own, regions
     regions = regions_in(memory)
     own = regions[0]
@@ -199,12 +197,12 @@ def share(memory):
 
 
 def free_region(taken):
-    """The number of a worker's region that is not among `taken`; None when there is no more room."""
+    """The number of a worker's region that is not in `taken`; None if there is none left."""
     return min(set(range(1, len(regions))) - set(taken), default=None)
 
 
 def start_worker(number):
-    """In a new worker: count in this region from now on; with None, where nobody reads it."""
+    """In a new worker: count in this region from now on; if None, in one that nobody reads."""
     global own
     if number is None:
         own = private()
@@ -214,14 +212,14 @@ def start_worker(number):
 
 
 def end_worker(number):
-    """In the master, when a worker ended: its gauges no longer count, its counters do."""
+    """In the master, when a worker has ended: drop its gauges, keep its counters."""
     if number is not None:
         regions[number].release()
     count("worker_exits")
 
 
 def ready_workers():
-    """How many workers answer; 1 where this process is all there is."""
+    """How many workers serve requests; 1 if this is the only process."""
     return sum(region.ready for region in regions[1:]) if len(regions) > 1 else 1
 
 
@@ -232,12 +230,12 @@ def count(name, *labels):
 
 
 def change(name, amount):
-    """Move a gauge of this worker."""
+    """Change a gauge of this worker."""
     own.add(key(name), amount)
 
 
 def observe(name, value, *labels):
-    """One more value in a histogram."""
+    """Add a value to a histogram."""
     buckets = MEASURES[name].buckets
     own.observe(key(name, *labels), len(buckets) + 2, bisect.bisect_left(buckets, value), value)
 
@@ -251,7 +249,7 @@ def count_answer(endpoint, method, status, error):
 
 
 def note_model(model, before=None):
-    """What this worker says of its loaded model; before: the one that it answered with until now."""
+    """Set the gauges that describe this worker's model; before: the model that it replaces."""
     worker = str(regions.index(own)) if own in regions else "-"
     for one, value in ((before, 0), (model, 1)):
         if one is not None:
@@ -261,7 +259,7 @@ def note_model(model, before=None):
 
 
 class Stages:
-    """Milliseconds that a request spent in each stage."""
+    """How many milliseconds a request spends in each stage."""
 
     def __init__(self):
         self.timings_ms = {}
@@ -278,6 +276,6 @@ class Stages:
         self.timings_ms[stage] = round(self.timings_ms.get(stage, 0) + 1000 * seconds, 2)
 
     def count(self):
-        """Into the histograms, once, at the end: a stage may come several times."""
+        """Add the totals to the histograms, once, at the end: a stage may occur several times."""
         for stage, ms in list(self.timings_ms.items()):
             observe("stage_duration_seconds", ms / 1000, stage)

@@ -1,9 +1,9 @@
-"""How the Gunicorn master starts, stops and reloads: what its own signals do less gently.
+"""How the Gunicorn master stops and reloads, more gently than with Gunicorn's own signal handlers.
 
-SIGTERM: /health says 503 `draining` for DRAIN_SECONDS while everything is still served; then the workers finish what
-they have and the master ends. A second SIGTERM ends the waiting.
-SIGHUP: the new model is prepared and checked in a process of its own, then published; each worker loads it beside its
-requests and answers with it from then on. A model that fails the check changes nothing.
+SIGTERM: /health returns 503 `draining` for DRAIN_SECONDS while requests are still served; then the workers finish what
+they have and the master ends. A second SIGTERM ends the wait.
+SIGHUP: the new model is prepared and checked in a process of its own, then published; each worker loads it while it
+goes on serving, then switches to it. A model that fails the check changes nothing.
 """
 import logging
 import mmap
@@ -15,7 +15,7 @@ from pathlib import Path
 from app.config import StartError
 from app.server import board, counters
 
-SWAP_WITHIN_S = 120  # for all workers to load a model that was published
+SWAP_WITHIN_S = 120  # for all workers to load a published model
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def install(arbiter, drain_seconds, start_preparing, outcome_of):
     """Replace the master's handlers of SIGTERM, SIGHUP and SIGCHLD; called by gunicorn.conf.py in the master.
 
-    start_preparing() starts the process that prepares and checks the model; outcome_of(process), when it has ended,
-    gives (folder, fallback_reason) of the bundle, or raises StartError.
+    start_preparing() starts the process that prepares and checks the model; outcome_of(process), called when it has
+    ended, returns (folder, fallback_reason) of the bundle or raises StartError.
     """
     stop, reap, own = arbiter.handle_term, arbiter.handle_chld, board.own
     reload = {"process": None, "covers": 0, "again": False}
@@ -43,7 +43,7 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
     def handle_hup():
         if own.draining:
             end_reload(own.tickets, False, "reload refused: the service is stopping")
-        elif reload["process"]:  # this one may have begun with files that have changed since
+        elif reload["process"]:  # it may have begun with files that have changed since
             reload["again"] = True
         else:
             log.info("reloading: preparing the model")
@@ -74,7 +74,7 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
 
 def url_of(cfg):
-    """Where this machine reaches a service with this configuration of Gunicorn's, its first address."""
+    """The URL at which this machine reaches a service with this Gunicorn configuration, at its first address."""
     address = cfg.address[0]
     if isinstance(address, str | bytes):
         return f"unix:{os.fsdecode(address)}"
@@ -83,7 +83,7 @@ def url_of(cfg):
 
 
 def is_alive(pid):
-    """Whether a process runs; the master reaps all of its children itself, so poll() cannot tell."""
+    """Whether a process is running; the master reaps all of its children itself, so poll() cannot tell."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -92,8 +92,8 @@ def is_alive(pid):
 
 
 def services():
-    """{process id of the master: (Board, memory of the counters)} of the services on this machine whose memory this
-    user may open. Linux only; elsewhere none."""
+    """{process ID of the master: (Board, memory of the counters)} of the services on this machine whose memory this
+    user may open. Empty except on Linux."""
     found = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -112,7 +112,7 @@ def services():
 
 
 def running_service(pid=None):
-    """(master's process id, its Board, its workers' Regions) of the service on this machine, by its pid if there are
+    """(master's process ID, its Board, its workers' Regions) of the service on this machine, chosen by pid if there are
     several. Raises StartError."""
     found = services()
     if pid is not None:
@@ -125,7 +125,7 @@ def running_service(pid=None):
 
 
 def reload_and_wait(pid=None):
-    """Ask the running service to reload, and wait for the outcome of that. Returns (worked, one line)."""
+    """Ask the running service to reload, and wait for the outcome. Returns (worked, a one-line message)."""
     master, its_board, regions = running_service(pid)
     ticket = its_board.draw_ticket()
     os.kill(master, signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""Logs: one line for each record, on standard error, without ever waiting for whoever reads them."""
+"""Logs: one line per record, on standard error, without ever waiting for a reader."""
 import collections
 import contextvars
 import logging
@@ -10,20 +10,20 @@ import uuid
 
 from app.server import counters
 
-MOST_PENDING_BYTES = 2**20  # kept for a reader that is late; beyond it lines are lost, and counted
-PIECE = select.PIPE_BUF     # of a pipe that can be written to, as much is taken without waiting
+MOST_PENDING_BYTES = 2**20  # kept for a slow reader; beyond this, lines are dropped and counted
+PIECE = select.PIPE_BUF     # a writable pipe accepts this much without blocking
 
 request_id = contextvars.ContextVar("request_id", default=None)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def id_for(inbound):
-    """The id of a request: the one that it brought, if that may stand in a log, or a new one."""
+    """The ID of a request: the client's if it is safe to log, else a new one."""
     return inbound if inbound and REQUEST_ID.fullmatch(inbound) else str(uuid.uuid4())
 
 
 class StderrHandler(logging.Handler):
-    """Writes to standard error what it takes at once, and keeps the rest for the next record or flush()."""
+    """Writes to standard error what it accepts at once, and keeps the rest for the next record or flush()."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class StderrHandler(logging.Handler):
     def emit(self, record):
         try:
             line = (self.format(record) + "\n").encode(errors="backslashreplace")
-        except Exception:  # logging's own rule: a record that cannot be formatted is told of and raises nothing
+        except Exception:  # as logging does: a record that cannot be formatted is reported, not raised
             self.handleError(record)
             return
         if self.pending_bytes + len(line) > MOST_PENDING_BYTES:
@@ -50,12 +50,12 @@ class StderrHandler(logging.Handler):
                     pass
             except BlockingIOError:
                 return
-            except OSError:  # nobody is there any more
+            except OSError:  # the reader is gone
                 self.pending.clear()
                 self.pending_bytes = 0
 
     def write_some(self):
-        """Write a piece of the oldest line; False where that would have to wait."""
+        """Write a piece of the oldest line; False if that would block."""
         if self.descriptor is None:
             self.open()
         if not any(event & select.POLLOUT for _, event in self.poll.poll(0)):
@@ -120,6 +120,6 @@ def logging_config(settings):
 
 
 def flush():
-    """Write what was kept for a reader that was late; called now and then."""
+    """Write what is kept for a slow reader; called now and then."""
     for handler in logging.getLogger().handlers:
         handler.flush()

@@ -1,4 +1,4 @@
-"""What processors this machine lets the service use, and how workers and their streams share them.
+"""Which processors the service may use on this machine, and how workers and their streams share them.
 
 Reads files only: the Gunicorn master calls this, and must neither import torch nor touch CUDA.
 """
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from app.config import Plan, StartError
 
-STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before Python's lock costs throughput
-QUEUE = 16              # waiting requests for each inference at once: on a CPU about 0.7 s of ResNet-50
+STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before the GIL costs throughput
+QUEUE = 16              # waiting requests per concurrent inference: on a CPU about 0.7 s of ResNet-50
 
 
 def cpu_limit(root=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgroup")):
-    """CPUs that the control groups of this process grant, e.g. 1.5, or None where none sets a limit.
+    """CPUs that the control groups of this process grant, e.g. 1.5, or None if none sets a limit.
 
-    The smallest of its own group's and those above it (a container's, systemd's CPUQuota), in cgroup v2 and v1.
+    The smallest limit of its own group and those above it (a container's, systemd's CPUQuota), in cgroup v2 and v1.
     membership: lines of "hierarchy:controllers:/path"; cgroup v2 names no controllers.
     """
     try:
@@ -37,7 +37,7 @@ def cpu_limit(root=Path("/sys/fs/cgroup"), membership=Path("/proc/self/cgroup"))
 
 
 def quota(folder):
-    """CPUs that one control group grants, None where it sets no limit."""
+    """CPUs that one control group grants, None if it sets no limit."""
     try:
         if (folder / "cpu.max").exists():
             allowed, period = (folder / "cpu.max").read_text().split()
@@ -57,7 +57,7 @@ def usable_cores():
 
 
 def cuda_devices():
-    """Indices of the GPUs that an installed CUDA build of torch could use, found without starting CUDA."""
+    """Indices of the GPUs that an installed CUDA build of torch could use, found without initialising CUDA."""
     torch = importlib.util.find_spec("torch")
     if torch is None or not list(Path(torch.origin).parent.glob("lib/libtorch_cuda.so")):
         return []
@@ -69,11 +69,11 @@ def cuda_devices():
 
 
 def plan(settings):
-    """Work out the Plan from the settings and this machine. Raises StartError for a device that is not there."""
+    """Work out the Plan from the settings and this machine. Raises StartError for a missing device."""
     gpus = cuda_devices() if settings.device != "cpu" else []
     if settings.device.startswith("cuda"):
         if not gpus:
-            raise StartError(f"DEVICE is {settings.device}, but no NVIDIA GPU with a CUDA build of torch is here")
+            raise StartError(f"DEVICE is {settings.device}, but there is no NVIDIA GPU with a CUDA build of torch")
         if ":" in settings.device:
             index = int(settings.device.partition(":")[2])
             if index not in gpus:
@@ -94,12 +94,12 @@ def plan(settings):
         if engine == "auto":
             engine = "openvino" if importlib.util.find_spec("openvino") else "torch"
         workers = settings.workers or math.ceil(cores / STREAMS_PER_WORKER)
-        # Every core one single-threaded stream: two streams on two cores gave 56 images/s, one stream with two
+        # One single-threaded stream per core: two streams on two cores gave 56 images/s, one stream with two
         # threads 53 (ResNet-50, OpenVINO, fp32). Several workers round up: 2 × 2 streams on two cores cost 4 %.
         streams = max(1, math.ceil(cores / workers))
-        # While the streams infer, the next requests are decoded and wait for a stream each. With as many slots as
-        # streams the streams wait instead: 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16).
-        # Twice as many would give 1 to 4 % more, but under a flood keep those waiting that are to be refused.
+        # While the streams infer, further slots decode the next requests. With only as many slots as streams, streams
+        # would idle, which costs 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16). Twice as
+        # many slots would gain another 1 to 4 %, but delay refusals under overload.
         slots = streams + max(1, streams // 2)
     queue = settings.max_queue if settings.max_queue is not None else \
         QUEUE * (settings.max_batch_size if gpus else streams)

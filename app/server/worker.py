@@ -1,12 +1,10 @@
-"""Gunicorn's gevent worker, with what a model server needs beside it: a heartbeat while the model loads, models that
-are replaced in place, an end for a worker whose model can no longer be trusted, time limits for clients in both
-directions.
+"""Gunicorn's gevent worker, extended for a model server: it sends heartbeats while the model loads, replaces models in
+place, ends if its model no longer works, and limits the time of clients in both directions.
 
-Each connection is a greenlet; calculations run in native threads (engine/slots.py). Nothing of the standard library is
-patched, but for ssl where TLS is served: only the sockets that clients come by are gevent's.
+Each connection is a greenlet; computation runs in native threads (engine/slots.py). The standard library is not
+patched, except for ssl if TLS is served: only the sockets of clients are gevent's.
 
-All that is Gunicorn's and is overridden or called here, and in lifecycle.py, stands in GUNICORN; a test compares it
-with the installed release.
+GUNICORN lists what is overridden or called here and in lifecycle.py; a test compares it with the installed release.
 """
 import contextlib
 import ctypes
@@ -36,21 +34,21 @@ GUNICORN = {
 }
 
 HEADERS_WITHIN_S = 10    # from the connection to the end of the first request's headers
-WRITE_SLACK_S = 0.75     # the application's own deadline comes first, and its answer can be written
-LINGER_S = 5             # for a client to send the rest, and get its answer, before the connection is closed,
-LINGER_PAUSE_S = 1       # as long as it does not pause
-IDLE_STOP_S = 0.2        # when the worker stops: for requests that are on their way on connections that are kept
-LOAD_WITHIN_S = 600      # no more heartbeats for a model that takes longer to load
-LOOK_AFTER_S = 0.1       # how often the model, the board and the log are looked after
-TRIM_EVERY_S = 5         # how often freed memory goes back to the system
-RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is started again after this time
+WRITE_SLACK_S = 0.75     # so that the application's own deadline comes first and its answer can be written
+LINGER_S = 5             # for a client to send the rest and get its answer before the connection is closed,
+LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
+IDLE_STOP_S = 0.2        # when the worker stops: for requests on their way on kept connections
+LOAD_WITHIN_S = 600      # heartbeats stop if the model takes longer to load
+LOOK_AFTER_S = 0.1       # how often the model, the board and the log are checked
+TRIM_EVERY_S = 5         # how often freed memory is returned to the system
+RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
 
-# A thread that comes back from a system call waits so long for Python's lock while another one calculates. With
-# Python's 5 ms, the loop accepts 200 connections a second at worst.
+# How long a thread waits for the GIL after a system call while another thread computes. With Python's default of 5 ms,
+# the loop accepts only 200 connections per second at worst.
 SWITCH_INTERVAL_S = 0.0003
 
 LIBC, M_ARENA_MAX = ctypes.CDLL(None), -8
-DISCARDED = bytearray(2**18)  # what nobody wants to read is read into this
+DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 PREDICTIONS = ("/predict", "/predict/batch")
 
@@ -61,12 +59,12 @@ class Worker(GeventWorker):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.restart_reason = None
-        self.waiting = {}  # greenlets that wait for nothing that must be finished: the Timeout that ends it
+        self.waiting = {}  # {greenlet in a wait that may be cut short: the Timeout that ends it}
         self.replacing = None  # the thread that loads a newly published model
         self.region = None  # number of its counters' region; set by gunicorn.conf.py
 
     def patch(self):
-        """Gunicorn's patches everything. Native threads want locks, queues and sleep as they are."""
+        """Gunicorn's patches everything; native threads need the original locks, queues and sleep."""
         if self.cfg.is_ssl:
             monkey.patch_ssl()
         self.sockets = [gevent.socket.socket(s.FAMILY, socket.SOCK_STREAM, fileno=s.sock.detach())
@@ -75,12 +73,10 @@ class Worker(GeventWorker):
     # --- the model ---
 
     def load_wsgi(self):
-        """Load the application and its model, in a native thread: OpenVINO gives the thread that loads a stack for
-        signal handlers and frees it with the model, and a signal kills the process then. Heartbeats go on meanwhile.
-
-        Failing, the worker ends: with an exit code that stops the service if it is the only one, with another, after a
-        pause, if others serve."""
-        if hasattr(LIBC, "mallopt"):  # glibc; a heap for each of the threads would keep 40 MB more
+        """Load the application and its model in a native thread, and send heartbeats meanwhile: OpenVINO gives the
+        loading thread a stack for signal handlers and frees it with the model, after which a signal kills the process.
+        On failure the worker exits: if it is the only one, with a code that stops the service, else with 1 later."""
+        if hasattr(LIBC, "mallopt"):  # glibc; one heap per thread would take 40 MB more
             LIBC.mallopt(M_ARENA_MAX, 2)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.generation, until = board.own.generation(), time.monotonic() + LOAD_WITHIN_S
@@ -99,7 +95,7 @@ class Worker(GeventWorker):
             super().load_wsgi()
         except StartError as e:
             self.log.critical("this worker cannot serve: %s", e)
-        except BaseException:  # whatever it was, it must not take the other workers along
+        except BaseException:  # no error must affect the other workers
             self.log.exception("this worker cannot serve")
 
     def give_up(self):
@@ -111,7 +107,7 @@ class Worker(GeventWorker):
         sys.exit(1)
 
     def run(self):
-        """Serve, then end without the interpreter's own ending: a thread that hangs in native code would hold it up."""
+        """Serve, then exit without the interpreter's shutdown, which a thread that hangs in native code would block."""
         code = 1
         try:
             gevent.get_hub().print_exception = lambda context, *e: self.log.error("%r failed", context, exc_info=e)
@@ -120,7 +116,7 @@ class Worker(GeventWorker):
             code = 1 if self.restart_reason else 0
         except SystemExit as e:
             code = e.code or 0
-        except Exception:  # the last word of this process
+        except Exception:  # logged as this process's last line
             self.log.exception("this worker ends")
         finally:
             logging.shutdown()
@@ -131,19 +127,22 @@ class Worker(GeventWorker):
         while True:
             gevent.sleep(LOOK_AFTER_S)
             self.replace_model()
-            reason = self.wsgi.extensions["model"].needs_restart()
-            if reason and self.alive:
-                self.restart_reason = reason
-                self.log.error("this worker restarts: %s", reason)
-                counters.own.release()
-                self.handle_exit(None, None)
+            self.end_if_broken()
             logs.flush()
             if time.monotonic() > trim_at and hasattr(LIBC, "malloc_trim"):  # glibc keeps 100 MB of large pictures
                 trim_at = time.monotonic() + TRIM_EVERY_S
                 threading.Thread(target=LIBC.malloc_trim, args=(0,)).start()
 
+    def end_if_broken(self):
+        reason = self.wsgi.extensions["model"].needs_restart()
+        if reason and self.alive:
+            self.restart_reason = reason
+            self.log.error("this worker restarts: %s", reason)
+            counters.own.release()
+            self.handle_exit(None, None)
+
     def replace_model(self):
-        """Load what was published last, in a native thread, beside the requests. Failing, the model stays."""
+        """Load the latest published model in a native thread, while serving. On failure the current model stays."""
         published = board.own.published()
         if published["generation"] <= self.generation or self.replacing and self.replacing.is_alive():
             return
@@ -155,7 +154,7 @@ class Worker(GeventWorker):
             except StartError as e:
                 self.log.error("this worker keeps the old model: %s", e)
                 counters.own.failed(published["generation"])
-            except Exception:  # whatever it was, the old model serves on
+            except Exception:  # whatever it was, the old model keeps serving
                 self.log.exception("this worker keeps the old model")
                 counters.own.failed(published["generation"])
             else:
@@ -168,18 +167,23 @@ class Worker(GeventWorker):
     def handle(self, listener, client, addr):
         counters.change("connections", 1)
         try:
+            if self.cfg.is_ssl:  # Gunicorn's own handshake has no time limit; after this one it does nothing
+                with gevent.Timeout(HEADERS_WITHIN_S):
+                    client.do_handshake()
             super().handle(listener, client, addr)
+        except (OSError, gevent.Timeout) as e:  # no TLS, or no data at all
+            self.log.debug("no TLS handshake: %r", e)
         finally:
             counters.change("connections", -1)
 
     def timeout_ctx(self):
-        """Around the wait for a request: its headers must be there in time, or the connection is closed."""
+        """Around the wait for a request: if its headers do not arrive in time, the connection is closed."""
         kept = getattr(gevent.getcurrent(), "has_answered", False)
         return self.until(gevent.Timeout(self.cfg.keepalive if kept else HEADERS_WITHIN_S, False))
 
     @contextlib.contextmanager
     def until(self, timeout):
-        """Around a wait that ends with a silent Timeout, or early when the worker stops."""
+        """Around a wait that a silent Timeout ends, or that ends early when the worker stops."""
         greenlet = gevent.getcurrent()
         with timeout:
             self.waiting[greenlet] = timeout
@@ -189,7 +193,7 @@ class Worker(GeventWorker):
                 del self.waiting[greenlet]
 
     def handle_request(self, listener_name, req, sock, addr):
-        """One request within one time limit, the writing of its answer included."""
+        """Handle one request within one time limit, including the writing of its answer."""
         gevent.getcurrent().has_answered = True
         if board.is_draining() or not self.alive:
             req.force_close()
@@ -213,8 +217,8 @@ class Worker(GeventWorker):
             raise
 
     def refuse_if_full(self, req, sock):
-        """Answer a prediction at once for which there is no room. In the application this would cost a millisecond, a
-        good part of what the prediction would: of more than the processor has time for, each would wait for it."""
+        """Refuse a prediction at once if the queue is full. In the application a refusal would take a millisecond, a
+        good part of a prediction's time, and under overload slow down everything else."""
         slots = self.wsgi.extensions["model"].slots
         if req.path not in PREDICTIONS or req.method not in ("POST", "PUT") or not slots.is_full():
             return
@@ -235,8 +239,7 @@ class Worker(GeventWorker):
         self.linger(client)
 
     def linger(self, sock):
-        """Before a connection is closed, let the client stop sending and get its answer: closed with bytes unread, it
-        would be reset, and the answer lost."""
+        """Before closing, let the client stop sending and get its answer: unread bytes would reset the connection."""
         with (contextlib.suppress(OSError, ValueError),
               self.until(gevent.Timeout(LINGER_S if self.alive else IDLE_STOP_S, False))):
             sock.shutdown(socket.SHUT_WR)
@@ -247,7 +250,7 @@ class Worker(GeventWorker):
     # --- the end ---
 
     def handle_exit(self, sig, frame):
-        """SIGTERM: no longer wait for those who have kept their connections and say nothing."""
+        """SIGTERM: stop waiting for idle clients that keep their connections."""
         super().handle_exit(sig, frame)
         gevent.get_hub().loop.run_callback_threadsafe(gevent.spawn_later, IDLE_STOP_S, self.close_waiting)
 
@@ -257,20 +260,20 @@ class Worker(GeventWorker):
 
 
 def is_unread(body):
-    """Whether there is more of a request's body (gunicorn.http.body.Body) than was read."""
+    """Whether part of a request's body (gunicorn.http.body.Body) has not been read."""
     reader = body.reader
     return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
 
 
 def reset(sock):
-    """Close at once, and forget what has not been sent."""
+    """Close at once and discard unsent data."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
 
 
 class OneShape:
-    """Stands for the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
+    """Wraps the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
 
     def __init__(self, client):
         self.client = client
@@ -287,7 +290,7 @@ class OneShape:
 
 
 def answer_in_one_shape(error, request_id):
-    """An HTTP response, as bytes, that says a ServiceError and that the connection ends."""
+    """The HTTP response, as bytes, for a ServiceError after which the connection is closed."""
     body = json.dumps({**error.body(), "request_id": request_id}).encode()
     retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
     return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"

@@ -1,8 +1,8 @@
-"""What is answered: a task turns a file and options into an answer, with a model that it gets."""
+"""Tasks: each turns a file and options into an answer, using a given model."""
 
 
 def create(manifest):
-    """The task of a bundle. OpenCV is imported here, with the model, and only where faces are searched."""
+    """The task of a bundle. Imports OpenCV here, along with the model, and only for tasks that detect faces."""
     if manifest.task == "classification":
         from app.tasks.classify import Classify
         return Classify(manifest)

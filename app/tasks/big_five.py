@@ -1,4 +1,4 @@
-"""The OCEAN model: apparent Big Five traits of the largest face in a picture, or in a video's frames on average."""
+"""The OCEAN model: apparent Big Five traits of the largest face in a picture, or averaged over a video's frames."""
 from app.media import faces
 from app.tasks.from_pictures import FromPictures
 from app.tasks.options import AT, FRAMES, METHOD, TTA
@@ -7,7 +7,7 @@ from app.tasks.options import AT, FRAMES, METHOD, TTA
 class BigFive(FromPictures):
     kind = "big_five_regression"
     options = (METHOD, TTA, FRAMES, AT)
-    full_size = True  # that is where the checkpoints' faces were searched
+    full_size = True  # as in the training of the checkpoints
 
     def cut(self, image, shot, options, deadline, stages):
         with stages("face"):

@@ -1,4 +1,4 @@
-"""Classification: the most probable classes of a picture, or of a video's frames on average."""
+"""Classification: the most probable classes of a picture, or averaged over a video's frames."""
 import numpy as np
 
 from app.engine.preprocess import softmax
@@ -14,7 +14,7 @@ class Classify(FromPictures):
         return softmax(outputs)
 
     def predictions(self, scores, options):
-        """[{"class", "confidence", "class_id"}] of the top_k best, highest first."""
+        """[{"class", "confidence", "class_id"}] of the top_k classes, highest first."""
         best = np.argsort(-scores, kind="stable")[:options["top_k"]]
         return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
 

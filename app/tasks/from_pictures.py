@@ -1,4 +1,4 @@
-"""What the tasks on pictures and videos have in common: one file to one answer, decode → crop → preprocess → infer."""
+"""Shared by the tasks on pictures and videos: from one file to one answer, decode → crop → preprocess → infer."""
 import numpy as np
 
 from app.media import pictures
@@ -8,17 +8,17 @@ from app.media.containers import Frame, is_video
 class FromPictures:
     """A task whose input is a picture or the chosen frames of a video.
 
-    Subclasses say what is cut out of a frame, which views of it the network sees, and what its outputs mean.
+    Subclasses define how a frame is cropped, which views of it the network sees, and what its outputs mean.
     """
-    kind = None        # the task in words, for /info
-    options = ()       # of options.ALL, those that it has a use for
-    full_size = False  # whether a picture is decoded at its full size, not at one that is enough for the network
+    kind = None        # the task's name, for /info
+    options = ()       # those of options.ALL that it uses
+    full_size = False  # whether pictures are decoded at full size, not at one that suffices for the network
 
     def __init__(self, manifest):
         self.labels, self.network = manifest.labels, manifest.network
 
     def cut(self, image, shot, options, deadline, stages):
-        """The RGB PIL image to look at; None where this frame does not count. shot: what the answer says of it."""
+        """The RGB PIL image to analyse; None if this frame does not count. shot: the frame's entry in the answer."""
         return image
 
     def views(self, tensor, options):
@@ -26,27 +26,26 @@ class FromPictures:
         return [tensor]
 
     def nothing_counts(self):
-        """The ServiceError where no frame counts."""
+        """The ServiceError if no frame counts."""
         raise NotImplementedError
 
     def scores(self, outputs):
-        """(N, K) float32 outputs of the network → (N, K) scores, which may be averaged."""
+        """(N, K) float32 outputs of the network → (N, K) scores, which can be averaged."""
         return outputs
 
     def predictions(self, scores, options):
-        """(K,) scores as an answer has them."""
+        """(K,) scores in the form that answers use."""
         raise NotImplementedError
 
     def metadata(self, shots, counted, scores, options, of_video):
-        """Further members of the answer's metadata. shots: of all frames; counted: of those that count."""
+        """Additional members of the answer's metadata. shots: of all frames; counted: of those that count."""
         return {}
 
     def answer(self, model, settings, data, options, deadline, stages, see=None):
         """The answer to one file's bytes: {"predictions": …, "metadata": …}.
 
         options: {name: value} of self.options; stages: counters.Stages, whose timings become part of the metadata; see:
-        called with (frame's number, RGB PIL image) of each picture just as it goes into the preprocessing. Raises
-        ServiceError.
+        called with (frame's number, RGB PIL image) for each picture right before preprocessing. Raises ServiceError.
         """
         of_video = is_video(data)
         shots, counted, inputs, image_size = [], [], [], None
@@ -77,7 +76,7 @@ class FromPictures:
                              "timings_ms": stages.timings_ms}}
 
     def read_frames(self, model, settings, data, of_video, options, deadline, stages):
-        """Yield (Frame, (width, height) as a person sees it) of a picture or of the chosen frames of a video."""
+        """Yield (Frame, upright (width, height)) for a picture or for the chosen frames of a video."""
         if not of_video:
             with stages("decode"):
                 image, size = pictures.read_image(data, settings.max_image_pixels,
@@ -85,7 +84,7 @@ class FromPictures:
             deadline.check("decode")
             yield Frame(0, 0.0, image), size
             return
-        from app.media import video  # with the first video
+        from app.media import video  # only once there is a video
         frames = video.frames(data, settings, deadline, options["frames"], options["at"])
         try:
             while True:

@@ -1,5 +1,5 @@
-"""The options of a prediction, each declared once: from this come validation, the OpenAPI document, the command line
-and the key of the result cache.
+"""The options of a prediction, each declared once: validation, the OpenAPI document, the command line and the key of
+the result cache derive from this.
 """
 import re
 from collections.abc import Callable
@@ -13,8 +13,8 @@ LATEST_S = 1_000_000
 
 @dataclass(frozen=True)
 class Option:
-    """takes: in words; parse: text → value, raises ValueError; schema: JSON Schema's; meaning: a sentence; setting: the
-    one that holds the default, None where the default is None; aliases: other names, asked after in turn."""
+    """takes: the valid values in words; parse: text → value, raises ValueError; schema: a JSON Schema; meaning: a
+    sentence; setting: its name if one holds the default, else None; aliases: other names, tried in turn."""
     name: str
     takes: str
     parse: Callable
@@ -58,7 +58,7 @@ def seconds(name, **more):
 
 def choice(name, choices, **more):
     def parse(text):
-        value = text.lower().replace(" ", "+")  # what a + in a query says
+        value = text.lower().replace(" ", "+")  # a + in a query means a space
         if value not in choices:
             raise ValueError
         return value
@@ -73,16 +73,16 @@ def yes_or_no(name, **more):
     return Option(name, "true or false", parse, {"enum": [True, False, 1, 0, *YES_OR_NO]}, **more)
 
 
-TOP_K = integer("top_k", 1, 10, setting="top_k", meaning="How many classes the answer of a classifier has.")
+TOP_K = integer("top_k", 1, 10, setting="top_k", meaning="How many classes a classifier returns.")
 METHOD = choice("method", FACE_METHODS, setting="face_method",
-                meaning="What ocean looks at: the largest face, or 422; the whole picture; or the face and, where "
-                        "there is none, the whole picture.")
+                meaning="What ocean analyses: the largest face, or 422; the whole picture; or the face or, if there "
+                        "is none, the whole picture.")
 TTA = yes_or_no("tta", setting="tta", aliases=("use_tta",),
                 meaning="Whether ocean averages over the picture and its mirror image; use_tta is the same.")
 FRAMES = integer("frames", 1, MOST_FRAMES, setting="video_frames",
-                 meaning="How many frames of a video the answer is the mean of: the middle one of each of as many "
-                         "equal stretches.")
-AT = seconds("at", meaning="The second of a video whose frame is looked at, instead of `frames`.")
+                 meaning="How many frames of a video the answer averages: the middle one of each of that many equal "
+                         "segments.")
+AT = seconds("at", meaning="The second of a video whose frame is analysed, instead of `frames`.")
 
 ALL = (TOP_K, METHOD, TTA, FRAMES, AT)
 
@@ -90,7 +90,7 @@ ALL = (TOP_K, METHOD, TTA, FRAMES, AT)
 def read(option, settings, used):
     """{name: value} of the options in `used`, from what the caller sent. option: name → text, or None.
 
-    Raises ServiceError INVALID_PARAMETER, which names the option, also one that the model has no use for.
+    Raises ServiceError INVALID_PARAMETER, which names the option, even one that the model does not use.
     """
     values = {declared.name: declared.value(option, settings) for declared in ALL}
     return {declared.name: values[declared.name] for declared in used}

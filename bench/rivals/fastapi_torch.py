@@ -1,4 +1,4 @@
-"""FastAPI and Uvicorn around torch: one process a core, its event loop kept free by a thread for the model.
+"""FastAPI and Uvicorn around torch: one process per core, whose event loop is kept free by a thread for the model.
 
     uvicorn --workers 2 --host 127.0.0.1 --port 8000 bench.rivals.fastapi_torch:app
 """

@@ -1,4 +1,4 @@
-"""Flask and Gunicorn around torch: one sync worker a core.
+"""Flask and Gunicorn around torch: one sync worker per core.
 
     gunicorn --workers 2 --bind 127.0.0.1:8000 bench.rivals.flask_torch:app
 """

@@ -1,4 +1,4 @@
-"""LitServe around torch: one worker a core.
+"""LitServe around torch: one worker per core.
 
     python -m bench.rivals.litserve_torch WORKERS PORT
 """
@@ -9,7 +9,7 @@ import litserve
 
 class ClassifierAPI(litserve.LitAPI):
     def setup(self, device):
-        from bench.rivals.resnet50 import ResNet50  # in the workers only: the process that talks HTTP has no use for it
+        from bench.rivals.resnet50 import ResNet50  # only in the workers: the HTTP process does not need it
         self.model = ResNet50()
 
     def decode_request(self, request):

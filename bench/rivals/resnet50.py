@@ -1,4 +1,4 @@
-"""ResNet-50 with torch as every rival has it: weights from MODEL_PATH, torchvision's own transforms, one thread."""
+"""ResNet-50 with torch, as all rivals use it: weights from MODEL_PATH, torchvision's own transforms, one thread."""
 import io
 import os
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 try:
     import torchvision
-except RuntimeError:  # torchvision's operators for CUDA beside a CPU build of torch: see app/prepare/networks.py
+except RuntimeError:  # torchvision's CUDA operators with a CPU build of torch: see app/prepare/networks.py
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
@@ -15,7 +15,7 @@ except RuntimeError:  # torchvision's operators for CUDA beside a CPU build of t
 
 class ResNet50:
     def __init__(self):
-        torch.set_num_threads(1)  # as many processes as cores: more threads would fight for them
+        torch.set_num_threads(1)  # one process per core: more threads would compete for them
         self.transforms = torchvision.models.ResNet50_Weights.DEFAULT.transforms()
         self.module = torchvision.models.resnet50()
         self.module.load_state_dict(torch.load(os.environ["MODEL_PATH"], weights_only=True))
@@ -26,7 +26,7 @@ class ResNet50:
         return self.transforms(Image.open(io.BytesIO(data)).convert("RGB"))[None]
 
     def predict(self, batch):
-        """float32 (1, 3, 224, 224) → the five best classes."""
+        """float32 (1, 3, 224, 224) → the top five classes."""
         with torch.inference_mode():
             probabilities, classes = self.module(batch)[0].softmax(0).topk(5)
         return [{"class_id": i, "confidence": p} for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]

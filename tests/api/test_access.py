@@ -288,9 +288,9 @@ def test_without_origins_there_are_no_cors_headers(client):
     ("RATE_LIMIT", "60", "a limit such as 60/minute"),
     ("RATE_LIMIT", "60/fortnight", "a limit such as 60/minute"),
     ("RATE_LIMIT", "-1/minute", "a limit such as 60/minute"),
-    ("CORS_ORIGINS", "example.org", "* or origins such as https://example.org"),
-    ("CORS_ORIGINS", "https://a.example/path", "* or origins"),
-    ("CORS_ORIGINS", "https://.*", "* or origins"),
+    ("CORS_ORIGINS", "example.org", "* or comma-separated origins such as https://example.org"),
+    ("CORS_ORIGINS", "https://a.example/path", "* or comma-separated origins"),
+    ("CORS_ORIGINS", "https://.*", "* or comma-separated origins"),
     ("TRUSTED_PROXIES", "yes", "an integer from 0 to 10"),
 ])
 def test_bad_value_is_refused_in_one_line(variable, text, takes):

@@ -248,7 +248,7 @@ def test_redis_that_goes_and_comes_back(cached, redis_server, caplog):
     assert [x_cache(post(client, CAT)) for _ in range(5)] == ["miss"] * 5
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert warnings[0].startswith("the cache is out of reach, going on without it:")
+    assert warnings[0].startswith("the cache is unreachable, going on without it:")
     redis_server.start()
     wait_until(lambda: client.application.extensions["cache"].in_reach)
     assert [x_cache(post(client, CAT)) for _ in range(2)] == ["miss", "hit"]

@@ -1,4 +1,4 @@
-"""Clients of the exam: load from a process of its own, a watcher of /health, many different requests at once."""
+"""Clients of the exam: load from a separate process, a watcher of /health, many different requests at once."""
 import http.client
 import json
 import subprocess
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from bench import load
 
-started = []  # every BackgroundLoad, so that none outlives its check
+started = []  # all BackgroundLoads, so that none outlives its check
 
 
 def stop_all():
@@ -22,7 +22,7 @@ def stop_all():
 
 
 class BackgroundLoad:
-    """bench.load in a process of its own, which ends by itself after warm_s + seconds and the last answers."""
+    """bench.load in a process of its own, which ends after warm_s + seconds and the last answers."""
 
     def __init__(self, service, golden, seconds, warm_s=0, **how):
         self.process = subprocess.Popen([sys.executable, "-m", "bench.load"], cwd=ROOT, stdin=subprocess.PIPE,
@@ -37,7 +37,7 @@ class BackgroundLoad:
         return self.process.poll() is None
 
     def result(self):
-        """What bench.load found. Waits for its end."""
+        """Wait for bench.load to end and return its result."""
         with self.process.stdout as stdout:
             output = stdout.read()
         assert self.process.wait(self.seconds + load.DRAIN_S + 30) == 0
@@ -49,7 +49,7 @@ def put_load(service, golden, seconds, **how):
 
 
 class Watcher:
-    """Asks a path again and again over new connections, until its block ends. seen: (moment, status or None, s)."""
+    """Polls a path over new connections until its block ends. seen: (moment, status or None, seconds)."""
 
     def __init__(self, port, path="/health", every_s=0.05):
         self.port, self.path, self.every_s, self.seen = port, path, every_s, []
@@ -100,7 +100,7 @@ def multipart(data):
 def ask_all(port, requests, connections=4):
     """Send (key, method, path, headers, body) requests from an iterable over several keep-alive connections.
 
-    Returns [(key, status or None where the connection broke, body, seconds)].
+    Returns [(key, status or None if the connection broke, body, seconds)].
     """
     answers, lock, source = [], threading.Lock(), iter(requests)
 

@@ -1,4 +1,4 @@
-"""Checks 14 and 15: clients that drip, and clients that leave."""
+"""Checks 14 and 15: slow clients, and clients that disconnect."""
 import contextlib
 import getpass
 import http.client
@@ -42,8 +42,8 @@ http {{
 
 @contextlib.contextmanager
 def dripping(port):
-    """SLOW_CLIENTS that send one byte every half second, half of them in their headers, half in their bodies, and stay
-    turned away once they are."""
+    """SLOW_CLIENTS that send one byte every half second, half of them in the headers, half in the body, and do not
+    reconnect once they are disconnected."""
     stopping = threading.Event()
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: "
     with contextlib.ExitStack() as stack:
@@ -63,7 +63,7 @@ def dripping(port):
 
 @pytest.fixture
 def proxy(tmp_path):
-    """start(service): the port of an nginx before it that passes on whole requests only."""
+    """start(service): the port of an nginx in front of it that only forwards complete requests."""
     with contextlib.ExitStack() as stack:
         def start(service):
             port = free_port()
@@ -76,7 +76,7 @@ def proxy(tmp_path):
         yield start
 
 
-@pytest.mark.check(14, "200 slow-dripping headers and bodies", "healthy p99 < 1 s, bare and behind the proxy")
+@pytest.mark.check(14, "200 slow clients (headers or bodies)", "other clients' p99 < 1 s, without and with a proxy")
 def test_slow_clients(start_service, golden, quick, proxy, record_property):
     service = start_service(REQUEST_TIMEOUT=str(REQUEST_TIMEOUT_S)).wait_ready()
     front = proxy(service)
@@ -93,7 +93,7 @@ def test_slow_clients(start_service, golden, quick, proxy, record_property):
 
 
 def one_is_answered(port):
-    """Whether a new client gets its prediction, and within a second."""
+    """Whether a new client gets its prediction within a second."""
     with contextlib.suppress(OSError, http.client.HTTPException):
         _, body = ask(port, "POST", "/predict", *multipart(CAT), timeout_s=1)
         return b"tiger cat" in body
@@ -111,7 +111,7 @@ def threads(pid):
 
 
 def leave(port, count, seed):
-    """Clients that go away, in mid-upload, or before or within their answer; half of them with a reset."""
+    """Clients that disconnect in mid-upload, or before or during their answer; half of them with a reset."""
     order, request = random.Random(seed), request_bytes(CAT)
     for i in range(count):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as s:
@@ -125,8 +125,8 @@ def leave(port, count, seed):
                     s.recv(1)
 
 
-@pytest.mark.check(15, "1000 clients that leave mid-upload or mid-answer",
-                   "descriptors and threads back to where they were; no traceback")
+@pytest.mark.check(15, "1000 clients that disconnect mid-upload or mid-answer",
+                   "as many descriptors and threads as before; no traceback")
 def test_clients_that_leave(start_service, record_property):
     service = start_service().wait_ready()
     (worker,) = service.workers()

@@ -1,4 +1,4 @@
-"""Check 23: a disk that takes nothing more."""
+"""Check 23: a disk that cannot be written to."""
 import contextlib
 import os
 import subprocess
@@ -10,7 +10,7 @@ from conftest import encoded, photo
 
 @contextlib.contextmanager
 def small_disk(folder, state):
-    """A folder to which nothing can be written: for root a small file system of its own, full or read-only."""
+    """A folder that cannot be written to; for root a small separate file system, full or read-only."""
     folder.mkdir()
     if os.geteuid() != 0:
         folder.chmod(0o500)
@@ -29,13 +29,13 @@ def small_disk(folder, state):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.check(23, "/tmp full or read-only; a metrics directory that is, with an empty .db",
-                   "predictions go on; /metrics 200")
+@pytest.mark.check(23, "/tmp or a metrics directory full or read-only; an empty .db file",
+                   "predictions continue; /metrics 200")
 def test_full_disk(start_service, golden, tmp_path, record_property):
     metrics = tmp_path / "metrics"
     metrics.mkdir()
     (metrics / "counter_1.db").touch()
-    large = encoded(photo("astronaut").resize((1500, 1500)), "PNG")  # more than is spooled in memory by default
+    large = encoded(photo("astronaut").resize((1500, 1500)), "PNG")  # more than Werkzeug keeps in memory by default
     for state in ("full", "read-only"):
         with small_disk(tmp_path / state, state) as folder:
             with pytest.raises(OSError, match=r".*"):

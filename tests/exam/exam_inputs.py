@@ -1,4 +1,4 @@
-"""Checks 16 to 19 and 22: files and requests that are broken on purpose, and pictures in every form."""
+"""Checks 16 to 19 and 22: deliberately broken files and requests, and pictures in every form."""
 import json
 import random
 import socket
@@ -21,7 +21,7 @@ def post(key, data):
 
 
 def mutated(data, order):
-    """A file with one to eight changes: bytes flipped, cut out, doubled, or overwritten with extremes."""
+    """A file with one to eight changes: bits flipped, bytes removed, repeated, or overwritten with extremes."""
     data = bytearray(data)
     for _ in range(order.randint(1, 8)):
         at, length = order.randrange(len(data)), order.choice([1, 2, 4, 16, 256])
@@ -34,12 +34,12 @@ def mutated(data, order):
             del data[at:at + length]
         elif kind == 3:
             data[at:at] = data[at:at + length]
-        else:  # the head holds what decides most
+        else:  # the header matters most
             data[order.randrange(min(64, len(data)))] = order.randrange(256)
     return bytes(data)
 
 
-@pytest.mark.check(16, "2000 mutated files of each image format (quick: 200)", "only 200 and 4xx; no worker dies")
+@pytest.mark.check(16, "2000 mutated files per image format (quick: 200)", "only 200 and 4xx; no worker dies")
 def test_mutated_files(service, quick, record_property):
     workers, order = service.workers(), random.Random(0)
     files = {name: encoded(photo("chelsea").resize((90, 60)), name) for name in FORMATS}
@@ -57,7 +57,7 @@ def test_mutated_files(service, quick, record_property):
     assert "Traceback" not in service.log
 
 
-@pytest.mark.check(17, "files truncated at every 1/64", "400 in < 1 s")
+@pytest.mark.check(17, "files truncated at each 1/64 of their length", "400 in < 1 s")
 def test_truncated_files(service, record_property):
     files = {name: encoded(photo("chelsea"), name) for name in FORMATS}
     answers = ask_all(service.port, (post(name, data[:len(data) * part // 64])
@@ -79,7 +79,7 @@ def png(width, height, *chunks):
 
 
 def bombs():
-    """{name: a small file that asks for much}."""
+    """{name: a small file that demands large resources}."""
     rows = png_chunk(b"IDAT", zlib.compress(bytes(3 * 9000 + 1) * 9000, 9))
     huge = bytearray(encoded(Image.new("RGB", (16, 16)), "BMP"))
     huge[18:26] = struct.pack("<ii", 60_000, 60_000)
@@ -114,7 +114,7 @@ def test_bombs(service, record_property):
     prepared = {name: multipart(data) for name, data in bombs().items()}
     ask(service.port, "POST", "/predict", *multipart(b"no picture"))
     before = memory_mb(worker, "VmRSS")
-    Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak is counted from here
+    Path(f"/proc/{worker}/clear_refs").write_text("5")  # resets the peak
     answers = []
     for name, (headers, body) in prepared.items():
         started = time.monotonic()
@@ -132,11 +132,11 @@ def test_bombs(service, record_property):
 
 
 def forms():
-    """{name: a coffee in that form of file}; a machine that reads them right sees an espresso in each."""
+    """{name: a picture of a coffee in that form of file}; if read correctly, each one is an espresso."""
     picture = photo("coffee").convert("RGB")
     turned = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-              8: Image.Transpose.ROTATE_270}  # how a picture is stored that its EXIF orientation turns upright
+              8: Image.Transpose.ROTATE_270}  # how a picture with this EXIF orientation is stored
     found = {}
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -156,7 +156,7 @@ def forms():
                    "top-1 equals the RGB reference")
 def test_forms_of_pictures(service, golden, record_property):
     files = forms()
-    wanted = golden["expected"][1][0]  # of the coffee
+    wanted = golden["expected"][1][0]  # for the coffee
     answers = ask_all(service.port, (post(name, data) for name, data in files.items()))
     best = {name: json.loads(body)["predictions"][0] for name, status, body, _ in answers if status == 200}
     wrong = [name for name in files if name not in best or best[name]["class_id"] != wanted]
@@ -170,7 +170,7 @@ def test_forms_of_pictures(service, golden, record_property):
 
 
 def answer_to(port, pieces):
-    """Status of what is answered to raw bytes, or None where the connection ends without an answer."""
+    """Status of the answer to raw bytes, or None if the connection ends without one."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
         try:
             for piece in pieces:
@@ -183,7 +183,7 @@ def answer_to(port, pieces):
             return None
 
 
-@pytest.mark.check(22, "oversize, chunked oversize, 10 000 parts, bad boundary",
+@pytest.mark.check(22, "oversized and oversized chunked bodies, 10 000 parts, bad boundary",
                    "413 or 400, or the connection closed; no 5xx")
 def test_oversize_and_malformed(service, record_property):
     workers, mb = service.workers(), bytes(2**20)

@@ -1,4 +1,4 @@
-"""Checks 25 to 29, 32 and 33: clients that drip, say nothing, never read or send bombs; a machine that others use."""
+"""Checks 25 to 29, 32 and 33: clients that are slow, silent, never read or send bombs; a busy machine."""
 import base64
 import contextlib
 import io
@@ -26,8 +26,8 @@ DRIP = b"GET /health HTTP/1.1\r\nContent-Length: 100000\r\n\r\n"
 
 @contextlib.contextmanager
 def besieged(port, dripping, silent=0, heads=(b"", b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Slow: ")):
-    """Clients that send a byte every half second, of bodies and of headers, and come back when they are turned away;
-    and some that connect and say nothing."""
+    """Clients that send a byte of a header or body every half second and reconnect when disconnected; and clients that
+    connect and send nothing."""
     stopping, slow = threading.Event(), []
 
     def come_back(i):
@@ -60,8 +60,8 @@ def besieged(port, dripping, silent=0, heads=(b"", b"POST /predict HTTP/1.1\r\nH
             s.close()
 
 
-@pytest.mark.check(25, "200 clients that drip headers or bodies and come back, 1,000 that say nothing, no proxy",
-                   "throughput of 4 honest ones ≥ 0.9 × without them; /health p99 < 250 ms")
+@pytest.mark.check(25, "200 slow clients (headers or bodies) that reconnect, 1,000 silent ones, no proxy",
+                   "throughput of 4 normal ones ≥ 0.9 × without them; /health p99 < 250 ms")
 def test_siege(start_service, golden, quick, record_property):
     service, seconds = start_service(REQUEST_TIMEOUT="8").wait_ready(), 3 if quick else 8
     without, during, health = [], [], []
@@ -85,7 +85,7 @@ def test_siege(start_service, golden, quick, record_property):
 
 
 @pytest.mark.check(26, "60 clients that pipeline requests for large answers and never read",
-                   "cut off within REQUEST_TIMEOUT + 5 s; predictions go on meanwhile")
+                   "disconnected within REQUEST_TIMEOUT + 5 s; predictions continue meanwhile")
 def test_clients_that_never_read(start_service, golden, record_property):
     timeout_s = 4
     service = start_service(REQUEST_TIMEOUT=str(timeout_s)).wait_ready()
@@ -102,7 +102,7 @@ def test_clients_that_never_read(start_service, golden, record_property):
         def open_ones():
             text = requests.get(service.url + "/metrics").text
             return float(text.split("\nmodel_server_connections ")[1].split()[0])
-        wait_until(lambda: open_ones() <= 4 + 1, timeout_s + 10, "they were not cut off")
+        wait_until(lambda: open_ones() <= 4 + 1, timeout_s + 10, "they were not disconnected")
         cut_off_s = time.monotonic() - started
         result = load.result()
     record_property("cut off after s", round(cut_off_s, 1))
@@ -113,7 +113,7 @@ def test_clients_that_never_read(start_service, golden, record_property):
     assert result["wrong"] == result["non_200"] == result["lost"] == 0
 
 
-@pytest.mark.check(27, "200 probes with a body that drips", "/health for others p99 < 250 ms")
+@pytest.mark.check(27, "200 probes with a slow body", "/health p99 for others < 250 ms")
 def test_dripping_probes(service, record_property):
     with besieged(service.port, 200, heads=(DRIP,)), Watcher(service.port) as watcher:
         time.sleep(6)
@@ -123,7 +123,7 @@ def test_dripping_probes(service, record_property):
     assert watcher.p99_ms() < HEALTH_MS
 
 
-@pytest.mark.check(28, "TLS: 1,000 requests on 8 kept connections", "all right, no worker lost")
+@pytest.mark.check(28, "TLS: 1,000 requests on 8 keep-alive connections", "all right, no worker lost")
 def test_tls(start_service, tmp_path, record_property):
     need("openssl")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
@@ -152,7 +152,7 @@ def test_tls(start_service, tmp_path, record_property):
 
 @contextlib.contextmanager
 def busy_cores():
-    """A process at normal priority on every core that does nothing but calculate."""
+    """A process on every core that keeps it busy at normal priority."""
     code = "import os\nos.sched_setaffinity(0, {%d})\nwhile True: 0"
     processes = [subprocess.Popen([sys.executable, "-c", code % core]) for core in os.sched_getaffinity(0)]
     try:
@@ -180,7 +180,7 @@ def test_busy_machine(service, golden, quick, record_property):
     assert half["wrong"] == half["non_200"] == half["lost"] == 0
 
 
-@pytest.mark.check(32, "SIGTERM while clients drip uploads",
+@pytest.mark.check(32, "SIGTERM during slow uploads",
                    "ends within DRAIN_SECONDS + REQUEST_TIMEOUT + 1 s; exit 0")
 def test_stop_beside_dripping_uploads(start_service, record_property):
     drain_s, timeout_s = 1, 4
@@ -197,21 +197,21 @@ def test_stop_beside_dripping_uploads(start_service, record_property):
 
 
 def many_scans(scans, side=2000):
-    """A progressive JPEG whose last scan is repeated: a few bytes, and all coefficients are gone through each time."""
+    """A progressive JPEG whose last scan is repeated: a few bytes each, but each is a pass over all coefficients."""
     data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
 
 
 def run_length_bmp(width, height):
-    """A BMP of 8 bits run-length encoded whose data ends at once."""
+    """A run-length encoded 8-bit BMP whose data ends at once."""
     head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 2835, 2835, 256, 0)
     palette, data = bytes(1024), b"\x00\x01"
     return struct.pack("<2sIHHI", b"BM", 14 + 40 + 1024 + len(data), 0, 0, 14 + 40 + 1024) + head + palette + data
 
 
 def huge_tile(side):
-    """A TIFF of 16 × 16 pixels in one tile of side × side, packed."""
+    """A TIFF of 16 × 16 pixels in one compressed tile of side × side."""
     tile = zlib.compress(bytes(side * side), 9)
     tags = [(256, 3, 16), (257, 3, 16), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, side),
             (323, 4, side), (324, 4, 8 + 2 + 12 * 10 + 4), (325, 4, len(tile))]
@@ -233,7 +233,7 @@ def png_with(text_bytes, icc_bytes):
 
 
 def calculating_bombs():
-    """{name: (headers, body) of a request that asks for much calculation or memory}."""
+    """{name: (headers, body) of a request that demands much computation or memory}."""
     files = {"JPEG of 2,000 scans": many_scans(2000), "JPEG of 49 megapixels, 46 scans": many_scans(40, 7000),
              "run-length BMP of 49 megapixels": run_length_bmp(7000, 7000),
              "TIFF with a tile of 12288²": huge_tile(12288),
@@ -244,7 +244,7 @@ def calculating_bombs():
             "base64 in 60 MB of white space": ({"Content-Type": "application/json"}, blank)}
 
 
-@pytest.mark.check(33, "bombs that calculate: JPEG scans, run-length BMP, TIFF tiles, white space in base64, many "
+@pytest.mark.check(33, "computation bombs: JPEG scans, run-length BMP, TIFF tiles, white space in base64, many "
                        "frames, huge text and ICC",
                    "each ends by its deadline with 200, 4xx or 504; memory + < 100 MB; other clients' p99 < 5 × "
                    "unloaded")
@@ -255,7 +255,7 @@ def test_calculating_bombs(start_service, golden, record_property):
     unloaded = put_load(service, golden, 3, warm_s=1, rate=10, even=True)["latency_ms"]["p99"]
     worst_ms, outcomes, body_mb = 0, {}, {}
     for name, (headers, body) in calculating_bombs().items():
-        body_mb[name] = 2 * len(body) / 2**20 if len(body) > 2**20 else 0  # what was sent, and its copy, are no bomb
+        body_mb[name] = 2 * len(body) / 2**20 if len(body) > 2**20 else 0  # the body and its copy do not count
         before, most, done = pss_mb(service.process.pid, "Pss_Anon"), [0], threading.Event()
 
         def sample(most=most, done=done):

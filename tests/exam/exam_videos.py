@@ -1,4 +1,4 @@
-"""Checks 20 and 21: videos that ask for much, and what only pretends to be one."""
+"""Checks 20 and 21: videos that demand large resources, and files that pretend to be videos."""
 import json
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ from conftest import encoded
 from PIL import Image
 from videos import NO_VIDEOS, motion_jpeg, numbered, saying_count, write
 
-CEILING_MB = 1500  # of a process that decodes: what OpenCV maps by itself, and 768 MiB
-CPU_SECONDS, SLACK_S = 10, 5  # a video has as much to be decoded in; processes start, and share two cores
+CEILING_MB = 1500  # of a decoding process: what OpenCV itself maps, plus 768 MiB
+CPU_SECONDS, SLACK_S = 10, 5  # the limit for decoding a video; processes have to start, and share two cores
 
 
 def post(key, data):
@@ -18,13 +18,13 @@ def post(key, data):
 
 
 def decoders(worker):
-    """Process ids of a worker's video decoders, the idle ones too."""
+    """Process IDs of a worker's video decoders, including idle ones."""
     tasks = Path(f"/proc/{worker}/task")
     return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
 
 
 def bombs():
-    """{name: a small video that asks for much}."""
+    """{name: a small video that demands large resources}."""
     huge = encoded(Image.new("RGB", (10_000, 10_000)), "JPEG")
     small, tiny = (encoded(picture, "JPEG", quality=10) for picture in (Image.fromarray(numbered(7)),
                                                                         Image.new("L", (16, 16))))
@@ -36,7 +36,7 @@ def bombs():
 
 
 @pytest.mark.check(20, "video bombs: huge frame, 100 000 frames, lying headers",
-                   "4xx or capped; memory within its ceiling")
+                   "200 or 4xx in time; memory within its limit")
 def test_video_bombs(service, record_property):
     (worker,) = service.workers()
     most_mb = 0
@@ -55,7 +55,7 @@ def test_video_bombs(service, record_property):
 
 
 def sockets(pids):
-    """{(process, socket)} that these processes have open."""
+    """{(process, socket)} of the sockets that these processes have open."""
     found = set()
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -65,7 +65,7 @@ def sockets(pids):
     return found
 
 
-@pytest.mark.check(21, "SDP, HLS, concat, DASH, MPEG-TS, sound as a \"video\"", "4xx < 200 ms; no socket opened")
+@pytest.mark.check(21, "SDP, HLS, concat, DASH, MPEG-TS or audio sent as a \"video\"", "4xx < 200 ms; no socket opened")
 def test_what_pretends_to_be_a_video(service, record_property):
     (worker,) = service.workers()
     (warm,) = ask_all(service.port, [post("real", write([numbered(1)] * 5))], connections=1)  # starts a decoder
@@ -73,7 +73,7 @@ def test_what_pretends_to_be_a_video(service, record_property):
     before = decoders(worker)
     opened = sockets(before)
     listening = Path("/proc/net/udp").read_text().count("\n")
-    box = b"\0\0\0\x18ftypisom\0\0\0\0isomiso2"  # an MP4's first one, so that the check of the first bytes passes
+    box = b"\0\0\0\x18ftypisom\0\0\0\0isomiso2"  # an MP4's first box, so that the check of the first bytes passes
     asked = NO_VIDEOS | {f"MP4 box, then {name}": box + data for name, data in NO_VIDEOS.items()}
     answers = ask_all(service.port, (post(name, data) for name, data in asked.items()), connections=1)
     record_property("files", len(answers))

@@ -1,4 +1,4 @@
-"""The service with a fault planted on purpose, for checks that need one."""
+"""The service with a deliberate fault, for checks that need one."""
 import time
 
 from app import create_app
@@ -8,13 +8,13 @@ LEAK_BYTES = 20_000
 
 
 def create_slow():
-    """The service, whose model takes longer to load."""
+    """The service with a model that loads slowly."""
     time.sleep(SLOW_LOAD_S)
     return create_app()
 
 
 def create_leaking():
-    """The service, which forgets to free something after every request."""
+    """The service with a memory leak in every request."""
     app, kept = create_app(), []
 
     @app.after_request

@@ -1,6 +1,6 @@
-"""The reliability exam as a plugin of pytest: options, golden answers, a time limit for each check, the table.
+"""The reliability exam as a pytest plugin: options, golden answers, a time limit for each check, the table.
 
-A check is a test with the mark check(number, what is done, what it takes to pass); its figures are record_property's.
+A check is a test with the mark check(number, what is done, pass criterion); record_property adds its measurements.
 """
 import datetime
 import json
@@ -14,13 +14,13 @@ import pytest
 from bench.__main__ import machine
 
 HERE = Path(__file__).parent
-CHECK_WITHIN_S = 900  # far more than any check takes: whatever hangs, the exam ends
+CHECK_WITHIN_S = 900  # far more than any check takes: the exam ends whatever hangs
 PICTURES = ["chelsea", "coffee", "camera", "rocket"]
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("exam")
-    group.addoption("--quick", action="store_true", help="shorter and fewer: half the time")
+    group.addoption("--quick", action="store_true", help="shorter and fewer checks, in half the time")
     group.addoption("--only", help="numbers of the checks to run, such as 2,3,15")
     group.addoption("--output", type=Path, help="default: tests/exam/results.json, or results-quick.json with --quick")
 
@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The chosen checks in the order of their numbers; checks that share a service are in one module, and stay so."""
+    """Keep the chosen checks, sorted by number."""
     only = config.getoption("--only")
     chosen = [item for item in items if only is None or str(check_of(item)[0]) in only.split(",")]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
@@ -50,7 +50,7 @@ def quick(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """Whatever happens in a check, it ends, and its load with it."""
+    """Ends every check, and its load, whatever happens in it."""
     import clients
 
     def too_late(*_):
@@ -64,7 +64,7 @@ def bounded():
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory):
-    """What a load sends and what is right: part of a specification of bench.load. The answers are torch's own."""
+    """What a load sends and expects, as part of a bench.load specification. The answers are torch's own."""
     import torch
     from conftest import encoded, photo
 
@@ -75,7 +75,7 @@ def golden(tmp_path_factory):
     files, expected = [], []
     for name in PICTURES:
         picture = photo(name).convert("RGB").resize((320, 256))
-        path = folder / f"{name}.png"  # without loss: torch sees the same pixels
+        path = folder / f"{name}.png"  # lossless: torch sees the same pixels
         path.write_bytes(encoded(picture, compress_level=1))
         with torch.inference_mode():
             probabilities = module(torch.from_numpy(LITE0_PREPROCESSING(picture))[None])[0].softmax(0)
@@ -85,7 +85,7 @@ def golden(tmp_path_factory):
 
 
 def processor_seconds():
-    """(seconds that all processors were busy, those of them that this process and its descendants took)."""
+    """(seconds that all processors were busy, the share of this process and its descendants in seconds)."""
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     parents, times = {}, {}
@@ -96,7 +96,7 @@ def processor_seconds():
             continue
         pid = int(path.parent.name)
         parents[pid] = int(fields[1])
-        times[pid] = sum(map(int, fields[11:15]))  # with its children that have ended
+        times[pid] = sum(map(int, fields[11:15]))  # includes its children that have ended
     ours = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= more
@@ -105,7 +105,7 @@ def processor_seconds():
 
 @pytest.fixture(autouse=True)
 def others_share(record_property):
-    """What other programs took of the processors meanwhile: a check that only a busy machine made fail says so."""
+    """How much of the processors other programs used meanwhile, so that a check failing on a busy machine says so."""
     busy, ours = processor_seconds()
     started = time.monotonic()
     yield
@@ -116,7 +116,7 @@ def others_share(record_property):
 
 
 class Report:
-    """Gathers the outcome of every check, prints the table, writes the JSON."""
+    """Collects the outcome of every check, prints the table, writes the JSON."""
 
     def __init__(self, config):
         self.config, self.rows = config, []
@@ -124,7 +124,7 @@ class Report:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.when == "teardown" and self.rows and report.passed:  # told by a fixture that ends after the check
+        if report.when == "teardown" and self.rows and report.passed:  # includes what fixtures record after the check
             self.rows[-1]["measured"] = dict(item.user_properties)
         if report.when == "call" or not report.passed:
             number, what, passes = check_of(item)

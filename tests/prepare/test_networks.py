@@ -65,7 +65,7 @@ def test_one_flipped_bit_is_noticed(checkpoint, tmp_path):
     data = bytearray(checkpoint("resnet18").read_bytes())
     data[len(data) // 2] ^= 0x10
     (tmp_path / "flipped.pt").write_bytes(data)
-    with pytest.raises(WeightsError, match=r"flipped\.pt is damaged: the checksum of .*data/\d+ in it does not fit"):
+    with pytest.raises(WeightsError, match=r"flipped\.pt is damaged: the checksum of .*data/\d+ in it does not match"):
         networks.load_classifier("resnet18", tmp_path / "flipped.pt", fine_tuned=True)
 
 
@@ -87,8 +87,8 @@ def test_damaged_files_are_refused(checkpoint, tmp_path, damage, suffix):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("a\nb\n", "has 2 labels, but the model has 3 classes"),
-    ('["a", "b", 3]', "must be a JSON list of texts"),
-    ('["a", ', "looks like JSON and is not"),
+    ('["a", "b", 3]', "must be a JSON list of strings"),
+    ('["a", ', "looks like JSON but is not"),
 ])
 def test_wrong_labels_are_refused(tmp_path, text, message):
     path = tmp_path / "labels"

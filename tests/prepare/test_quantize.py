@@ -52,8 +52,8 @@ def test_int8_answers_nearly_as_fp32_and_says_how_nearly(int8, app, capfd):
     assert a.argmax() == b.argmax()
     assert 1e-6 < np.abs(a - b).max() < 0.3
     said = capfd.readouterr().err
-    assert "int8 beside fp32 on 2 pictures held out" in said
-    assert said.count("not used to calibrate") == 2
+    assert "int8 against fp32 on 2 held-out pictures" in said
+    assert said.count("not used for calibration") == 2
 
 
 def test_int8_weights_take_a_quarter(int8, settings):
@@ -87,12 +87,12 @@ def test_a_wrong_int8_network_fails_its_self_test(int8):
     model = int8().current
     outputs = model.manifest.self_test["outputs"]
     model.manifest = dataclasses.replace(model.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
-    with pytest.raises(ModelError, match="answers its self-test wrongly"):
+    with pytest.raises(ModelError, match="fails its self-test: the outputs are off"):
         model.self_test()
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"CALIBRATION_DIR": ""}, "PRECISION is int8, which needs CALIBRATION_DIR, a folder of pictures"),
+    ({"CALIBRATION_DIR": ""}, "PRECISION is int8, which needs CALIBRATION_DIR, a folder of typical pictures"),
     ({"CALIBRATION_DIR": "/nowhere"}, "CALIBRATION_DIR /nowhere has 0 files; at least 10 pictures are needed"),
     ({"ENGINE": "torch"}, "PRECISION is int8, which needs ENGINE=openvino")])
 def test_int8_is_refused_in_one_line_where_it_cannot_be_had(int8, tmp_path, variables, message):

@@ -200,7 +200,7 @@ def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
     wait_until(lambda: len(service.workers()) > 1, 10)
     (preparing,) = set(service.workers()) - set(workers)
     os.kill(preparing, signal.SIGKILL)
-    assert "ended before it was through" in command.communicate(timeout=30)[1]
+    assert "ended prematurely" in command.communicate(timeout=30)[1]
     assert command.returncode == 1
     wait_until(lambda: service.workers() == workers, 5)
     assert service.predict(CAT).status_code == 200
@@ -383,6 +383,7 @@ def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
                     "-out", str(tmp_path / "cert.pem")], check=True, capture_output=True)
     service = start_service(GUNICORN_CMD_ARGS=f"--certfile {tmp_path}/cert.pem --keyfile {tmp_path}/key.pem")
     service.url = service.url.replace("http:", "https:")
+    silent = socket.create_connection(("127.0.0.1", service.port))
     session = requests.Session()
     session.trust_env = False  # its certificates would win
     session.verify = str(tmp_path / "cert.pem")
@@ -393,6 +394,9 @@ def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
         assert answer.json()["predictions"][0]["class"] == "tiger cat"
     assert f'"url": "{service.url}"' in service.log
     assert service.workers() == [worker]
+    with silent:  # who never begins a handshake
+        silent.settimeout(HEADERS_WITHIN_S + 4)
+        assert silent.recv(1) == b""
 
 
 def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):

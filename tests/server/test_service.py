@@ -58,6 +58,26 @@ def test_workers_use_openvino_and_never_load_torch(service):
     assert "libopenvino" not in Path(f"/proc/{service.process.pid}/maps").read_text()
 
 
+def test_inference_has_the_priority_of_any_program(service):
+    """At nice 19 one busy process on the core made an answer take a second."""
+    (worker,) = service.workers()
+    nice = {int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
+            for task in Path(f"/proc/{worker}/task").iterdir()}
+    assert nice == {os.nice(0)}
+
+
+def test_health_command_asks_the_service_itself(service):
+    def ask(**variables):
+        return subprocess.run([sys.executable, "-m", "app", "health"], cwd=ROOT, capture_output=True, text=True,
+                              check=False, env={**os.environ, "PORT": str(service.port), "HOST": "0.0.0.0",
+                                                "http_proxy": "http://127.0.0.1:9", **variables})
+    healthy = ask()
+    assert healthy.returncode == 0
+    assert json.loads(healthy.stdout)["status"] == "healthy"
+    nobody = ask(PORT=str(free_port()))
+    assert (nobody.returncode, nobody.stdout[:10]) == (1, "no answer:")
+
+
 def test_uploads_are_not_written_to_disk(service):
     worker = service.workers()[0]
     big = encoded(photo("astronaut").resize((1500, 1500)), "PNG")
@@ -115,9 +135,9 @@ def test_sigterm_ends_it_with_exit_code_0_and_leaves_nothing(start_service):
     ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{other}"}, "does not fit resnet50"),
     ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{corrupt}", "MODEL_FALLBACK": "efficientnet_lite0"},
      "cannot be read as a checkpoint"),
-    ({"MODEL_NAME": "resnet50", "WEIGHTS_MIRROR": "http://127.0.0.1:9"}, "the weights of resnet50 cannot be had"),
+    ({"MODEL_NAME": "resnet50", "WEIGHTS_MIRROR": "http://127.0.0.1:9"}, "the weights of resnet50 are not available"),
     ({"TOP_K": "20"}, "TOP_K must be an integer from 1 to 10, got '20'"),
-    ({"DEVICE": "cuda"}, "DEVICE is cuda, but no NVIDIA GPU"),
+    ({"DEVICE": "cuda"}, "DEVICE is cuda, but there is no NVIDIA GPU"),
     ({"PRECISION": "fp16"}, "PRECISION is fp16, which is for GPUs"),
 ])
 def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_path, checkpoint, variables, message):
@@ -145,6 +165,8 @@ def test_fallback_answers_loudly_where_the_weights_cannot_be_had(start_service):
 def test_a_damaged_export_is_made_again(start_service, tmp_path):
     service = start_service(MODEL_DIR=str(tmp_path)).wait_ready()
     service.stop()
+    messages = [json.loads(line)["message"] for line in service.log.splitlines()]  # one JSON object a line, all of it
+    assert sum(message.startswith("preparing efficientnet_lite0: ") for message in messages) == 3
     (weights,) = tmp_path.glob("bundles/*/model.bin")
     data = bytearray(weights.read_bytes())
     data[1000] ^= 1

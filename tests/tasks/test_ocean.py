@@ -254,8 +254,8 @@ def cut(state, *names):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda s: {"model": s, "config": {"BACKBONE": "resnet50"}}, "says that its backbone is resnet50, but its weights"),
     (lambda s: {"model": s, "label_cols": ["a", "b"]}, "has a head of 5 outputs, expected 2 (a, b)"),
-    (lambda s: {"model": s, "label_cols": ["a"] * 5}, "no list of different names"),
-    (lambda s: {"model": s, "label_cols": "openness"}, "no list of different names"),
+    (lambda s: {"model": s, "label_cols": ["a"] * 5}, "not a list of distinct names"),
+    (lambda s: {"model": s, "label_cols": "openness"}, "not a list of distinct names"),
     (lambda s: cut(s, "head.1.weight"), "found a dict with the keys backbone."),
     (lambda s: cut(s, "head.1.bias"), "1 missing (such as head.1.bias)"),
     (lambda s: cut(s, "backbone.layer4.1.conv2.weight"), "1 missing (such as backbone.layer4.1.conv2.weight)"),
