@@ -14,6 +14,12 @@ from app.server import board, counters, lifecycle
 from app.server.logs import flush, logging_config
 from app.server.machine import plan as plan_of
 
+for descriptor in (0, 1, 2):  # one that is closed would become a socket, and logs would be written into it
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+
 try:
     settings = Settings.load()
     plan = plan_of(settings)
@@ -38,7 +44,7 @@ backlog = 2048
 timeout = 15            # seconds without a heartbeat
 graceful_timeout = math.ceil(settings.request_timeout) + 5
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 control_socket_disable = True
 preload_app = False     # the model loads in each worker: torch and OpenVINO do not survive a fork
 limit_request_line = 4094
@@ -60,8 +66,9 @@ def nworkers_changed(server, new, old):
         if getattr(server.cfg, name) != value:
             sys.exit(f"error: {OPTIONS[name]} cannot be chosen: the service has a worker class of its own, which loads "
                      "its model after the fork and needs no threads for connections")
-    if new < 1:
-        sys.exit(f"error: -w/--workers must be at least 1, got {new}")
+    for option, value in (("-w/--workers", new), ("--keep-alive", server.cfg.keepalive)):
+        if value < 1:
+            sys.exit(f"error: {option} must be at least 1, got {value}")
     if new != plan.workers:  # -w: this many workers share the cores
         settings = dataclasses.replace(settings, workers=new)
         plan = plan_of(settings)

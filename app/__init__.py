@@ -1,5 +1,7 @@
 """One vision model behind HTTP: the application factory."""
-import dataclasses
+import logging
+
+from app.config import StartError
 
 
 def create_app(settings=None, loader=None):
@@ -37,15 +39,28 @@ def create_app(settings=None, loader=None):
 def load_model(settings):
     """A ModelLoader with the model that the master has published, else that of the settings. Raises StartError."""
     from app.config import Plan
-    from app.engine.bundle import Prepared
     from app.model_loader import ModelLoader
     from app.server import board
     if board.own:
-        plan, source = Plan(**board.own.read()["plan"]), Prepared.of(board.own.published())
-        plan = dataclasses.replace(plan, devices=(settings.device,))
-    else:
-        from app.prepare import prepared
-        from app.server import machine
-        plan = machine.plan(settings)
-        source = prepared(settings, plan.engine)
-    return ModelLoader(settings, plan).load(source)
+        plan = Plan(**board.own.read()["plan"] | {"devices": (settings.device,)})
+        return load_published(ModelLoader(settings, plan), board.own.read())
+    from app.prepare import prepared
+    from app.server import machine
+    plan = machine.plan(settings)
+    return ModelLoader(settings, plan).load(prepared(settings, plan.engine))
+
+
+def load_published(loader, on_board):
+    """Load what the master has published, or, if that has become unusable, what it had published before."""
+    from app.engine.bundle import Prepared
+    published, previous = on_board["published"], on_board["previous"]
+    try:
+        loader.load(Prepared.of(published))
+    except StartError as e:
+        if not previous:
+            raise
+        logging.getLogger(__name__).error("the published model cannot be loaded: %s", e)
+        published = previous
+        loader.load(Prepared.of(published))
+    loader.generation = published["generation"]
+    return loader

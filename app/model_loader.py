@@ -45,8 +45,12 @@ class Model:
         self.task = tasks.create(self.manifest)
         self.preprocessing = Preprocessing(**self.manifest.preprocessing)
         self.engine = engine.create(self.manifest, source.folder, plan.streams, settings, self.device, rebuild)
-        self.users, self.retired = 0, False
-        self.self_test()
+        self.users, self.retired, self.broken = 0, False, False
+        try:
+            self.self_test()
+        except ModelError:
+            self.engine.close()
+            raise
         self.load_seconds = time.monotonic() - started
 
     def self_test(self):
@@ -58,8 +62,10 @@ class Model:
                                       for alone in (False, True)])  # (2, K)
             error = np.abs(outputs - expected).max() / np.abs(expected).max()
         except (ServiceError, RuntimeError, MemoryError) as e:
+            self.broken = True
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
+            self.broken = True
             raise ModelError(f"{self.name} fails its self-test: the outputs are off by {error:.2g} of the largest")
 
     def infer(self, batch, deadline):
@@ -100,9 +106,14 @@ class ModelLoader:
         self.settings, self.plan = settings, plan
         self.slots = Slots(plan.slots, plan.queue)
         self.models, self.current = {}, None
-        self.state = "loading"  # why not ready: loading, self_test_failed; None when ready
+        self.generation = 0  # of the published model that is current
         self.started = time.monotonic()
         self.lock = threading.Lock()  # guards who uses which model
+
+    @property
+    def state(self):
+        """Why no prediction can be made: loading, self_test_failed; None if one can."""
+        return "loading" if self.current is None else "self_test_failed" if self.current.broken else None
 
     @property
     def ready(self):
@@ -117,7 +128,6 @@ class ModelLoader:
             self.models = {model.name: model}
             if before is not None:
                 before.retired = True
-        self.state = None
         counters.note_model(model, before)
         self.close_unused(before)
         if model.fallback_reason:
@@ -136,9 +146,6 @@ class ModelLoader:
             model.users += 1
         try:
             yield model
-        except ModelError:
-            self.state = "self_test_failed"
-            raise
         finally:
             with self.lock:
                 model.users -= 1

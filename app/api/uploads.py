@@ -3,14 +3,11 @@
 The body is received in the event loop, in large pieces and within a limit for all bodies together; it is parsed where
 the caller chooses, in a native thread.
 """
-import base64
-import binascii
 import contextlib
 import functools
 import io
 import json
 import os.path
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +16,17 @@ from flask import Request, current_app, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
-from app.media.containers import is_video
+from app.media.containers import MEDIA_TYPE, is_video
 from app.server import counters
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
-SMALL_PIECE, PIECE = 2**13, 2**18  # bytes of a body to read at once, at its start and later
+SMALL_PIECE, PIECE = 2**13, 2**16  # bytes of a body to read at once, at its start and later
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
 HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
                "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
-MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")
-DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
-LARGE_JSON = 2**20
-MOST_JSON_PARTS = 10_000  # lists, objects and members of a body; base64 has none
 
 
 class MemoryRequest(Request):
@@ -63,7 +56,10 @@ class Upload:
 
     def read(self, settings):
         """The file's bytes. Raises ServiceError."""
-        data = self.content if isinstance(self.content, bytes) else from_base64(self.content, self.field)
+        data = self.content
+        if not isinstance(data, bytes):
+            from app.api import json_body
+            data = json_body.from_base64(data, self.field)
         if not data:
             raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
         kind, most = ("video", settings.max_video_size) if is_video(data) else ("file", settings.max_file_size)
@@ -100,13 +96,17 @@ class Bodies:
     def add(self, key, size):
         """Count more bytes of a body. Raises ServiceError OVERLOADED in the greenlet of the body that is refused."""
         self.grow(key, size)
-        while self.total > self.most and len(self.sizes) > 1 and self.receiving:
-            largest = max(self.receiving, key=self.sizes.get)
-            greenlet = self.receiving.pop(largest)
+        while self.total > self.most and len(self.sizes) > 1 and any(self.receiving.values()):
+            largest = max(filter(self.receiving.get, self.receiving), key=self.sizes.get)
             if largest is key:
                 raise no_memory()
+            greenlet, self.receiving[largest] = self.receiving[largest], None
             self.grow(largest, -self.sizes[largest])
-            gevent.kill(greenlet, no_memory())
+            gevent.get_hub().loop.run_callback(self.refuse, largest, greenlet)
+
+    def refuse(self, key, greenlet):
+        if key in self.receiving:  # if it is complete by now, it may stay
+            greenlet.throw(no_memory())
 
 
 @contextlib.contextmanager
@@ -124,7 +124,10 @@ def received(max_bytes, deadline):
         request.max_content_length = most  # which it does not exceed
         request.environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}  # shares the bytes
         del body
-        yield
+        try:
+            yield
+        finally:
+            request.environ["wsgi.input"] = io.BytesIO()
 
 
 def check_media_type():
@@ -239,19 +242,8 @@ def files_of_form(fields):
 
 def files_of_json(fields):
     """(list of Upload, the object's other members as {name: [value]})."""
-    text = request.get_data(cache=False)
-    if len(text) > LARGE_JSON:  # without white space, of which base64 needs none; piece by piece, as each holds the GIL
-        text = b"".join(text[i:i + PIECE].translate(None, WHITE_SPACE) for i in range(0, len(text), PIECE))
-    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_JSON_PARTS:  # parsing these takes a hundred times their size
-        raise ServiceError(400, "INVALID_JSON", f"The body has more than {MOST_JSON_PARTS} lists, objects and members.")
-    try:
-        body = json.loads(text, object_pairs_hook=unique_members)
-    except (ValueError, RecursionError) as e:
-        why = e.args[0] if isinstance(e, RepeatedMember) else "it cannot be parsed"
-        raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
-    if not isinstance(body, dict):
-        raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
-                                                f"got {json_type(body)}.")
+    from app.api import json_body  # with the first JSON body
+    body = json_body.parse(request.get_data(cache=False))
     found = [name for name in (*fields, INSTANCES) if body.get(name) is not None]
     if len(found) > 1:
         raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
@@ -263,57 +255,10 @@ def files_of_json(fields):
         return [Upload(value, None, name)], sent
     if not isinstance(value, list):
         raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
-                                                f"{json_type(value)}.")
+                                                f"{json_body.json_type(value)}.")
     if not value:
         raise missing_file("the list instances is empty")
     return [Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
-
-
-class RepeatedMember(ValueError):
-    pass
-
-
-def unique_members(pairs):
-    members = {}
-    for name, value in pairs:
-        if name in members:
-            raise RepeatedMember(f"the member {name[:40]!r} is repeated")
-        members[name] = value
-    return members
-
-
-def json_type(value):
-    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(
-        type(value), "a number")
-
-
-def from_base64(value, field):
-    """Decode base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
-
-    White space, the URL-safe alphabet and missing padding are accepted. Raises ServiceError.
-    """
-    for _ in range(2):
-        if isinstance(value, dict) and len(value) == 1:
-            value = next(iter(value.values()))
-    takes = "base64, a base64 data: URL or {\"b64\": \"…\"}"
-    if not isinstance(value, str):
-        raise invalid_parameter(field, takes, json_type(value))
-    url = DATA_URL.match(value)
-    if url:
-        if not MEDIA_TYPE.fullmatch(url["type"].lower()) or not url["type"] and not url["parameters"]:
-            raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"The data: URL in {field} holds "
-                               f"{url['type'][:40] or 'text/plain'}; send one that holds image/… or video/….")
-        if not url["parameters"].lower().endswith(";base64"):
-            raise invalid_parameter(field, takes, "a data: URL without ;base64")
-        value = value[url.end():]
-    try:
-        text = value.encode("ascii").translate(URL_SAFE, WHITE_SPACE).rstrip(b"=")
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise invalid_parameter(field, takes, "text that cannot be decoded") from e
-
-
-URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
 
 
 def option_reader(sent):
@@ -328,7 +273,7 @@ def option_reader(sent):
             raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
         value = values[0] if values else None
         if isinstance(value, dict | list):
-            raise invalid_parameter(name, "a single value", json_type(value))
+            raise invalid_parameter(name, "a single value", "a list" if isinstance(value, list) else "an object")
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # 3.0 is an integer in JSON
         return value if value is None or isinstance(value, str) else json.dumps(value)

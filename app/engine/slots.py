@@ -84,11 +84,10 @@ class Slots:
     def start(self):
         """Start the threads, which a process must not have before it forks."""
         with self.changed:
-            if not self.threads:
-                for number in range(self.count):
-                    self.threads.append(threading.Thread(target=self.work, args=(number,), name=f"slot-{number}",
-                                                         daemon=True))
-                    self.threads[-1].start()
+            for number in range(len(self.threads), self.count):
+                thread = threading.Thread(target=self.work, args=(number,), name=f"slot-{number}", daemon=True)
+                thread.start()
+                self.threads.append(thread)
 
     def work(self, number):
         while True:
@@ -158,8 +157,11 @@ class Slots:
                     self.batched -= 1
         self.batched += len(calls)
         greenlets = [gevent.spawn(contextvars.copy_context().run, in_lane, call) for call in calls]
-        gevent.joinall(greenlets)
-        return [greenlet.get() for greenlet in greenlets]
+        try:
+            gevent.joinall(greenlets)
+            return [greenlet.get() for greenlet in greenlets]
+        finally:
+            gevent.killall(greenlets, block=False)  # if the caller is cut off meanwhile
 
     def is_full(self):
         return len(self.running) + len(self.waiting) + self.onlookers >= self.count + self.max_queue

@@ -1,8 +1,10 @@
 """Tells videos from pictures by their first bytes."""
+import re
 from dataclasses import dataclass
 
 from PIL import Image
 
+MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")  # Content-Types of files
 EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # also of old QuickTime files
 STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the same container

@@ -45,6 +45,7 @@ def serve(source, sink):
             send(sink, {"error": e.code, "message": e.message})
         except (cv2.error, MemoryError):
             send(sink, {"error": "INVALID_VIDEO", "message": "it is damaged, or takes too much memory to decode"})
+        del data  # while idle it holds no upload
 
 
 def send(sink, message, content=b""):

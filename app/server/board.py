@@ -28,6 +28,7 @@ class Board:
     def __init__(self, memory, descriptor=None):
         self.descriptor = descriptor
         self.bytes, self.integers = memory[:BYTES], memory[:BYTES].cast("q")
+        self.last_text, self.last = b"", {}
 
     @property
     def draining(self):
@@ -52,14 +53,21 @@ class Board:
 
     def read(self):
         """The JSON object; retries while the master is writing."""
-        while True:
+        for _ in range(1000):  # a master that is killed while writing never ends it
             sequence = self.integers[SEQUENCE_AT]
             text = bytes(self.bytes[TEXT_AT:TEXT_AT + self.integers[LENGTH_AT]])
             if sequence % 2 == 0 and sequence == self.integers[SEQUENCE_AT]:
-                return json.loads(text or b"{}")
+                if text != self.last_text:
+                    self.last_text, self.last = text, json.loads(text)
+                break
+        return dict(self.last)
 
     def write(self, **changes):
-        text = json.dumps({**self.read(), **changes}).encode()
+        content = {**self.read(), **changes}
+        text = json.dumps(content, ensure_ascii=False).encode()
+        while len(text) > BYTES - TEXT_AT and content.get("reloads"):
+            content["reloads"] = content["reloads"][1:]
+            text = json.dumps(content, ensure_ascii=False).encode()
         self.integers[SEQUENCE_AT] += 1
         self.bytes[TEXT_AT:TEXT_AT + len(text)] = text
         self.integers[LENGTH_AT] = len(text)
@@ -77,7 +85,7 @@ class Board:
         before = self.published()
         generation = (before["generation"] if before else 0) + 1
         self.write(previous=before, published={"generation": generation, "folder": str(folder),
-                                               "fallback_reason": fallback_reason})
+                                               "fallback_reason": fallback_reason and fallback_reason[:1000]})
         return generation
 
     def add_outcome(self, covers, worked, message, generation=None):
@@ -92,11 +100,11 @@ def create(counter_bytes):
     """In the master: create the memory. Returns its part for the counters, as a memoryview."""
     global own
     size = BYTES + counter_bytes
-    if hasattr(os, "memfd_create"):
+    try:
         descriptor = os.memfd_create(NAME)
         os.ftruncate(descriptor, size)
         memory = memoryview(mmap.mmap(descriptor, size))
-    else:
+    except (AttributeError, OSError):  # not Linux, or forbidden: `reload` then works by signal only
         descriptor, memory = None, memoryview(mmap.mmap(-1, size))
     own = Board(memory, descriptor)
     own.integers[MASTER_AT], own.integers[MAGIC_AT] = os.getpid(), MAGIC

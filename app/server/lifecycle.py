@@ -47,7 +47,11 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
             reload["again"] = True
         else:
             log.info("reloading: preparing the model")
-            reload.update(process=start_preparing(), covers=own.tickets, again=False)
+            reload.update(covers=own.tickets, again=False)
+            try:
+                reload["process"] = start_preparing()
+            except OSError as e:  # no descriptor or no process is available
+                end_reload(reload["covers"], False, f"reload failed, the old model goes on serving: {e}")
 
     def handle_chld():
         reap()
@@ -57,7 +61,7 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
         reload["process"] = None
         try:
             folder, fallback_reason = outcome_of(process)
-        except StartError as e:
+        except Exception as e:  # no error must end the service
             end_reload(reload["covers"], False, f"reload failed, the old model goes on serving: {e}")
         else:
             generation = own.publish(folder, fallback_reason)

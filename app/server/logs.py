@@ -1,10 +1,13 @@
 """Logs: one line per record, on standard error, without ever waiting for a reader."""
 import collections
+import contextlib
 import contextvars
+import functools
 import logging
 import os
 import re
 import select
+import socket
 import stat
 import uuid
 
@@ -28,7 +31,8 @@ class StderrHandler(logging.Handler):
     def __init__(self):
         super().__init__()
         self.pending, self.pending_bytes = collections.deque(), 0
-        self.descriptor = self.poll = None
+        self.poll = None
+        os.register_at_fork(after_in_child=self.pending.clear)  # the parent writes these
 
     def emit(self, record):
         try:
@@ -56,31 +60,37 @@ class StderrHandler(logging.Handler):
 
     def write_some(self):
         """Write a piece of the oldest line; False if that would block."""
-        if self.descriptor is None:
+        if self.poll is None:
             self.open()
         if not any(event & select.POLLOUT for _, event in self.poll.poll(0)):
             return False
-        line = self.pending.popleft()
-        written = os.write(self.descriptor, line[:PIECE])
+        line = self.pending[0]
+        written = self.write(line[:PIECE])
         self.pending_bytes -= written
-        if written < len(line):
-            self.pending.appendleft(line[written:])
+        self.pending[0] = line[written:]
+        if not self.pending[0]:
+            self.pending.popleft()
         return True
 
     def open(self):
-        self.descriptor = 2
-        if stat.S_ISFIFO(os.fstat(2).st_mode):  # another writer may fill the pipe between poll and write
-            try:
-                self.descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:  # not Linux, or another user's
-                self.descriptor = 2
-        self.poll = select.poll()
-        self.poll.register(self.descriptor, select.POLLOUT)
+        """Find a way to write to standard error without waiting. Raises OSError if it is closed."""
+        descriptor, kind = 2, os.fstat(2).st_mode
+        self.write = functools.partial(os.write, 2)
+        if stat.S_ISSOCK(kind):
+            connection = socket.socket(fileno=os.dup(2))
+            self.write = lambda piece: connection.send(piece, socket.MSG_DONTWAIT)
+        elif stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):  # opened anew, so that other programs keep their flags
+            with contextlib.suppress(OSError):  # not Linux, or another user's
+                descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                self.write = functools.partial(os.write, descriptor)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        self.poll = poll
 
 
 class RequestIdFilter(logging.Filter):
     def filter(self, record):
-        if request_id.get():
+        if request_id.get() and not hasattr(record, "request_id"):
             record.request_id = request_id.get()
         return True
 

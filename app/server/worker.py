@@ -28,8 +28,7 @@ from app.errors import ServiceError
 from app.server import board, counters, logs
 
 GUNICORN = {
-    GeventWorker: ("patch", "load_wsgi", "timeout_ctx", "handle", "handle_request", "handle_error", "handle_exit",
-                   "run"),
+    GeventWorker: ("patch", "load_wsgi", "timeout_ctx", "handle", "handle_request", "handle_error", "run"),
     Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "signal", "WORKERS", "WORKER_BOOT_ERROR"),
 }
 
@@ -39,6 +38,7 @@ LINGER_S = 5             # for a client to send the rest and get its answer befo
 LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
 IDLE_STOP_S = 0.2        # when the worker stops: for requests on their way on kept connections
 LOAD_WITHIN_S = 600      # heartbeats stop if the model takes longer to load
+TURN_S = 0.005           # how long one client may occupy the loop
 LOOK_AFTER_S = 0.1       # how often the model, the board and the log are checked
 TRIM_EVERY_S = 5         # how often freed memory is returned to the system
 RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
@@ -88,7 +88,9 @@ class Worker(GeventWorker):
                 self.tmp.notify()
         if not hasattr(self, "wsgi"):
             self.give_up()
-        counters.own.serves(self.generation)
+        counters.own.serves(self.wsgi.extensions["model"].generation)
+        if self.wsgi.extensions["model"].generation < self.generation:
+            counters.own.failed(self.generation)
 
     def load(self):
         try:
@@ -123,15 +125,21 @@ class Worker(GeventWorker):
             os._exit(code)
 
     def look_after(self):
-        trim_at = 0
+        trim_at = stopped_at = 0
         while True:
             gevent.sleep(LOOK_AFTER_S)
-            self.replace_model()
-            self.end_if_broken()
-            logs.flush()
-            if time.monotonic() > trim_at and hasattr(LIBC, "malloc_trim"):  # glibc keeps 100 MB of large pictures
-                trim_at = time.monotonic() + TRIM_EVERY_S
-                threading.Thread(target=LIBC.malloc_trim, args=(0,)).start()
+            try:
+                logs.flush()
+                self.replace_model()
+                self.end_if_broken()
+                stopped_at = stopped_at or not self.alive and time.monotonic()
+                if stopped_at and time.monotonic() > stopped_at + IDLE_STOP_S:
+                    self.close_waiting()
+                if time.monotonic() > trim_at and hasattr(LIBC, "malloc_trim"):  # glibc keeps 100 MB of large pictures
+                    trim_at = time.monotonic() + TRIM_EVERY_S
+                    threading.Thread(target=LIBC.malloc_trim, args=(0,)).start()
+            except Exception:  # such as no memory for a thread; there may be some in the next turn
+                self.log.exception("looking after the worker failed")
 
     def end_if_broken(self):
         reason = self.wsgi.extensions["model"].needs_restart()
@@ -139,14 +147,21 @@ class Worker(GeventWorker):
             self.restart_reason = reason
             self.log.error("this worker restarts: %s", reason)
             counters.own.release()
-            self.handle_exit(None, None)
+            self.alive = False
+
+    def close_waiting(self):
+        """Close the connections of clients that say nothing, so that the worker can stop."""
+        def end(greenlet, timeout):
+            if self.waiting.get(greenlet) is timeout:  # not if its request has come meanwhile
+                greenlet.throw(timeout)
+        for greenlet, timeout in self.waiting.items():
+            gevent.get_hub().loop.run_callback(end, greenlet, timeout)
 
     def replace_model(self):
         """Load the latest published model in a native thread, while serving. On failure the current model stays."""
         published = board.own.published()
         if published["generation"] <= self.generation or self.replacing and self.replacing.is_alive():
             return
-        self.generation = published["generation"]
 
         def replace():
             try:
@@ -161,6 +176,7 @@ class Worker(GeventWorker):
                 counters.own.serves(published["generation"])
         self.replacing = threading.Thread(target=replace, name="replace-model", daemon=True)
         self.replacing.start()
+        self.generation = published["generation"]
 
     # --- clients ---
 
@@ -170,7 +186,7 @@ class Worker(GeventWorker):
             if self.cfg.is_ssl:  # Gunicorn's own handshake has no time limit; after this one it does nothing
                 with gevent.Timeout(HEADERS_WITHIN_S):
                     client.do_handshake()
-            super().handle(listener, client, addr)
+            super().handle(listener, Fair(client), addr)
         except (OSError, gevent.Timeout) as e:  # no TLS, or no data at all
             self.log.debug("no TLS handshake: %r", e)
         finally:
@@ -194,7 +210,9 @@ class Worker(GeventWorker):
 
     def handle_request(self, listener_name, req, sock, addr):
         """Handle one request within one time limit, including the writing of its answer."""
+        gevent.sleep(0)  # a client that pipelines requests gives way to others
         gevent.getcurrent().has_answered = True
+        logs.request_id.set(None)
         if board.is_draining() or not self.alive:
             req.force_close()
         # A request that is refused before its body is read ends its connection, and the answer says so.
@@ -219,11 +237,13 @@ class Worker(GeventWorker):
     def refuse_if_full(self, req, sock):
         """Refuse a prediction at once if the queue is full. In the application a refusal would take a millisecond, a
         good part of a prediction's time, and under overload slow down everything else."""
-        slots = self.wsgi.extensions["model"].slots
+        slots, headers = self.wsgi.extensions["model"].slots, dict(req.headers)
         if req.path not in PREDICTIONS or req.method not in ("POST", "PUT") or not slots.is_full():
             return
+        if "ORIGIN" in headers and self.wsgi.extensions["settings"].cors_origins:
+            return  # the application adds the headers that a browser needs to read the refusal
         started, error = time.monotonic(), slots.overloaded()
-        request_id = logs.id_for(dict(req.headers).get("X-REQUEST-ID"))
+        request_id = logs.id_for(headers.get("X-REQUEST-ID"))
         counters.count_answer(req.path, req.method, error.status, error.code)
         request_log.info("request", extra={
             "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
@@ -247,17 +267,6 @@ class Worker(GeventWorker):
             while sock.recv_into(DISCARDED):
                 pass
 
-    # --- the end ---
-
-    def handle_exit(self, sig, frame):
-        """SIGTERM: stop waiting for idle clients that keep their connections."""
-        super().handle_exit(sig, frame)
-        gevent.get_hub().loop.run_callback_threadsafe(gevent.spawn_later, IDLE_STOP_S, self.close_waiting)
-
-    def close_waiting(self):
-        for greenlet, timeout in list(self.waiting.items()):
-            gevent.kill(greenlet, timeout)
-
 
 def is_unread(body):
     """Whether part of a request's body (gunicorn.http.body.Body) has not been read."""
@@ -272,14 +281,25 @@ def reset(sock):
         sock.close()
 
 
-class OneShape:
-    """Wraps the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
+class Fair:
+    """Wraps a client's socket: a client that always has more data gives way to others now and then. A successful read
+    of gevent's does not switch greenlets; neither time limits nor heartbeats would work."""
 
     def __init__(self, client):
-        self.client = client
+        self.client, self.gave_way = client, time.monotonic()
 
     def __getattr__(self, name):
         return getattr(self.client, name)
+
+    def recv(self, size):
+        if time.monotonic() > self.gave_way + TURN_S:
+            gevent.sleep(0)
+            self.gave_way = time.monotonic()
+        return self.client.recv(size)
+
+
+class OneShape(Fair):
+    """Wraps the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
 
     def sendall(self, page):
         status = int(page.split(b" ", 2)[1])

@@ -25,7 +25,7 @@ from hanging_model import copy_model_dir, replace_model
 from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
 
-from app.server import machine
+from app.server import board, counters, machine
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
 
 WHITE = encoded(Image.new("RGB", (300, 300), "white"))
@@ -383,11 +383,11 @@ def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
                     "-out", str(tmp_path / "cert.pem")], check=True, capture_output=True)
     service = start_service(GUNICORN_CMD_ARGS=f"--certfile {tmp_path}/cert.pem --keyfile {tmp_path}/key.pem")
     service.url = service.url.replace("http:", "https:")
-    silent = socket.create_connection(("127.0.0.1", service.port))
     session = requests.Session()
     session.trust_env = False  # its certificates would win
     session.verify = str(tmp_path / "cert.pem")
     wait_until(lambda: "serving" in service.log, 60)
+    silent = socket.create_connection(("127.0.0.1", service.port))
     (worker,) = service.workers()
     for _ in range(20):
         answer = session.post(service.url + "/predict", files={"file": CAT}, timeout=10)
@@ -397,6 +397,108 @@ def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
     with silent:  # who never begins a handshake
         silent.settimeout(HEADERS_WITHIN_S + 4)
         assert silent.recv(1) == b""
+
+
+def attack(port, data, until):
+    """Send a piece over and over and read what comes, as fast as it goes, until an Event is set."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as s:
+        s.settimeout(0.2)
+        s.sendall(data[0])
+        while not until.is_set():
+            with contextlib.suppress(TimeoutError):
+                s.sendall(data[1])
+            with contextlib.suppress(BlockingIOError):
+                while s.recv(2**16, socket.MSG_DONTWAIT):
+                    pass
+
+
+@pytest.mark.parametrize("data", [(b"", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n" * 200),
+                                  (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+                                   b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 3000)],
+                         ids=["pipelined requests", "tiny chunks"])
+def test_a_client_that_always_has_more_keeps_nobody_from_the_loop(service, data):
+    """Reads of gevent's that succeed do not switch greenlets."""
+    stopping = threading.Event()
+    thread = threading.Thread(target=attack, args=(service.port, data, stopping))
+    thread.start()
+    try:
+        time.sleep(0.5)
+        slowest = 0
+        for _ in range(20):
+            started = time.monotonic()
+            assert requests.get(service.url + "/health", timeout=5).status_code == 200
+            slowest = max(slowest, time.monotonic() - started)
+    finally:
+        stopping.set()
+        thread.join()
+    assert slowest < 2.5
+
+
+def test_a_refusal_on_a_kept_connection_has_an_id_of_its_own(start_service):
+    service = start_service(MAX_QUEUE="0", CORS_ORIGINS="https://example.org").wait_ready()
+    with Load(service.url, 8), requests.Session() as session:
+        for i in range(200):
+            session.get(service.url + "/live", headers={"X-Request-ID": "before"})
+            answer = session.post(service.url + "/predict", files={"file": CAT}, headers={"X-Request-ID": f"own-{i}"})
+            assert answer.headers["X-Request-ID"] == f"own-{i}"
+            if answer.status_code == 503:
+                break
+        assert answer.status_code == 503
+        for _ in range(200):  # what a browser needs to read it
+            answer = requests.post(service.url + "/predict", files={"file": CAT},
+                                   headers={"Origin": "https://example.org"})
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+            if answer.status_code == 503:
+                break
+    lines = [json.loads(line) for line in service.log.splitlines() if f'"own-{i}"' in line]
+    assert [line["status"] for line in lines] == [503]
+
+
+def test_a_published_bundle_that_is_gone_is_replaced_by_the_one_before(two_workers):
+    service, put = two_workers
+    before = weights_of(service)
+    put(2)
+    assert reload(service).wait(60) == 0
+    published = weights_of(service)
+    (folder,) = model_folders(service, published)
+    shutil.rmtree(folder)
+    for pid in service.workers():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: service.log.count("model ready") == 6, 30)
+    assert {weights_of(service) for _ in range(4)} == {before}
+    assert "the published model cannot be loaded" in service.log
+
+
+def model_folders(service, sha256):
+    environment = Path(f"/proc/{service.process.pid}/environ").read_bytes().decode().split("\0")
+    model_dir = next(line for line in environment if line.startswith("MODEL_DIR=")).partition("=")[2]
+    return list(Path(model_dir).glob(f"bundles/resnet18-{sha256[:12]}*"))
+
+
+def test_max_requests_do_not_wait_for_idle_connections(start_service):
+    service = start_service(GUNICORN_CMD_ARGS="--max-requests 5").wait_ready()
+    with requests.Session() as session:
+        session.get(service.url + "/live")  # and the connection stays
+        for _ in range(12):
+            started = time.monotonic()
+            wait_until(lambda: health_status(service.url) == 200, 10)
+            assert time.monotonic() - started < 6
+    assert "Traceback" not in service.log
+
+
+def test_the_board_survives_long_messages_and_a_writer_that_was_killed():
+    counted = board.create(counters.bytes_for(1))
+    try:
+        assert len(counted) == counters.bytes_for(1)
+        board.own.publish("/a", "é" * 5000)
+        for i in range(40):
+            board.own.add_outcome(i, False, "ü" * 5000)
+        assert board.own.read()["reloads"][-1]["covers"] == 39
+        assert len(board.own.published()["fallback_reason"]) == 1000
+        board.own.integers[board.SEQUENCE_AT] += 1  # in the middle of writing
+        assert board.own.published()["folder"] == "/a"
+    finally:
+        board.own = None
 
 
 def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):
