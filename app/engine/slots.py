@@ -1,7 +1,5 @@
-"""The scheduler: one native thread per slot, behind a bounded queue.
-
-Callers are greenlets, which wait for the result without blocking others; without a server, the program has only one
-greenlet. What runs in a slot runs in a native thread, with native locks.
+"""The scheduler: one native thread per slot, behind a bounded queue. Callers are greenlets, which wait for the result
+without blocking others; what runs in a slot runs in a native thread, with native locks.
 """
 import collections
 import contextvars

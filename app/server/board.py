@@ -1,5 +1,4 @@
-"""What the processes of a running service tell each other: whether it is stopping, which model is published, how its
-reloads ended.
+"""What a service's processes tell each other: whether it is stopping, which model is published, how reloads ended.
 
 It lives in shared memory that the Gunicorn master creates before it forks. On Linux this is a memfd: it has no name in
 any file system, so that nothing is left behind and nothing can be removed while the service runs, and `python -m app
@@ -20,9 +19,8 @@ MOST_OUTCOMES = 16
 class Board:
     """Only the master writes, except for the tickets of reload requests.
 
-    The text is a JSON object: `published` and `previous` {"generation", "folder", "fallback_reason"}, `address`, and
-    `reloads`, the last outcomes, oldest first: {"covers": the last ticket drawn before it began, "worked",
-    "message", "generation"}.
+    The text is a JSON object: `plan`; `published` and `previous` {"generation", "folder", "fallback_reason"}; `reloads`,
+    the last outcomes, oldest first {"covers": the last ticket when it began, "worked", "message", "generation"}.
     """
 
     def __init__(self, memory, descriptor=None):

@@ -1,8 +1,7 @@
 """Counters and timings of a running service, in memory shared by all its processes.
 
-Each worker writes to a region of its own (see board.py for the memory), so that no lock spans processes and a kill at
-any moment leaves everything readable. A new worker continues in the region of one that ended, so that no counts are
-lost. Names and units follow Prometheus' conventions; api/metrics.py exposes them.
+Each worker writes to its own region (see board.py for the memory): no lock spans processes, a kill leaves everything
+readable, and a new worker continues in the region of one that ended. api/metrics.py exposes them to Prometheus.
 """
 import bisect
 import contextlib

@@ -210,7 +210,7 @@ class Worker(GeventWorker):
 
     def handle_request(self, listener_name, req, sock, addr):
         """Handle one request within one time limit, including the writing of its answer."""
-        gevent.sleep(0)  # a client that pipelines requests gives way to others
+        sock.give_way()
         gevent.getcurrent().has_answered = True
         logs.request_id.set(None)
         if board.is_draining() or not self.alive:
@@ -291,11 +291,18 @@ class Fair:
     def __getattr__(self, name):
         return getattr(self.client, name)
 
-    def recv(self, size):
+    def give_way(self):
         if time.monotonic() > self.gave_way + TURN_S:
             gevent.sleep(0)
             self.gave_way = time.monotonic()
-        return self.client.recv(size)
+
+    def recv(self, size):
+        self.give_way()
+        started = time.monotonic()
+        data = self.client.recv(size)
+        if time.monotonic() > started + TURN_S / 10:  # it had to wait
+            self.gave_way = time.monotonic()
+        return data
 
 
 class OneShape(Fair):

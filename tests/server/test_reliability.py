@@ -458,7 +458,7 @@ def test_a_published_bundle_that_is_gone_is_replaced_by_the_one_before(two_worke
     service, put = two_workers
     before = weights_of(service)
     put(2)
-    assert reload(service).wait(60) == 0
+    assert "reloaded: 2 workers" in reload(service).communicate(timeout=60)[0]
     published = weights_of(service)
     (folder,) = model_folders(service, published)
     shutil.rmtree(folder)
