@@ -21,7 +21,7 @@ from app.server import counters
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
-SMALL_PIECE, PIECE = 2**13, 2**16  # bytes of a body to read at once, at its start and later
+SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures

@@ -45,9 +45,10 @@ class OpenVINOEngine:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32"})
         idle, blank = queue.LifoQueue(), np.zeros(tuple(compiled.input(0).shape), np.float32)
-        for _ in range(streams):
-            request = compiled.create_infer_request()
+        requests = [compiled.create_infer_request() for _ in range(streams)]
+        for request in requests:
             self.begin(request, blank)
+        for request in requests:
             request.wait()
             idle.put(request)
         return idle

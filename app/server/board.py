@@ -19,7 +19,7 @@ MOST_OUTCOMES = 16
 class Board:
     """Only the master writes, except for the tickets of reload requests.
 
-    The text is a JSON object: `plan`; `published` and `previous` {"generation", "folder", "fallback_reason"}; `reloads`,
+    The text is JSON: `plan`; `published` and `previous` {"generation", "folder", "fallback_reason"}; and `reloads`,
     the last outcomes, oldest first {"covers": the last ticket when it began, "worked", "message", "generation"}.
     """
 

@@ -15,7 +15,9 @@ from conftest import encoded, photo, post
 from urllib3 import encode_multipart_formdata
 
 from app import create_app
-from app.api.uploads import PIECE, MemoryRequest
+from app.api.uploads import MemoryRequest
+
+UNIT = 2**16  # bytes; a body is counted in pieces that double up to a megabyte
 
 CAT = encoded(photo("chelsea"), "JPEG")
 CAT_64 = base64.b64encode(CAT).decode()
@@ -227,7 +229,7 @@ def send_part_of_a_megabyte(service, pieces):
     """A connection on which so many pieces of an upload were sent that should have 1 MB, which is 15.3 of them."""
     connection = socket.create_connection(("127.0.0.1", service.port), timeout=10)
     connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-                       b"Content-Length: 1000000\r\n\r\n" + bytes(pieces * PIECE))
+                       b"Content-Length: 1000000\r\n\r\n" + bytes(pieces * UNIT))
     return connection
 
 
@@ -239,30 +241,30 @@ def answer_on(connection):
 
 
 def test_beyond_the_memory_for_bodies_the_largest_is_refused_and_a_small_one_answered(start_service):
-    service = start_service(MAX_BODY_MEMORY=str(16 * PIECE)).wait_ready()
+    service = start_service(MAX_BODY_MEMORY=str(16 * UNIT)).wait_ready()
     with contextlib.ExitStack() as stack:
         def hog(pieces, then_there):
             connection = stack.enter_context(send_part_of_a_megabyte(service, pieces))
-            wait_until(lambda: metric(service, "body_bytes") == then_there * PIECE)
+            wait_until(lambda: metric(service, "body_bytes") == then_there * UNIT)
             return connection
-        small = hog(6, then_there=6)
-        large = hog(8, then_there=14)
-        larger = hog(9, then_there=15)  # with its third piece there were 17, and `large` was the largest
+        small = hog(6, then_there=4)  # pieces double: 4 are there whole, of the next 4 only 2
+        large = hog(8, then_there=12)
+        larger = hog(9, then_there=12)  # with its piece of 4 there were 20, and `large` was the first of the largest
         refusals = [answer_on(large)]
 
-        picture = CAT + bytes(2 * PIECE)
+        picture = CAT + bytes(5 * UNIT)
         assert service.predict(picture).json()["predictions"][0]["class"] == "tiger cat"
         refusals.append(answer_on(larger))
         assert [(status, body["error"]) for status, _, body in refusals] == [(503, "OVERLOADED")] * 2
         assert [headers["Retry-After"] for _, headers, _ in refusals] == ["5", "5"]
         assert metric(service, "overloaded_total") == 2
-        wait_until(lambda: metric(service, "body_bytes") == 6 * PIECE)
-        small.sendall(bytes(1_000_000 - 6 * PIECE))  # for which there is room again
+        wait_until(lambda: metric(service, "body_bytes") == 4 * UNIT)
+        small.sendall(bytes(1_000_000 - 6 * UNIT))  # for which there is room again
         assert answer_on(small)[2]["error"] == "INVALID_IMAGE"
         wait_until(lambda: metric(service, "body_bytes") == 0)
 
     with send_part_of_a_megabyte(service, 5):
-        wait_until(lambda: metric(service, "body_bytes") == 5 * PIECE)
+        wait_until(lambda: metric(service, "body_bytes") == 4 * UNIT)
     wait_until(lambda: metric(service, "body_bytes") == 0)  # also where the client leaves
     assert service.predict(CAT).status_code == 200
 
