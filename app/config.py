@@ -52,11 +52,14 @@ def byte_size(text):
     return int(match[1]) * UNITS[match[2]]
 
 
-def cache_url(text):
-    parts = urllib.parse.urlsplit(text)
-    if text != "memory://" and (parts.scheme not in ("redis", "rediss", "unix") or not parts.netloc + parts.path):
-        raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
-    return text
+def store_url(*schemes):
+    def parse(text):
+        parts = urllib.parse.urlsplit(text)
+        where = parts.path if parts.scheme == "unix" else parts.netloc
+        if text != "memory://" and (parts.scheme not in schemes or not where):
+            raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
+        return text
+    return parse
 
 
 def one_of(*choices):
@@ -91,13 +94,6 @@ def device_name(text):
 
 def level(text):
     return one_of("debug", "info", "warning", "error", "critical")(text).upper()
-
-
-def storage_url(text):
-    parts = urllib.parse.urlsplit(text)
-    if text != "memory://" and (parts.scheme not in ("redis", "rediss") or not parts.netloc):
-        raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
-    return text
 
 
 def rate_limit(text):
@@ -151,7 +147,7 @@ class Settings:
     max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
     max_body_memory: int = setting(byte_size, 512 * 2**20)
-    cache_url: str | None = setting(cache_url, None, secret=True)
+    cache_url: str | None = setting(store_url("redis", "rediss", "unix"), None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5)
     face_method: str = setting(one_of(*FACE_METHODS), "face+middle")
@@ -160,7 +156,7 @@ class Settings:
     api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
                                      None, secret=True)
     rate_limit: str | None = setting(rate_limit, None)
-    rate_limit_storage: str = setting(storage_url, "memory://", secret=True)
+    rate_limit_storage: str = setting(store_url("redis", "rediss"), "memory://", secret=True)
     trusted_proxies: int = setting(integer(0, 10), 0)
     cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
                                                 "* or comma-separated origins such as https://example.org"),
@@ -213,6 +209,4 @@ class Plan:
     slots: int
     queue: int
 
-    @property
-    def device(self):
-        return self.devices[0]
+    device = property(lambda self: self.devices[0])
