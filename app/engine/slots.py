@@ -107,8 +107,8 @@ class Slots:
     def run(self, call, deadline, stages, is_wanted=None, admitted=False):
         """Run call() in a slot's thread and return its value.
 
-        stages: counters.Stages, which get the time in the queue; is_wanted(): whether anyone still waits for the result,
-        checked just before the call; admitted: the caller is part of an admitted batch and waits even if the queue is
+        stages: counters.Stages, which get the time in the queue; is_wanted(): whether anyone still waits for it, asked
+        just before the call; admitted: the caller is part of an admitted batch and waits even if the queue is
         full. Raises ServiceError OVERLOADED at once, DeadlineExceeded even if the call goes on, what the call raises.
         """
         self.start()
