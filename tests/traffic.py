@@ -1,5 +1,6 @@
 """Clients of a running service, good and bad: closed-loop load, requests sent in part, and what to wait for."""
 import os
+import re
 import socket
 import threading
 import time
@@ -15,6 +16,11 @@ def wait_until(condition, seconds, what=""):
     while not condition():
         assert time.monotonic() < until, what or condition
         time.sleep(0.02)
+
+
+def workers_ready(url):
+    """model_server_workers_ready of a running service's /metrics."""
+    return float(re.search(r"^model_server_workers_ready (\S+)", requests.get(url + "/metrics").text, re.M)[1])
 
 
 class Load:

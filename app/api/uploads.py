@@ -122,12 +122,12 @@ def received(max_bytes, deadline):
         with g.stages("read"):
             body = receive(most, deadline, bodies, key)
         request.max_content_length = most  # which it does not exceed
-        request.environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}  # shares the bytes
+        request.environ["CONTENT_LENGTH"], request.stream = str(len(body)), io.BytesIO(body)  # shares the bytes
         del body
         try:
             yield
         finally:
-            request.environ["wsgi.input"] = io.BytesIO()
+            request.stream = io.BytesIO()
 
 
 def check_media_type():

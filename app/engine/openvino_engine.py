@@ -3,6 +3,7 @@ import ctypes
 import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -31,23 +32,28 @@ class OpenVINOEngine:
         self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
         self.tensor, self.threads, self.folder, self.core = openvino.Tensor, streams, folder, core
         self.overdue, self.lock = [], threading.Lock()  # [(request, pool, since)] whose callers have left
-        self.idle = self.requests(streams)
-        self.on_all_cores = self.requests(1) \
-            if streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES else None
+        has_second = streams > 1 and (folder / "model.bin").stat().st_size <= ALL_CORES_MAX_BYTES
+        with ThreadPoolExecutor(2) as threads:  # one compilation occupies one core
+            compiled = list(threads.map(self.compiled, (streams, 1) if has_second else (streams,)))
+        self.idle = self.requests(compiled[0], streams)
+        self.on_all_cores = self.requests(compiled[1], 1) if has_second else None
         unload_pages(folder / "model.bin")
 
-    def requests(self, streams):
-        """A pool of `streams` idle inference requests, each of which has run once. A process's first runs must not come
-        from several threads at once: with OpenVINO 2026.4 they can deadlock."""
-        compiled = self.core.compile_model(self.folder / "model.xml", "CPU", {
+    def compiled(self, streams):
+        return self.core.compile_model(self.folder / "model.xml", "CPU", {
             "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": self.threads,
             # Pinned streams of two processes would share the first core and leave the others idle.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32"})
+
+    def requests(self, compiled, streams):
+        """A pool of `streams` idle inference requests, each of which has run once; a single one will, in the self-test. A
+        process's first runs must not come from several threads at once: with OpenVINO 2026.4 they can deadlock."""
         idle, blank = queue.LifoQueue(), np.zeros(tuple(compiled.input(0).shape), np.float32)
         requests = [compiled.create_infer_request() for _ in range(streams)]
-        for request in requests:
-            self.begin(request, blank)
+        if streams > 1:
+            for request in requests:
+                self.begin(request, blank)
         for request in requests:
             request.wait()
             idle.put(request)

@@ -46,7 +46,9 @@ def read_image(data, max_pixels, shorter_side=None):
             image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
         image.load()
         turned = orientation_of(image)
-        image = to_rgb(image)
+        if image.mode != "RGB" or "transparency" in image.info:
+            from app.media import modes  # rarely needed
+            image = modes.to_rgb(image)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
     except MemoryError:  # the service's fault, not the client's
@@ -82,20 +84,3 @@ def orientation_of(image):
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a decodable picture with a damaged EXIF block only loses its orientation
         return 1
-
-
-def to_rgb(image):
-    """Any of Pillow's modes → RGB: 16 and 32 bit scaled to 8, transparency composited over white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        image = image.convert("I")  # converted straight to L or RGB, everything above 255 would be white
-    if image.mode in ("I", "F"):
-        top = image.getextrema()[1]
-        full_scale = 1.0 if image.mode == "F" and top <= 1 else 255.0 if top <= 255 and image.mode == "F" else 65535.0
-        image = image.convert("F").point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

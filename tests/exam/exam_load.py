@@ -32,23 +32,34 @@ def capacity(service, golden, quick):
     return put_load(service, golden, 4 if quick else 8, warm_s=1, connections=8)["throughput"]
 
 
-@pytest.mark.check(1, "80 % of capacity for minutes, evenly spaced", "all 200; p99 ≤ 3 × unloaded")
-def test_steady_load(service, golden, quick, unloaded, capacity, record_property):
-    random_gaps = put_load(service, golden, 8 if quick else 20, warm_s=1, rate=0.8 * capacity)
-    result = put_load(service, golden, 15 if quick else 120, warm_s=1, rate=0.8 * capacity, even=True)
-    p99, alone = result["latency_ms"]["p99"], unloaded["latency_ms"]["p99"]
-    record_property("capacity/s", round(capacity, 1))
-    record_property("answers", result["right"])
-    record_property("not 200", result["non_200"])
-    record_property("wrong", result["wrong"])
-    record_property("p99 ms", round(p99, 1))
-    record_property("unloaded p99 ms", round(alone, 1))
-    record_property("ratio", round(p99 / alone, 2))
+@pytest.mark.check(1, "80 % of capacity for minutes, evenly spaced", "all 200; p99 ≤ 3 × unloaded (medians)")
+def test_steady_load(service, golden, quick, capacity, record_property):
+    rounds = 2 if quick else 6  # interleaved, as a shared machine's speed changes by a quarter within a minute
+    alone, capacities = [], [capacity]
+    for _ in range(rounds):
+        alone.append(put_load(service, golden, 2, warm_s=0.5, connections=1)["latency_ms"]["p99"])
+        capacities.append(put_load(service, golden, 2, warm_s=0.5, connections=8)["throughput"])
+    rate = 0.8 * statistics.median(capacities)
+    random_gaps = put_load(service, golden, 8 if quick else 20, warm_s=1, rate=rate)
+    steady = []
+    for _ in range(rounds):
+        steady.append(put_load(service, golden, 8 if quick else 20, warm_s=1, rate=rate, even=True))
+        alone.append(put_load(service, golden, 2, warm_s=0.5, connections=1)["latency_ms"]["p99"])
+    p99 = [result["latency_ms"]["p99"] for result in steady]
+    ratio = statistics.median(p99) / statistics.median(alone)
+    record_property("capacities/s", ", ".join(f"{c:.0f}" for c in capacities))
+    record_property("answers", sum(result["right"] for result in steady))
+    record_property("not 200", sum(result["non_200"] for result in steady))
+    record_property("wrong", sum(result["wrong"] for result in steady))
+    record_property("p99 ms", ", ".join(f"{ms:.0f}" for ms in p99))
+    record_property("unloaded p99 ms", ", ".join(f"{ms:.0f}" for ms in alone))
+    record_property("ratio", round(ratio, 2))
     # With exponential gaps, two perfect slots at 80 % give a p99 of six service times (M/D/2): reported, not judged.
     record_property("with random gaps p99 ms", round(random_gaps["latency_ms"]["p99"], 1))
-    assert result["right"] > 0
-    assert result["wrong"] == result["non_200"] == random_gaps["wrong"] == random_gaps["non_200"] == 0
-    assert p99 <= 3 * alone
+    for result in (*steady, random_gaps):
+        assert result["right"] > 0
+        assert result["wrong"] == result["non_200"] == 0
+    assert ratio <= 3
 
 
 @pytest.fixture(scope="module")

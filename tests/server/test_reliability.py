@@ -23,7 +23,7 @@ from conftest import ROOT, encoded, free_port, need
 from gunicorn.workers.ggevent import GeventWorker
 from hanging_model import copy_model_dir, replace_model
 from PIL import Image
-from traffic import CAT, Load, descriptors, health_status, open_request, wait_until
+from traffic import CAT, Load, descriptors, health_status, open_request, wait_until, workers_ready
 
 from app.server import board, counters, machine
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
@@ -79,7 +79,7 @@ def test_hung_inference_costs_one_client_its_deadline_and_the_slot_comes_back(st
 
 def test_killed_worker_is_replaced(start_service):
     service = start_service(WORKERS="2").wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     first = service.workers()
     with Load(service.url, 4) as load:
         time.sleep(0.5)
@@ -121,7 +121,7 @@ def two_workers(start_service, checkpoint, tmp_path):
         os.replace(tmp_path / "new.pt", path)
     put(1)
     service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), WORKERS="2").wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     return service, put
 
 
@@ -211,7 +211,7 @@ def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
 def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_service, model_dir, app, tmp_path):
     copy_model_dir(model_dir, tmp_path)
     service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     victim = service.workers()[0]
     pages = int(Path(f"/proc/{victim}/statm").read_text().split()[0])
     resource.prlimit(victim, resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**20, resource.RLIM_INFINITY))
@@ -228,7 +228,7 @@ def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_se
 def test_everything_in_dev_shm_removed_costs_nothing(start_service):
     """Of all services that this test's user runs: files are unlinked, and those that hold them go on."""
     service = start_service(WORKERS="2", DRAIN_SECONDS="0.5").wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     for pid in (service.process.pid, *service.workers()):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ def test_everything_in_dev_shm_removed_costs_nothing(start_service):
 def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, model_dir, app, tmp_path):
     copy_model_dir(model_dir, tmp_path)
     service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     killed, other = service.workers()
     shutil.rmtree(tmp_path / "bundles")
     os.kill(killed, signal.SIGKILL)
@@ -564,27 +564,23 @@ def test_gunicorns_options_that_do_not_fit_are_refused_in_one_line(start_service
     assert "Traceback" not in service.log
 
 
-def test_gunicorns_options_that_fit_are_taken_into_account(start_service, monkeypatch):
+def test_gunicorns_options_that_fit_are_taken_into_account(start_service):
     port = free_port()
     service = start_service(GUNICORN_CMD_ARGS=f"-w 2 -b 127.0.0.1:{port}")
     service.port, service.url = port, f"http://127.0.0.1:{port}"
     service.wait_ready()
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
     starting = next(json.loads(line) for line in service.log.splitlines() if '"starting"' in line)
     assert starting["workers"] == 2
     assert starting["streams"] == max(1, machine.usable_cores() // 2)
     assert f'"url": "{service.url}"' in service.log
-    metrics = requests.get(service.url + "/metrics").text
-    assert float(re.search(r"^model_server_workers_ready (\S+)", metrics, re.M)[1]) == 2
 
 
 def test_more_workers_than_planned_are_counted(start_service):
     service = start_service().wait_ready()
     for workers in (2, 3, 4):  # equal signals at once are one
         service.process.send_signal(signal.SIGTTIN)
-        wait_until(lambda workers=workers: service.log.count("model ready") == workers, 30)
-    metrics = requests.get(service.url + "/metrics").text
-    assert float(re.search(r"^model_server_workers_ready (\S+)", metrics, re.M)[1]) == 4
+        wait_until(lambda workers=workers: workers_ready(service.url) == workers, 30)
 
 
 def test_what_of_gunicorn_is_overridden_is_there_in_the_installed_release():
