@@ -47,8 +47,8 @@ class OpenVINOEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32"})
 
     def requests(self, compiled, streams):
-        """A pool of `streams` idle inference requests, each of which has run once; a single one will, in the self-test. A
-        process's first runs must not come from several threads at once: with OpenVINO 2026.4 they can deadlock."""
+        """A pool of `streams` idle inference requests, each of which has run once; a single one will, in the self-test.
+        First runs in a process must not come from several threads at once: with OpenVINO 2026.4 they can deadlock."""
         idle, blank = queue.LifoQueue(), np.zeros(tuple(compiled.input(0).shape), np.float32)
         requests = [compiled.create_infer_request() for _ in range(streams)]
         if streams > 1:
