@@ -55,30 +55,51 @@ def need(program):
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory):
-    """MODEL_DIR of this run: each model is exported once."""
-    return tmp_path_factory.mktemp("models")
+def shared(tmp_path_factory):
+    """shared(name): a folder of this run, which pytest-xdist's processes have in common."""
+    base = tmp_path_factory.getbasetemp()
+
+    def folder(name):
+        path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        path.mkdir(exist_ok=True)
+        return path
+    return folder
+
+
+def save(state, path):
+    """torch.save, in one step for other processes."""
+    import torch
+    own = path.with_suffix(f".{os.getpid()}")
+    torch.save(state, own)
+    own.replace(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
+def model_dir(shared):
+    """MODEL_DIR of this run: each model is exported once."""
+    return shared("models")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared):
     """checkpoint(name, num_classes=1000, seed=0): path of a seeded torchvision checkpoint, made once."""
     import torch
 
     from app.prepare.networks import torchvision
-    folder = tmp_path_factory.mktemp("checkpoints")
+    folder = shared("checkpoints")
 
     def make(name, num_classes=1000, seed=0):
         path = folder / f"{name}-{num_classes}-{seed}.pt"
         if not path.exists():
             torch.manual_seed(seed)
-            torch.save(torchvision().models.get_model(name, num_classes=num_classes).state_dict(), path)
+            save(torchvision().models.get_model(name, num_classes=num_classes).state_dict(), path)
         return path
     return make
 
 
 @pytest.fixture(scope="session")
-def ocean_checkpoint(tmp_path_factory):
+def ocean_checkpoint(shared):
     """Path of an OCEAN checkpoint in its real format, seeded, with a ResNet-18 and traits in an order of its own."""
     import torch
     from torch import nn
@@ -88,10 +109,9 @@ def ocean_checkpoint(tmp_path_factory):
     backbone = torchvision().models.resnet18()
     backbone.fc = nn.Identity()
     network = nn.ModuleDict({"backbone": backbone, "head": nn.Sequential(nn.Dropout(0.3), nn.Linear(512, 5))})
-    path = tmp_path_factory.mktemp("ocean") / "ocean.pt"
-    torch.save({"model": network.state_dict(), "config": {"BACKBONE": "resnet18", "IMG_SIZE": 256}, "label_cols": [
-        "openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism"]}, path)
-    return path
+    return save({"model": network.state_dict(), "config": {"BACKBONE": "resnet18", "IMG_SIZE": 256}, "label_cols": [
+        "openness", "conscientiousness", "extraversion", "agreeableness", "neuroticism"]},
+                shared("checkpoints") / "ocean.pt")
 
 
 @pytest.fixture(scope="session")
