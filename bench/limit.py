@@ -31,9 +31,10 @@ def work(number, spec, barrier, results):
             count_from, i = started + warm_s, number
             while (begun := time.perf_counter()) < count_from + seconds:
                 right_class, right_probability = expected[i % len(contents)]
-                image, _ = pictures.read_image(contents[i % len(contents)], settings.max_image_pixels,
-                                               model.preprocessing.resize)
-                outputs = model.infer(model.preprocessing(image)[None], Deadline(settings.request_timeout))
+                picture = pictures.read_image(contents[i % len(contents)], settings.max_image_pixels,
+                                              model.preprocessing.resize)
+                tensor = model.preprocessing(picture.image, picture.box)
+                outputs = model.infer(tensor[None], Deadline(settings.request_timeout))
                 scores = model.task.scores(outputs)[0]
                 if begun >= count_from:
                     latencies.append(time.perf_counter() - begun)

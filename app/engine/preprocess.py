@@ -22,9 +22,9 @@ class Preprocessing:
     mean: tuple = (0.485, 0.456, 0.406)  # ImageNet's, as in torchvision
     std: tuple = (0.229, 0.224, 0.225)
 
-    def __call__(self, image):
-        """RGB PIL image of any size → float32 array (3, crop, crop), normalised."""
-        pixels = np.asarray(self.resize_and_crop(image), dtype=np.uint8)  # (crop, crop, 3)
+    def __call__(self, image, box=None):
+        """RGB PIL image of any size, or its part box → float32 array (3, crop, crop), normalised."""
+        pixels = np.asarray(self.resize_and_crop(image, box), dtype=np.uint8)  # (crop, crop, 3)
         scale = (1 / (255 * np.array(self.std))).astype(np.float32)
         shift = (np.array(self.mean) / np.array(self.std)).astype(np.float32)
         tensor = np.empty((3, self.crop, self.crop), np.float32)
@@ -33,12 +33,14 @@ class Preprocessing:
             tensor[channel] -= shift[channel]
         return tensor
 
-    def resize_and_crop(self, image):
-        """RGB PIL image → the crop × crop PIL image that the model sees."""
-        filter, size = getattr(Image, self.interpolation.upper()), resized_size(image.size, self.resize)
+    def resize_and_crop(self, image, box=None):
+        """RGB PIL image, or its part (left, top, right, bottom) → the crop × crop PIL image that the model sees."""
+        left, top, right, bottom = box or (0, 0, *image.size)
+        size = resized_size((right - left, bottom - top), self.resize)
+        filter = getattr(Image, self.interpolation.upper())
         if size[0] * size[1] > MOST_RESIZED_PIXELS:
             return centre_crop(self.resize_middle(image, size, filter), self.crop)
-        return centre_crop(image.resize(size, filter), self.crop)
+        return centre_crop(image.resize(size, filter, box), self.crop)
 
     def resize_middle(self, image, size, filter):
         """image.resize(size), but only the part of the longer side that centre_crop keeps, as all of it may take

@@ -7,16 +7,17 @@ from PIL import Image
 MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")  # Content-Types of files
 EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # also of old QuickTime files
-STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in the same container
+STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # pictures in such a file
 EBML = b"\x1a\x45\xdf\xa3"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """index: number in display order, from 0; time_s: seconds from the start; image: RGB PIL image, upright."""
+    """index: number in display order, from 0; time_s: seconds from the start; image, box: see pictures.Picture."""
     index: int
     time_s: float
     image: Image.Image
+    box: tuple | None = None
 
 
 def is_video(data):

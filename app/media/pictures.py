@@ -1,13 +1,15 @@
 """From a client's bytes to upright RGB pictures. Pure functions, no Flask."""
 import io
+from typing import NamedTuple
 
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from app.errors import ServiceError
 
 # Decoders for common uploads; Pillow's other ones are never tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff")
 ORIENTATION = 0x0112  # EXIF tag
 MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each is a pass over the whole picture
 MOST_RUN_LENGTH_PIXELS = 2_000_000  # Pillow decodes these in Python
@@ -16,6 +18,15 @@ TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff allocates memory for a 
 DRAFT_MARGIN = 2      # a JPEG is decoded at a reduced scale only if that keeps at least twice the pixels needed
 
 Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit, which raises instead of warning
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a slot has one core
+
+
+class Picture(NamedTuple):
+    """image: upright RGB; size: full (width, height), also if it was decoded at a reduced scale; box: the part of a
+    reduced image that shows the picture, (left, top, right, bottom) in fractions of pixels. None: all of it."""
+    image: Image.Image
+    size: tuple
+    box: tuple | None = None
 
 
 def invalid_image(why):
@@ -23,14 +34,18 @@ def invalid_image(why):
 
 
 def read_image(data, max_pixels, shorter_side=None):
-    """Decode a picture: (RGB PIL image, upright by its EXIF orientation; its full (width, height) when upright).
+    """Decode a picture, upright by its EXIF orientation. Returns a Picture.
 
-    data: bytes of a file in one of FORMATS; of animations the first frame is read, transparency is put on white.
-    shorter_side: to which the caller will resize, in pixels; a much larger JPEG is decoded at 1/2, 1/4 or 1/8.
-    Raises ServiceError INVALID_IMAGE, IMAGE_TOO_LARGE.
+    data: bytes of a file in one of FORMATS or HEIF; of animations the first frame is read, transparency is put on
+    white, colour profiles are ignored, as in torchvision. shorter_side: to which the caller will resize, in pixels; a
+    much larger JPEG is decoded at 1/2, 1/4 or 1/8. Raises ServiceError INVALID_IMAGE, IMAGE_TOO_LARGE.
     """
+    formats = FORMATS
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
+        from app.media import modes
+        formats = modes.heif_formats()
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
         width, height = image.size
     except MemoryError:
         raise
@@ -41,21 +56,34 @@ def read_image(data, max_pixels, shorter_side=None):
                                                    f"at most {max_pixels} are allowed.")
     check_effort(image, data)
     try:
-        if shorter_side and image.format == "JPEG" and min(width, height) > DRAFT_MARGIN * shorter_side:
+        if shorter_side and image.format in ("JPEG", "MPO") and min(width, height) > DRAFT_MARGIN * shorter_side:
             scale = DRAFT_MARGIN * shorter_side / min(width, height)
             image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
         image.load()
         turned = orientation_of(image)
         if image.mode != "RGB" or "transparency" in image.info:
             from app.media import modes  # rarely needed
-            image = modes.to_rgb(image)
+            image = modes.to_rgb(image, data)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
     except MemoryError:  # the service's fault, not the client's
         raise
     except Exception as e:
         raise invalid_image("it is damaged or cut off") from e
-    return image, (height, width) if turned in range(5, 9) else (width, height)
+    size = (height, width) if turned in range(5, 9) else (width, height)
+    return Picture(image, size, box_of(image.size, size, turned))
+
+
+def box_of(reduced, size, turned):
+    """Picture.box. libjpeg rounds the sides of a reduced picture up: up to one column and row are partly padding, where
+    the stored picture has its right and lower end."""
+    factor = round(size[0] / reduced[0])  # 1, 2, 4, 8
+    width, height = size[0] / factor, size[1] / factor
+    if (width, height) == reduced:
+        return None
+    left = reduced[0] - width if turned in (2, 3, 6, 7) else 0
+    top = reduced[1] - height if turned in (3, 4, 7, 8) else 0
+    return left, top, left + width, top + height
 
 
 def check_effort(image, data):

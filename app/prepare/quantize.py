@@ -42,11 +42,11 @@ def quantized(model, preprocessing, settings):
     inputs = []
     for path in bundles.calibration_files(settings):
         try:
-            image, _ = pictures.read_image(path.read_bytes(), settings.max_image_pixels, preprocessing.resize)
+            picture = pictures.read_image(path.read_bytes(), settings.max_image_pixels, preprocessing.resize)
         except (ServiceError, OSError) as e:
             log.warning("not used for calibration: %s: %s", path, e)
             continue
-        inputs.append(preprocessing(image)[None])
+        inputs.append(preprocessing(picture.image, picture.box)[None])
     held_out = inputs[::HELD_OUT]
     calibrating = [batch for i, batch in enumerate(inputs) if i % HELD_OUT]
     if len(inputs) < bundles.FEWEST_PICTURES:

@@ -60,7 +60,7 @@ class FromPictures:
             if see:
                 see(frame.index, image)
             with stages("preprocess"):
-                inputs += self.views(model.preprocessing(image), options)
+                inputs += self.views(model.preprocessing(image, frame.box), options)
         if not inputs:
             raise self.nothing_counts()
         with stages("inference"):
@@ -79,10 +79,10 @@ class FromPictures:
         """Yield (Frame, upright (width, height)) for a picture or for the chosen frames of a video."""
         if not of_video:
             with stages("decode"):
-                image, size = pictures.read_image(data, settings.max_image_pixels,
-                                                  None if self.full_size else model.preprocessing.resize)
+                picture = pictures.read_image(data, settings.max_image_pixels,
+                                              None if self.full_size else model.preprocessing.resize)
             deadline.check("decode")
-            yield Frame(0, 0.0, image), size
+            yield Frame(0, 0.0, picture.image, picture.box), picture.size
             return
         from app.media import video  # only once there is a video
         frames = video.frames(data, settings, deadline, options["frames"], options["at"])
