@@ -3,14 +3,12 @@
 The same arithmetic as torchvision.transforms._presets.ImageClassification on a PIL image: resize the shorter side with
 antialiasing, centre crop, /255, normalise.
 """
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
 MOST_RESIZED_PIXELS = 4_000_000  # 16 MB; only pictures more than fifty times as long as wide exceed it
-REACH = {"bilinear": 1, "bicubic": 2}  # a filter's radius, in pixels of the larger of the two pictures
 
 
 @dataclass(frozen=True)
@@ -39,27 +37,9 @@ class Preprocessing:
         size = resized_size((right - left, bottom - top), self.resize)
         filter = getattr(Image, self.interpolation.upper())
         if size[0] * size[1] > MOST_RESIZED_PIXELS:
-            return centre_crop(self.resize_middle(image, size, filter), self.crop)
+            from app.engine.elongated import resize_middle
+            return centre_crop(resize_middle(image, size, filter, self.crop), self.crop)
         return centre_crop(image.resize(size, filter, box), self.crop)
-
-    def resize_middle(self, image, size, filter):
-        """image.resize(size), but only the part of the longer side that centre_crop keeps, as all of it may take
-        gigabytes. Equal except for the rounding of single pixels."""
-        axis = 0 if size[0] > size[1] else 1
-        scale = image.size[axis] / size[axis]
-        start = round((size[axis] - self.crop) / 2) * scale
-        first = max(0, math.floor(start - REACH[self.interpolation] * max(1, scale)))
-        last = min(image.size[axis], math.ceil(start + (self.crop + REACH[self.interpolation]) * max(1, scale)))
-        box, kept = [0, 0, *image.size], [*size]
-        box[axis], box[axis + 2], kept[axis] = first, last, self.crop
-        middle = image.crop(box)
-        box = [0, 0, *middle.size]
-        box[axis], box[axis + 2] = start - first, start - first + self.crop * scale
-        if axis == 1 and scale < 1:  # Pillow's order: the cheaper one
-            middle, box[2] = middle.resize((kept[0], middle.height), filter), kept[0]
-        elif axis == 1:
-            middle, box = middle.resize((middle.width, kept[1]), filter, box), None
-        return middle.resize(kept, filter, box)
 
 
 def resized_size(size, shorter_side):

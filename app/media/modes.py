@@ -1,9 +1,12 @@
-"""Pictures that are not plain 8-bit RGB: other modes of Pillow's, and HEIF."""
+"""Pictures that are not plain RGB: other modes of Pillow's, HEIF, and the formats that need limits of their own."""
 import numpy as np
 from PIL import Image
 
 from app.errors import ServiceError
+from app.media.pictures import invalid_image
 
+MOST_RUN_LENGTH_PIXELS = 2_000_000  # Pillow decodes these in Python
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff allocates memory for a whole tile
 BITS = (8, 10, 12, 14, 16)  # of samples that cameras and scanners deliver in files of 16 or 32 bits
 ROWS = 64                   # to convert at once: floating-point numbers take eight bytes
 PNG_DEPTH_AT = 24           # where a PNG says how many bits a sample has
@@ -17,6 +20,18 @@ def heif_formats():
         raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", "This service reads no HEIF pictures; send a JPEG.") from e
     pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
     return ("HEIF",)
+
+
+def check_effort(image):
+    """Raises ServiceError for a small BMP or TIFF that would take much time or memory to decode."""
+    width, height = image.size
+    if image.format == "BMP" and image.info.get("compression") in (1, 2) and width * height > MOST_RUN_LENGTH_PIXELS:
+        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; a run-length encoded "
+                                                   f"BMP may have at most {MOST_RUN_LENGTH_PIXELS}.")
+    if image.format == "TIFF":
+        across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)
+        if across * down > 4 * max(width * height, 2**18):
+            raise invalid_image(f"it is a TIFF with tiles of {across} × {down} pixels")
 
 
 def to_rgb(image, data):

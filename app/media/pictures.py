@@ -12,9 +12,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff")
 ORIENTATION = 0x0112  # EXIF tag
 MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each is a pass over the whole picture
-MOST_RUN_LENGTH_PIXELS = 2_000_000  # Pillow decodes these in Python
 START_OF_SCAN = b"\xff\xda"  # within a scan FF is followed by 00
-TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF tags; libtiff allocates memory for a whole tile
 DRAFT_MARGIN = 2      # a JPEG is decoded at a reduced scale only if that keeps at least twice the pixels needed
 
 Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit, which raises instead of warning
@@ -54,7 +52,11 @@ def read_image(data, max_pixels, shorter_side=None):
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
                                                    f"at most {max_pixels} are allowed.")
-    check_effort(image, data)
+    if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
+        raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
+    if image.format in ("BMP", "TIFF"):
+        from app.media import modes  # rarely needed, as below
+        modes.check_effort(image)
     try:
         if shorter_side and image.format in ("JPEG", "MPO") and min(width, height) > DRAFT_MARGIN * shorter_side:
             scale = DRAFT_MARGIN * shorter_side / min(width, height)
@@ -62,7 +64,7 @@ def read_image(data, max_pixels, shorter_side=None):
         image.load()
         turned = orientation_of(image)
         if image.mode != "RGB" or "transparency" in image.info:
-            from app.media import modes  # rarely needed
+            from app.media import modes
             image = modes.to_rgb(image, data)
         if turned in UPRIGHT:
             image = image.transpose(UPRIGHT[turned])
@@ -84,20 +86,6 @@ def box_of(reduced, size, turned):
     left = reduced[0] - width if turned in (2, 3, 6, 7) else 0
     top = reduced[1] - height if turned in (3, 4, 7, 8) else 0
     return left, top, left + width, top + height
-
-
-def check_effort(image, data):
-    """Raises ServiceError for a small file that would take much time or memory to decode."""
-    width, height = image.size
-    if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
-        raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
-    if image.format == "BMP" and image.info.get("compression") in (1, 2) and width * height > MOST_RUN_LENGTH_PIXELS:
-        raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; a run-length encoded "
-                                                   f"BMP may have at most {MOST_RUN_LENGTH_PIXELS}.")
-    if image.format == "TIFF":
-        across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)
-        if across * down > 4 * max(width * height, 2**18):
-            raise invalid_image(f"it is a TIFF with tiles of {across} × {down} pixels")
 
 
 # EXIF orientation → what turns the stored picture upright (CIPA DC-008, 4.6.5.1.6)
