@@ -1,4 +1,9 @@
 """Pictures that are not plain RGB: other modes of Pillow's, HEIF, and the formats that need limits of their own."""
+import ctypes
+import functools
+import re
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -29,9 +34,21 @@ def check_effort(image):
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; a run-length encoded "
                                                    f"BMP may have at most {MOST_RUN_LENGTH_PIXELS}.")
     if image.format == "TIFF":
+        silence_libtiff()
         across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)
         if across * down > 4 * max(width * height, 2**18):
             raise invalid_image(f"it is a TIFF with tiles of {across} × {down} pixels")
+
+
+@functools.cache
+def silence_libtiff():
+    """Keep libtiff from writing to standard error, between the lines of the log; Pillow raises the same errors."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:  # not Linux
+        return
+    for path in set(re.findall(r"/\S*libtiff[^/\s]*\.so\S*", maps)):
+        ctypes.CDLL(path).TIFFSetErrorHandler(None)
 
 
 def to_rgb(image, data):

@@ -1,6 +1,7 @@
 """The service as its users run it: real Gunicorn processes, real sockets."""
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -49,6 +50,19 @@ def test_one_log_line_a_request_with_its_id_and_stages(service):
     assert first["duration_ms"] >= first["timings_ms"]["inference"] > 0
     (second,) = [line for line in lines if line.get("request_id") == "my-id-2"]
     assert (second["status"], second["error"]) == (404, "NOT_FOUND")
+
+
+def test_decoders_do_not_write_between_the_lines_of_the_log(service):
+    good = encoded(photo("chelsea"), "TIFF", compression="tiff_lzw")
+    order = random.Random(1)
+    for _ in range(40):
+        damaged = bytearray(good)
+        for _ in range(20):
+            damaged[order.randrange(len(good) - 600, len(good))] = order.randrange(256)
+        assert service.predict(bytes(damaged), "a.tif").status_code in (200, 400, 413)
+    lines = service.log.splitlines()
+    assert all(line.startswith("{") for line in lines), [line for line in lines if not line.startswith("{")]
+    assert any(json.loads(line)["logger"] == "py.warnings" for line in lines)
 
 
 def test_workers_use_openvino_and_never_load_torch(service):
