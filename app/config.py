@@ -105,6 +105,14 @@ def rate_limit(text):
     return text
 
 
+def preprocessing(text):
+    three = ",".join([r"\d(\.\d{1,9})?"] * 3)
+    pair = rf"(resize|crop)=[1-9]\d{{1,3}}|interpolation=(bilinear|bicubic)|(mean|std)={three}"
+    if not all(re.fullmatch(pair, part) for part in text.split()):
+        raise ValueError("pairs such as resize=256 crop=224 interpolation=bilinear mean=0.485,0.456,0.406 std=1,1,1")
+    return text
+
+
 def listed(part, takes):
     """A parser of comma-separated texts, each of which must match the pattern `part`."""
     def parse(text):
@@ -126,6 +134,7 @@ class Settings:
     model_name: str = setting(name_of_model, "resnet50")
     model_path: Path | None = setting(path, None)
     labels_path: Path | None = setting(path, None)
+    preprocessing: str | None = setting(preprocessing, None)
     model_fallback: str | None = setting(name_of_model, None)
     model_dir: Path = setting(path, Path("models"))
     weights_mirror: str | None = setting(str, None)

@@ -92,6 +92,7 @@ class Model:
         size = self.preprocessing.crop
         return {"name": self.name, "task": self.task.kind, "device": self.device, "engine": self.manifest.engine,
                 "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
+                "preprocessing": self.manifest.preprocessing,
                 "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
                 "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
                 "quantization": self.manifest.quantization,

@@ -34,9 +34,9 @@ class Manifest:
 
     network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
     weights: {"source": their origin, "sha256": of the weights file, "labels_sha256": of LABELS_PATH or None, "default":
-    whether they are the published ones, not from MODEL_PATH}; self_test: {"outputs": of the torch network for
-    preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an int8 network,
-    {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}.
+    whether they are the published ones, not from MODEL_PATH; "preprocessing": PREPROCESSING or None}; self_test:
+    {"outputs": of the torch network for preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an
+    int8 network, {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}.
     """
     name: str
     task: str

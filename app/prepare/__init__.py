@@ -3,6 +3,7 @@ and write the bundle that workers load. Runs in a process of its own, so that th
 """
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import json
 import logging
@@ -109,8 +110,11 @@ def make_bundle(settings, name, engine):
     from app.prepare.export import export
     network = (networks.load_ocean(path) if name == "ocean"
                else networks.load_classifier(name, path, settings.model_path is not None, settings.labels_path))
+    network = networks.with_preprocessing(network, settings.preprocessing)
     digest, labels_digest = bundles.sha256(path), bundles.users_sha256("LABELS_PATH", settings.labels_path)
-    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []), engine,
+    of_preprocessing = hashlib.sha256((settings.preprocessing or "").encode()).hexdigest()
+    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []),
+                            *([of_preprocessing[:6]] if settings.preprocessing else []), engine,
                             *(["int8"] if settings.precision == "int8" else [])])
     log.info("preparing %s: exporting it for %s", name, engine)
     with bundles.writing(settings.model_dir, folder_name) as folder:
@@ -120,7 +124,7 @@ def make_bundle(settings, name, engine):
             preprocessing=asdict(network.preprocessing),
             total_parameters=sum(p.numel() for p in network.module.parameters()),
             weights={"source": source, "sha256": digest, "default": settings.model_path is None,
-                     "labels_sha256": labels_digest},
+                     "labels_sha256": labels_digest, "preprocessing": settings.preprocessing},
             versions=bundle.installed_versions("torch", "torchvision", *(["openvino"] if engine == "openvino" else [])),
             self_test={"outputs": answer}, quantization=quantization,
             files={file: bundles.sha256(folder / file) for file in files}))

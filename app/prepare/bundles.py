@@ -73,8 +73,8 @@ def is_precision(manifest, settings, calibration):
 
 
 def find(settings, name, engine):
-    """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH and the
-    installed libraries, or None. Its files are not verified yet. Raises StartError if one of them is unreadable.
+    """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH, PREPROCESSING
+    and the installed libraries, or None. Its files are not verified yet. Raises StartError if one is unreadable.
     """
     weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
     labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
@@ -86,6 +86,7 @@ def find(settings, name, engine):
         if (manifest and manifest.name == name and manifest.engine == engine
                 and (manifest.weights["sha256"] == weights_sha256 if weights_sha256 else manifest.weights["default"])
                 and manifest.weights["labels_sha256"] == labels_sha256
+                and manifest.weights.get("preprocessing") == settings.preprocessing
                 and is_precision(manifest, settings, calibration)
                 and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
             return path.parent

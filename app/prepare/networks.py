@@ -2,9 +2,10 @@
 import functools
 import importlib.util
 import json
+import math
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -250,6 +251,11 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
         if name in ("googlenet", "inception_v3"):  # the builders set this for the published weights
             options = {"aux_logits": any(k.lower().startswith("aux") for k in state), "init_weights": False,
                        "transform_input": not fine_tuned}
+    if name.startswith("vit_") and "encoder.pos_embedding" in state and "conv_proj.weight" in state:
+        side = state["conv_proj.weight"].shape[-1] * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1)
+        if side != preprocessing.crop:  # trained on larger pictures, as torchvision's weights IMAGENET1K_SWAG_E2E_V1
+            options["image_size"] = side
+            preprocessing = Preprocessing(side, side, "bicubic", preprocessing.mean, preprocessing.std)
     with torch.device("meta"):
         head = head_of(rebuild(name, 1000, **options))
     if head not in state or state[head].dim() == 0:
@@ -265,6 +271,17 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
         labels = [f"class_{i}" for i in range(num_classes)]
     return Network(module, "classification", {"name": name, "num_classes": num_classes, **options}, labels,
                    preprocessing)
+
+
+def with_preprocessing(network, setting):
+    """The Network with what PREPROCESSING says of its preprocessing, if anything. Raises WeightsError."""
+    fields = {"resize": int, "crop": int, "interpolation": str,
+              "mean": lambda text: tuple(map(float, text.split(","))), "std": lambda text: fields["mean"](text)}
+    pairs = dict(pair.split("=") for pair in (setting or "").split())
+    chosen = {name: fields[name](text) for name, text in pairs.items()}
+    if 0 in chosen.get("std", ()):
+        raise WeightsError("PREPROCESSING has a std of 0, by which nothing can be divided")
+    return replace(network, preprocessing=replace(network.preprocessing, **chosen))
 
 
 def load_ocean(path):

@@ -48,6 +48,8 @@ def test_info_tells_what_answers(client):
     assert (model["name"], model["task"], model["engine"], model["precision"]) == (
         "efficientnet_lite0", "classification", "openvino", "fp32")
     assert model["input_size"] == [224, 224]
+    assert model["preprocessing"] == {"resize": 256, "crop": 224, "interpolation": "bicubic", "mean": [127 / 255] * 3,
+                                      "std": [128 / 255] * 3}
     assert model["num_classes"] == len(model["labels"]) == 1000
     assert model["total_parameters"] == 4652008
     assert model["weights"]["sha256"] == sha256(lite0_weights_path())

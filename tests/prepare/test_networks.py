@@ -116,6 +116,24 @@ def test_heads_of_other_architectures_are_found(name, tmp_path):
         assert network.module(torch.zeros(1, 3, crop, crop)).shape == (1, 4)
 
 
+def test_a_vision_transformer_for_larger_pictures_is_recognised(tmp_path):
+    module = networks.torchvision().models.vit_b_32(image_size=96, num_classes=3)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    network = networks.load_classifier("vit_b_32", tmp_path / "model.pt", fine_tuned=True)
+    assert (network.preprocessing.resize, network.preprocessing.crop) == (96, 96)
+    picture = torch.rand(1, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(network.module(picture), module.eval()(picture))
+    assert networks.rebuild(**network.arguments).image_size == 96
+
+
+def test_a_std_of_0_is_refused():
+    network = networks.load_classifier("efficientnet_lite0", networks.lite0_weights_path(), fine_tuned=False)
+    assert networks.with_preprocessing(network, "std=0.5,1,2 crop=96").preprocessing.std == (0.5, 1, 2)
+    with pytest.raises(WeightsError, match="a std of 0"):
+        networks.with_preprocessing(network, "std=0.5,0.0,1")
+
+
 def test_unknown_name_is_refused_with_those_that_are_known():
     with pytest.raises(WeightsError, match=r"'resnet51' is unknown: .*resnet50"):
         networks.default_weights("resnet51")

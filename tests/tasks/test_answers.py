@@ -124,6 +124,26 @@ def test_lite0_preprocessing_is_its_papers(client):
     assert np.abs(LITE0_PREPROCESSING(image) - ((x - 127) / 128).transpose(2, 0, 1)).max() < 1e-5
 
 
+def test_a_checkpoint_gets_the_preprocessing_of_its_training(checkpoint, model_dir):
+    path = checkpoint("resnet18", num_classes=5, seed=4)
+    module = torchvision().models.resnet18(num_classes=5)
+    module.load_state_dict(torch.load(path, weights_only=True))
+    transforms = torchvision().transforms
+    preset = transforms.Compose([
+        transforms.Resize(150, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(128), transforms.ToTensor(),
+        transforms.Normalize((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))])
+    image = photo("chelsea")
+    with torch.inference_mode():
+        expected = module.eval()(preset(image)[None]).softmax(1)[0].numpy()
+    variables = {"MODEL_NAME": "resnet18", "MODEL_PATH": str(path), "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
+    for setting in ("resize=150 crop=128 interpolation=bicubic mean=0.5,0.4,0.3 std=0.2,0.25,0.3", ""):
+        client = create_app(Settings.parse({**variables, "PREPROCESSING": setting})).test_client()
+        if setting:
+            check(client, encoded(image), expected, k=5)
+            assert client.get("/info").json["model"]["input_size"] == [128, 128]
+    assert client.get("/info").json["model"]["preprocessing"]["resize"] == 256  # unset again: another export
+
+
 def test_a_fine_tuned_head_is_read_off_the_weights(checkpoint, model_dir, tmp_path):
     path = checkpoint("mobilenet_v2", num_classes=3)
     (tmp_path / "labels.txt").write_text("cat\ndog\nfish\n", encoding="utf-8")
