@@ -37,6 +37,7 @@ def assert_refused(answer, status, code):
     assert set(answer.json) == {"status", "error", "message", "request_id"}
     assert (answer.json["status"], answer.json["error"]) == ("error", code)
     assert answer.headers["X-Request-ID"] == answer.json["request_id"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 # --- keys ---
