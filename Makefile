@@ -39,6 +39,14 @@ $(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-install
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(VENV)-audit/installed: tests/requirements-audit.txt $(VENV)/installed
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+audit: $(VENV)-audit/installed $(VENV)/tests-installed $(RIVALS:%=$(VENV)-rival-%/installed)  ## Look up all packages, those of the tests and the benchmark too, in PyPI's list of vulnerabilities
+	@$(VENV)-audit/bin/python tests/audit.py $(BIN)/python $(RIVALS:%=$(VENV)-rival-%/bin/python) $(if $(ARGS),-- $(ARGS))
+
 bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Benchmark against the limit and the alternatives (20 minutes, on an idle machine)
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -51,5 +59,5 @@ exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines bench bench-quick exam docker-build
+.PHONY: help run test lint lines audit bench bench-quick exam docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

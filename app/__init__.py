@@ -24,6 +24,7 @@ def create_app(settings=None, loader=None):
     app.extensions["replace"] = lambda published: app.extensions["model"].load(Prepared.of(published))
     app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
     app.extensions["cache"] = None
+    app.extensions["count_batch"] = lambda files: None  # access.py limits them
     requests.register(app)
     error_handlers.register(app)
     if settings.cache_url:

@@ -5,21 +5,17 @@ The probes, the page at / and the API's description need no key. Only prediction
 import hashlib
 import hmac
 import ipaddress
-import logging
-import time
 
-from flask import current_app, g, request
+from flask import g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from app.engine.slots import in_native_thread
 from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs")
 LIMITED_BLUEPRINTS = ("predict", "batch")
-REDIS_TIMEOUT_S = 0.1  # a request waits this long when an outage starts, and at each of the ever rarer retries
-
-log = logging.getLogger(__name__)
+FAILURES = "30/minute"  # requests without a valid key from one address
+MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 
 
 def register(app, settings):
@@ -31,72 +27,86 @@ def register(app, settings):
              methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
              allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
              expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Request-ID"])
-    if settings.api_keys:
-        app.extensions["api_keys"] = [digest(key) for key in settings.api_keys]
-        app.before_request(require_key)
-    if settings.rate_limit:
-        limit(app, settings)
+    if settings.api_keys or settings.rate_limit:
+        from app.api.rate_limits import Counts
+        counts = Counts(settings.rate_limit_storage)
+        if settings.api_keys:
+            require_keys(app, settings.api_keys, counts)
+        if settings.rate_limit:
+            limit_predictions(app, settings.rate_limit, counts)
 
 
 # --- keys ---
+
+def require_keys(app, keys, counts):
+    """Refuse requests without a valid key: with 401, or with 429 if their address has sent too many of them.
+
+    From such an address, valid keys are refused as well: being let in would tell a guesser that its guess was right.
+    Exempt are keys that were used from there before, so that a guesser does not lock out those who share its address.
+    """
+    from app.api import rate_limits
+    known, failures = [digest(key) for key in keys], rate_limits.parse(FAILURES)
+    proven = set()  # (address, digest of a key)
+
+    @app.before_request
+    def require_key():
+        is_open = request.endpoint is None or request.endpoint in OPEN_ENDPOINTS or request.blueprint in OPEN_BLUEPRINTS
+        if is_open or request.method == "OPTIONS":  # a browser's preflight request has no key
+            return
+        given, address = digest(given_key()), client_address()
+        # Equal lengths and no early exit: the time taken reveals nothing about the keys.
+        is_valid = bool(sum([hmac.compare_digest(given, key) for key in known]))
+        if not (is_valid and (address, given) in proven):
+            breach = counts.breach(failures, "failures", address, look_first=True, only_look=is_valid)
+            if breach:
+                raise rate_limits.refusal(breach, "Too many requests without a valid key from this address: {} are "
+                                                  "allowed; try again later.")
+            if not is_valid:
+                raise ServiceError(401, "UNAUTHORIZED", "This needs a valid key: send one as 'Authorization: Bearer "
+                                                        "KEY' or in the header X-API-Key.")
+            if len(proven) >= MOST_PROVEN:
+                proven.clear()
+            proven.add((address, given))
+        g.client = given.hex()
+
+
+def given_key():
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "").strip()
+
 
 def digest(key):
     return hashlib.sha256(key.encode()).digest()
 
 
-def require_key():
-    """Raises ServiceError UNAUTHORIZED if the request needs a valid key and has none."""
-    is_open = request.endpoint is None or request.endpoint in OPEN_ENDPOINTS or request.blueprint in OPEN_BLUEPRINTS
-    if is_open or request.method == "OPTIONS":  # a browser's preflight request has no key
-        return
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "").strip()
-    given = digest(given)
-    # Equal lengths and no early exit: the time taken reveals nothing about the keys.
-    if not sum([hmac.compare_digest(given, known) for known in current_app.extensions["api_keys"]]):
-        raise ServiceError(401, "UNAUTHORIZED", "This needs a valid key: send one as 'Authorization: Bearer KEY' "
-                                                "or in the header X-API-Key.")
-    g.client = given.hex()
-
-
 # --- limits ---
 
-def limit(app, settings):
-    """Rate-limit predictions per client with flask-limiter, counting in Redis or, without it, in this process."""
-    from flask_limiter import Limiter, RateLimitExceeded  # adds 50 ms to a worker's start
-    is_redis, options = settings.rate_limit_storage != "memory://", {}
-    if is_redis:
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-        options = {"socket_timeout": REDIS_TIMEOUT_S, "socket_connect_timeout": REDIS_TIMEOUT_S,
-                   "retry": Retry(NoBackoff(), 0)}
-    logging.getLogger("flask-limiter").setLevel(logging.WARNING)  # the request's own log line has each refusal
-    limiter = Limiter(client, application_limits=[settings.rate_limit], storage_uri=settings.rate_limit_storage,
-                      storage_options=options, in_memory_fallback_enabled=True, swallow_errors=True,
-                      key_prefix="model-server")
-    limiter.init_app(app)
-    hit = app.before_request_funcs[None].pop()  # flask-limiter's own check, which would block the event loop on Redis
+def limit_predictions(app, text, counts):
+    """Count each prediction against RATE_LIMIT before its body is read, and a batch's further files once it is."""
+    from app.api import rate_limits
+    limits = rate_limits.parse(text)
 
-    def check():
-        try:
-            hit()
-        except RateLimitExceeded as e:
-            raise refusal(limiter) from e
+    def check(cost, look_first):
+        client = g.get("client") or client_address()
+        breach = counts.breach(limits, "predictions", client, cost=cost, look_first=look_first)
+        if breach:
+            fewer = ", or send fewer files" if look_first else ""
+            raise rate_limits.refusal(breach, "Too many predictions: {} are allowed, and each file of a batch counts; "
+                                              f"try again later{fewer}.")
 
     @app.before_request
-    def check_limit():
-        if request.method == "OPTIONS" or request.blueprint not in LIMITED_BLUEPRINTS:
-            return
-        if is_redis:
-            in_native_thread(check)
-        else:
-            check()
+    def check_request():
+        if request.method != "OPTIONS" and request.blueprint in LIMITED_BLUEPRINTS:
+            check(1, False)
+
+    def count_batch(files):
+        if files > 1:
+            check(files - 1, True)
+    app.extensions["count_batch"] = count_batch
 
 
-def client():
-    """Whose limit a prediction counts against: the key's holder, else the address, of IPv6 the /64 (one client's)."""
-    if "client" in g:
-        return g.client
+def client_address():
+    """The client's address, of IPv6 the /64 (one client's)."""
     address = request.remote_addr or "unknown"
     try:
         parsed = ipaddress.ip_address(address)
@@ -104,15 +114,3 @@ def client():
         return address
     parsed = getattr(parsed, "ipv4_mapped", None) or parsed
     return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((int(parsed), 64), strict=False))
-
-
-def refusal(limiter):
-    breached = [limit for limit in limiter.current_limits if limit.breached]
-    try:
-        seconds = max(limit.reset_at for limit in breached) - time.time()
-    except Exception as e:  # the storage failed in between
-        log.warning("the rate limit's storage is unreachable: %s", e)
-        seconds = 1
-    allowed = "; ".join(str(limit.limit) for limit in breached)
-    return ServiceError(429, "RATE_LIMITED", f"Too many requests: {allowed} are allowed; try again later.",
-                        retry_after_s=seconds)

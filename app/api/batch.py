@@ -24,6 +24,7 @@ def predict_batch():
                 files, option = uploads.batch_of_files(settings)
                 return files, options.read(option, settings, model.task.options)
         files, chosen = loader.slots.run(read, deadline, g.stages, client_watch())
+        current_app.extensions["count_batch"](len(files))
         with g.stages("files"):
             outcomes = loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
                                                for file in files])

@@ -31,7 +31,6 @@ PAGE_HEADERS = {
                                "frame-ancestors 'none'",
     "Permissions-Policy": "camera=(self)",
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 

@@ -32,6 +32,7 @@ def after_request(response):
     counters.count_answer(endpoint, request.method, response.status_code, error)
     counters.observe("request_duration_seconds", seconds, endpoint)
     response.headers["X-Request-ID"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"  # an uploader's text in a JSON answer never becomes a page
     if timings:
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
     extra = {"method": request.method, "path": request.path, "status": response.status_code,

@@ -322,4 +322,4 @@ def answer_in_one_shape(error, request_id):
     retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
     return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
             f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            f"{retry}X-Request-ID: {request_id}\r\n\r\n").encode() + body
+            f"{retry}X-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n").encode() + body

@@ -1,4 +1,6 @@
 """Keys, limits and origins: who is let in, before a body is read, and what it looks like to those who are not."""
+import base64
+import collections
 import contextlib
 import http.client
 import json
@@ -11,6 +13,7 @@ import redis
 import requests
 from conftest import encoded, free_port, need, post
 from PIL import Image
+from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings, SettingsError
@@ -34,6 +37,7 @@ def assert_refused(answer, status, code):
     assert set(answer.json) == {"status", "error", "message", "request_id"}
     assert (answer.json["status"], answer.json["error"]) == ("error", code)
     assert answer.headers["X-Request-ID"] == answer.json["request_id"]
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 # --- keys ---
@@ -100,7 +104,7 @@ def test_a_refusal_comes_before_the_body(start_service):
         for client in silent:
             client.sendall(head)
         statuses = [client.recv(100)[:13] for client in silent]  # though not a byte of the body was sent
-        assert set(statuses) == {b"HTTP/1.1 401 "}
+        assert collections.Counter(statuses) == {b"HTTP/1.1 401 ": 30, b"HTTP/1.1 429 ": 70}
         assert requests.get(service.url + "/health", timeout=10).status_code == 200
         assert time.monotonic() - started < 8
 
@@ -119,7 +123,155 @@ def test_a_refused_upload_gets_its_answer(start_service):
         assert connection.getresponse().status == 200
 
 
+# --- guessing ---
+
+GOOD, OTHER, WRONG = "first-key-0123456789", "second-key-9876543210", "wrong-key-{}"
+
+
+def predict_from(client, address, key=None, path="/predict", headers=()):
+    """A real prediction from an address with a key, or, with key=None, without one."""
+    body, content_type = encode_multipart_formdata({"file": ("picture.png", WHITE)})
+    headers = {**dict(headers), **({} if key is None else {"X-API-Key": key})}
+    return client.post(path, data=body, content_type=content_type, headers=headers,
+                       environ_base={"REMOTE_ADDR": address})
+
+
+def test_keys_cannot_be_guessed_at_full_speed(client_with):
+    client = client_with(API_KEYS=KEYS)
+    guesses = [predict_from(client, "10.0.0.1", WRONG.format(i)) for i in range(35)]
+    assert [answer.status_code for answer in guesses] == [401] * 30 + [429] * 5
+    assert_refused(guesses[-1], 429, "RATE_LIMITED")
+    assert 1 <= int(guesses[-1].headers["Retry-After"]) <= 61
+    assert "30 per 1 minute" in guesses[-1].json["message"]
+    # Now the right key is refused as well: an answer would tell the guesser that it is the right one.
+    assert_refused(predict_from(client, "10.0.0.1", GOOD), 429, "RATE_LIMITED")
+    assert client.get("/info", headers={"X-API-Key": GOOD},
+                      environ_base={"REMOTE_ADDR": "10.0.0.1"}).status_code == 429
+    assert predict_from(client, "10.0.0.2", GOOD).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch", "/info", "/metrics"])
+def test_requests_without_a_key_are_limited_on_every_path_that_needs_one(client_with, path):
+    client = client_with(API_KEYS=KEYS)
+    method = "POST" if path.startswith("/predict") else "GET"
+    statuses = [client.open(path, method=method).status_code for _ in range(31)]
+    assert statuses == [401] * 30 + [429]
+    for is_open in ("/health", "/ready", "/live", "/", "/docs", "/openapi.json"):
+        assert client.get(is_open).status_code == 200
+
+
+def test_a_guesser_does_not_lock_out_those_who_share_its_address(client_with):
+    client = client_with(API_KEYS=KEYS)
+    assert predict_from(client, "10.0.0.1", GOOD).status_code == 200
+    for i in range(31):
+        predict_from(client, "10.0.0.1", WRONG.format(i))
+    assert predict_from(client, "10.0.0.1", GOOD).status_code == 200
+    assert predict_from(client, "10.0.0.1", OTHER).status_code == 429  # it has not been used from there yet
+    assert predict_from(client, "10.0.0.1", GOOD).status_code == 200
+
+
+def test_valid_requests_do_not_count_as_guesses(client_with):
+    client = client_with(API_KEYS=KEYS)
+    def status(key):
+        return client.get("/info", headers={"X-API-Key": key}).status_code
+    assert [status(WRONG) for _ in range(28)] == [401] * 28
+    assert [status(key) for _ in range(20) for key in (GOOD, OTHER)] == [200] * 40
+    assert [status(WRONG) for _ in range(3)] == [401, 401, 429]
+
+
+def test_guesses_from_one_ipv6_network_or_behind_a_proxy_count_per_client(client_with):
+    client = client_with(API_KEYS=KEYS, TRUSTED_PROXIES="1")
+
+    def forwarded(address):
+        return predict_from(client, "10.0.0.9", WRONG, headers={"X-Forwarded-For": address}).status_code
+    assert {forwarded(f"2001:db8::{i:x}") for i in range(1, 31)} == {401}
+    assert [forwarded("2001:db8::ffff"), forwarded("2001:db8:0:1::1"), forwarded("10.0.0.1")] == [429, 401, 401]
+
+
+def test_guesses_do_not_use_up_the_limit_of_predictions(client_with):
+    client = client_with(API_KEYS=KEYS, RATE_LIMIT="2/hour")
+    for i in range(5):
+        assert predict_from(client, "10.0.0.1", WRONG.format(i)).status_code == 401
+    assert [predict_from(client, "10.0.0.1", GOOD).status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_redis_counts_guesses_over_workers_and_services(start_service, start_redis):
+    port = free_port()
+    start_redis(port)
+    shared = {"RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0", "API_KEYS": KEYS}
+    services = [start_service(WORKERS="2", **shared), start_service(**shared)]
+    for service in services:
+        service.wait_ready()
+    statuses = [requests.post(service.url + "/predict", files={"file": WHITE}, timeout=30,
+                              headers={"X-API-Key": WRONG.format(i)}).status_code
+                for i in range(17) for service in services]
+    assert statuses == [401] * 30 + [429] * 4
+    with redis.Redis(port=port) as connection:
+        names = b" ".join(connection.keys())
+    assert b"127.0.0.1" in names
+    assert b"wrong-key" not in names
+
+
+def test_guesses_are_limited_while_redis_is_unreachable(client_with):
+    client = client_with(API_KEYS=KEYS, RATE_LIMIT_STORAGE=f"redis://127.0.0.1:{free_port()}/0")
+    assert predict_from(client, "10.0.0.2", GOOD).status_code == 200
+    assert [predict_from(client, "10.0.0.1", WRONG).status_code for _ in range(32)] == [401] * 30 + [429] * 2
+
+
 # --- limits ---
+
+def post_batch(client, files):
+    body, content_type = encode_multipart_formdata([("files", (f"{i}.png", WHITE)) for i in range(files)])
+    return client.post("/predict/batch", data=body, content_type=content_type)
+
+
+def test_a_batch_counts_as_its_files(client_with):
+    client = client_with(RATE_LIMIT="5/hour")
+    answers = [post_batch(client, 3), post_batch(client, 3), post(client, WHITE), post(client, WHITE)]
+    # Three of five are spent; the second batch does not fit and costs one, so one more is left.
+    assert [answer.status_code for answer in answers] == [200, 429, 200, 429]
+    assert answers[0].json["count"] == 3
+    assert_refused(answers[1], 429, "RATE_LIMITED")
+    assert "5 per 1 hour" in answers[1].json["message"]
+    assert "each file of a batch counts" in answers[1].json["message"]
+    assert 1 <= int(answers[1].headers["Retry-After"]) <= 3601
+
+
+def test_a_batch_larger_than_the_limit_is_never_predicted(client_with):
+    client = client_with(RATE_LIMIT="2/minute")
+    answer = post_batch(client, 16)
+    assert_refused(answer, 429, "RATE_LIMITED")
+    assert "fewer files" in answer.json["message"]
+    assert post(client, WHITE).status_code == 200
+
+
+def test_instances_of_a_json_batch_count_too(client_with):
+    client = client_with(RATE_LIMIT="4/hour")
+    instances = [{"b64": base64.b64encode(WHITE).decode()}] * 4
+    assert client.post("/predict/batch", json={"instances": instances}).json["count"] == 4
+    assert post(client, WHITE).status_code == 429
+
+
+def test_every_limit_of_several_counts_the_files(client_with):
+    client = client_with(RATE_LIMIT="100/hour;4/day")
+    assert [post_batch(client, n).status_code for n in (3, 2, 1)] == [200, 429, 429]
+
+
+def test_redis_counts_the_files_of_batches(start_service, start_redis):
+    port = free_port()
+    start_redis(port)
+    shared = {"RATE_LIMIT": "8/hour", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0"}
+    services = [start_service(**shared), start_service(**shared)]
+    answers = [requests.post(service.wait_ready().url + "/predict/batch", timeout=60,
+                             files=[("files", (f"{i}.png", WHITE)) for i in range(4)])
+               for service in (*services, *services)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+
+
+def test_while_redis_is_unreachable_files_are_counted_here(client_with):
+    client = client_with(RATE_LIMIT="4/hour", RATE_LIMIT_STORAGE=f"redis://127.0.0.1:{free_port()}/0")
+    assert [post_batch(client, 3).status_code, post_batch(client, 2).status_code] == [200, 429]
+
 
 def test_over_the_limit_the_answer_is_429_with_the_time_to_wait(client_with):
     client = client_with(RATE_LIMIT="2/minute")

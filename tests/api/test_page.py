@@ -1,6 +1,8 @@
 """The page at /, in a real headless Chromium: files, the sample, the camera, the keyboard, its security policy."""
 import json
 import os
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -107,8 +109,6 @@ def test_a_picture_is_answered(browser, size):
 
 
 def test_the_curl_line_does_the_same(browser, service, tmp_path):
-    import shlex
-    import subprocess
     path = tmp_path / "it's a cat.jpg"
     path.write_bytes(CAT.read_bytes())
     number = find(browser, "[name=top_k]")
@@ -121,6 +121,35 @@ def test_the_curl_line_does_the_same(browser, service, tmp_path):
                                        capture_output=True).stdout)
     shown = json.loads(find(browser, ".card .json").get_attribute("textContent"))
     assert answer["predictions"] == shown["predictions"]
+
+
+NASTY_NAMES = [
+    "a,b.jpg", "a;b.jpg", "cat.jpg;type=text", 'say "cheese".jpg', '"cat.jpg"', "it's.jpg", "back\\slash.jpg",
+    "end\\.jpg", 'both\\".jpg', "$HOME.jpg", "$(touch hacked).jpg", "`touch hacked`.jpg", "two\nlines.jpg",
+    "cat.jpg\ntouch hacked", "tab\tand\rreturn\x1b[31m.jpg", "it's\x9b1 \u202egpj.jpg", "@cat.jpg", "-", "-cat.jpg",
+    "--help", " spaces ", "<cat.jpg", "*?[a-z]{1,2}.jpg", "~", "!cat!1.jpg", "&cat|;#.jpg", "100%41.jpg",
+    "K\u00e4tzchen \U0001f408.jpg", "a=b.jpg"]
+
+
+def test_the_curl_line_is_right_for_any_file_name(browser, tmp_path):
+    for number, name in enumerate(NASTY_NAMES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_bytes(CAT.read_bytes())
+        browser.execute_async_script("""
+            const [name, done] = arguments;
+            fetch("static/cat.jpg").then(response => response.blob()).then(blob => {
+              take([new File([blob], name, {type: "image/jpeg"})]);
+              done();
+            });""", name)
+        wait(browser, lambda: not find_all(browser, ".card.waiting"))
+        line = find(browser, ".card code").get_attribute("textContent")
+        assert line.isprintable(), repr(name)  # control characters would act on the terminal it is pasted into
+        answer = subprocess.run([need("bash"), "-c", line.replace("curl ", "curl -sS ", 1)], cwd=folder,
+                                stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+        assert (answer.returncode, answer.stderr) == (0, b""), line
+        assert json.loads(answer.stdout).get("predictions", [{}])[0].get("class") == "tiger cat", line
+        assert os.listdir(folder) == [name], line
 
 
 def test_several_files_of_which_one_is_none(browser, tmp_path):

@@ -442,6 +442,7 @@ def test_a_refusal_on_a_kept_connection_has_an_id_of_its_own(start_service):
             if answer.status_code == 503:
                 break
         assert answer.status_code == 503
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
         for _ in range(200):  # what a browser needs to read it
             answer = requests.post(service.url + "/predict", files={"file": CAT},
                                    headers={"Origin": "https://example.org"})
@@ -683,6 +684,7 @@ def test_gunicorns_own_errors_have_the_one_shape(service, raw):
             answer += piece
     head, _, body = answer.partition(b"\r\n\r\n")
     assert 400 <= int(head.split(b" ")[1]) < 500
+    assert b"\r\nX-Content-Type-Options: nosniff\r\n" in head + b"\r\n"
     assert sorted(json.loads(body)) == ["error", "message", "request_id", "status"]
 
 

@@ -234,3 +234,16 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
             assert not Path(f"/proc/{preparing}").exists()
     assert "stopped before the model was ready" in service.log
     assert "Traceback" not in service.log
+
+
+def test_no_answer_may_be_taken_for_another_type(service):
+    answers = [requests.request(method, service.url + path, timeout=30, headers={"Accept": accept})
+               for accept in ("*/*", "text/html")
+               for method, path in (("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("GET", "/live"), ("GET", "/info"),
+                                    ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/docs/swagger-ui.css"),
+                                    ("GET", "/openapi.json"), ("GET", "/static/page.js"), ("GET", "/static/cat.jpg"),
+                                    ("OPTIONS", "/predict"), ("GET", "/predict"), ("GET", "/nowhere"),
+                                    ("GET", "/static/../../config.py"), ("POST", "/predict"))]
+    answers += [service.predict(CAT), service.predict(b"no picture"), service.predict(bytes(60_000_000))]
+    assert {answer.status_code for answer in answers} == {200, 400, 404, 405, 413}
+    assert [answer.url for answer in answers if answer.headers.get("X-Content-Type-Options") != "nosniff"] == []

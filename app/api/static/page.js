@@ -149,9 +149,25 @@ async function predict({card, file, options}) {
 }
 
 function curl(filename, options) {
-  const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
-  const parts = [`file=@${filename}`, ...Object.entries(options).map(([name, value]) => `${name}=${value}`)];
-  return `curl ${parts.map(part => `-F ${quoted(part)}`).join(" ")} ${new URL("predict", here)}`;
+  const parts = [`file=@${forCurl(filename)}`, ...Object.entries(options).map(([name, value]) => `${name}=${value}`)];
+  return `curl ${parts.map(part => `-F ${forShell(part)}`).join(" ")} ${forShell(String(new URL("predict", here)))}`;
+}
+
+/* curl takes several files separated by commas, options of a file after a semicolon, and - for standard input. */
+function forCurl(filename) {
+  if (filename === "-") return "./-";
+  return /[",;\\]|^\s|\s$/.test(filename) ? `"${filename.replace(/["\\]/g, "\\$&")}"` : filename;
+}
+
+/* Control characters would act on the terminal that the line is pasted into, and others change how it looks: they are
+   written as octal bytes, which bash, zsh and ksh read. */
+function forShell(text) {
+  const unseen = /[\p{C}\p{Zl}\p{Zp}]/gu;
+  if (/^[\w@%+=:,./-]+$/.test(text)) return text;
+  if (text.search(unseen) < 0) return `'${text.replaceAll("'", "'\\''")}'`;
+  const octal = character => Array.from(new TextEncoder().encode(character),
+                                        byte => "\\" + byte.toString(8).padStart(3, "0")).join("");
+  return `$'${text.replace(/['\\]/g, "\\$&").replace(unseen, octal)}'`;
 }
 
 /* ---- a card ---- */
