@@ -56,8 +56,22 @@ bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Run a shorter benchmark (
 exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, on an idle machine); ARGS="--quick --only 2,3"
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -p tests.exam.plugin tests/exam $(ARGS)
 
+$(VENV)-fuzz/installed: tests/fuzz/requirements.txt $(VENV)/tests-installed  # sees the tests' packages
+	$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/service.pth
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+SECONDS := 60
+
+fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; SECONDS=600 for longer
+	@for target in pictures containers json uploads; do \
+		$(VENV)-fuzz/bin/python tests/fuzz/fuzz.py $$target $(VENV)-fuzz/inputs -max_total_time=$(SECONDS) || exit 1; \
+	done
+
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines audit bench bench-quick exam docker-build
+.PHONY: help run test lint lines audit bench bench-quick exam fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -131,8 +131,11 @@ def received(max_bytes, deadline):
 
 
 def check_media_type():
-    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE if, by its headers, the body cannot hold a file."""
-    mimetype = request.mimetype
+    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE if, by its headers, the body cannot hold a file, or is compressed."""
+    mimetype, encoding = request.mimetype, request.headers.get("Content-Encoding", "")
+    if encoding.lower() not in ("", "identity"):
+        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
+                                                          "send the body uncompressed.")
     if mimetype != "multipart/form-data" and not request.is_json and not MEDIA_TYPE.fullmatch(mimetype):
         raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
                            f"{HOW_TO_SEND}. With curl --data-binary add -H 'Content-Type: image/jpeg'.")
@@ -212,6 +215,9 @@ def parse_body(fields):
     """(at least one Upload, option) from any type of request. Raises ServiceError."""
     mimetype = request.mimetype
     if mimetype == "multipart/form-data":
+        if b"filename" not in request.stream.getvalue():
+            from app.api import nameless_parts  # rarely needed
+            nameless_parts.name_them()
         files, sent = files_of_form(fields), request.form.to_dict(flat=False)
     elif request.is_json:
         files, sent = files_of_json(fields)

@@ -17,6 +17,7 @@ from app.media.containers import EBML, Frame
 
 MAX_FRAME_PIXELS = 4096 * 2304  # 4K, which the decoder's memory limit is made for
 CPU_SECONDS = 10                # of decoding; a minute of 4K without a second key frame takes about that
+MOST_BOXES = 100_000            # to look at, of an MP4; more than any recorder writes before moov and mdat
 OPTIONS = "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi|protocol_whitelist;none"
 
 SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
@@ -27,19 +28,22 @@ def invalid_video(why):
 
 
 def is_cut_off(data):
-    """Whether the container claims to be longer than the data."""
+    """Whether the container claims to be longer than the data. Raises ServiceError for one of countless parts."""
     if data[:4] == b"RIFF":
         return int.from_bytes(data[4:8], "little") + 8 > len(data) + 1  # without the padding of the last chunk
     if data[:4] == EBML:
         at = 4
         size, at = ebml_size(data, at)
-        at += size
+        at += size or 0  # without a size it is none that FFmpeg accepts
         if data[at:at + 4] != SEGMENT:
             return False  # whatever it is, FFmpeg will judge it
         size, at = ebml_size(data, at + 4)
         return size is not None and at + size > len(data)
-    at, missing = 0, {b"moov", b"mdat"}
+    at, missing, boxes = 0, {b"moov", b"mdat"}, 0
     while at + 8 <= len(data) and missing:  # some cameras append data that is not a box
+        boxes += 1
+        if boxes > MOST_BOXES:
+            raise invalid_video(f"it has more than {MOST_BOXES} boxes before its content")
         missing.discard(data[at + 4:at + 8])
         size = int.from_bytes(data[at:at + 4], "big")
         if size == 1:

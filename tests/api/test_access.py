@@ -284,14 +284,14 @@ def test_over_the_limit_the_answer_is_429_with_the_time_to_wait(client_with):
 
 def test_after_the_time_to_wait_the_client_is_served_again(client_with):
     client = client_with(RATE_LIMIT="1/second;100/day")
-    statuses = [post(client, b"") for _ in range(2)]
+    statuses = [post(client, WHITE) for _ in range(2)]
     if statuses[1].status_code != 429:  # the second began just between them
-        statuses.append(post(client, b""))
+        statuses.append(post(client, WHITE))
     assert statuses[-1].status_code == 429
     assert "1 per 1 second" in statuses[-1].json["message"]
     assert "100 per" not in statuses[-1].json["message"]
     time.sleep(int(statuses[-1].headers["Retry-After"]))
-    assert post(client, b"").status_code == 400
+    assert post(client, WHITE).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/", "/info", "/metrics"])
@@ -302,29 +302,42 @@ def test_only_predictions_are_limited(client_with, path):
 
 def test_predictions_and_batches_count_together(client_with):
     client = client_with(RATE_LIMIT="2/hour")
-    assert [client.open(path, method=method).json["error"] for method, path in
-            (("POST", "/predict"), ("POST", "/predict/batch"), ("PUT", "/predict"), ("POST", "/predict/batch"))] == [
-        "MISSING_FILE", "MISSING_FILE", "RATE_LIMITED", "RATE_LIMITED"]
+    asked = [("POST", "/predict"), ("POST", "/predict/batch"), ("PUT", "/predict"), ("POST", "/predict/batch")]
+    answers = [client.open(path, method=method, data=WHITE, content_type="image/png") for method, path in asked]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+    assert answers[1].json["results"][0]["status"] == "success"
+    for answer in answers[2:]:
+        assert_refused(answer, 429, "RATE_LIMITED")
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+def test_refused_uploads_count_too(client_with, path):
+    client = client_with(RATE_LIMIT="2/hour")
+    sent = [(b"no picture", "image/png"), (WHITE, "text/html"), (WHITE, "image/png")]
+    statuses = [client.post(path, data=data, content_type=content_type).status_code for data, content_type in sent]
+    assert statuses[0] in (400, 422)
+    assert statuses[1:] == [415, 429]
 
 
 def test_each_client_has_a_limit_of_its_own(client_with):
     def status(address, **headers):
-        return client.post("/predict", environ_base={"REMOTE_ADDR": address}, headers=headers).status_code
+        return client.post("/predict", environ_base={"REMOTE_ADDR": address}, headers=headers, data=WHITE,
+                           content_type="image/png").status_code
     client = client_with(RATE_LIMIT="1/hour")
-    assert [status("10.0.0.1"), status("10.0.0.1"), status("10.0.0.2")] == [400, 429, 400]
-    assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [400, 429, 400]
-    assert [status("::ffff:10.0.0.2"), status("::ffff:10.0.0.3"), status("::ffff:10.0.0.4")] == [429, 400, 400]
+    assert [status("10.0.0.1"), status("10.0.0.1"), status("10.0.0.2")] == [200, 429, 200]
+    assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [200, 429, 200]
+    assert [status("::ffff:10.0.0.2"), status("::ffff:10.0.0.3"), status("::ffff:10.0.0.4")] == [429, 200, 200]
     client = client_with(RATE_LIMIT="1/hour", API_KEYS="a,b")
     assert [status("10.0.0.1", X_API_KEY="a"), status("10.0.0.2", X_API_KEY="a"), status("10.0.0.1", X_API_KEY="b"),
-            status("10.0.0.1")] == [400, 429, 400, 401]
+            status("10.0.0.1")] == [200, 429, 200, 401]
 
 
-@pytest.mark.parametrize(("trusted", "statuses"), [("0", [400, 429, 429]), ("1", [400, 400, 429])])
+@pytest.mark.parametrize(("trusted", "statuses"), [("0", [200, 429, 429]), ("1", [200, 200, 429])])
 def test_forwarded_addresses_count_behind_trusted_proxies_only(client_with, trusted, statuses):
     client = client_with(RATE_LIMIT="1/hour", TRUSTED_PROXIES=trusted)
-    answers = [client.post("/predict", headers={"X-Forwarded-For": address}).status_code
+    answers = [client.post("/predict", headers={"X-Forwarded-For": address}, data=WHITE, content_type="image/png")
                for address in ("10.0.0.1", "10.0.0.2", "6.6.6.6, 10.0.0.2")]
-    assert answers == statuses
+    assert [answer.status_code for answer in answers] == statuses
 
 
 @pytest.fixture

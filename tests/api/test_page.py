@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, encoded, need, photo
+from conftest import ROOT, Service, encoded, need, photo
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -37,12 +37,17 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def browser(chromium, service):
-    """A browser on the page, 1280 × 800; afterwards it must have nothing to complain about, nor asked anyone else."""
+    """A browser on the page, 1280 × 800."""
+    yield from on_page(chromium, service, "efficientnet_lite0")
+
+
+def on_page(chromium, service, model):
+    """Yields a browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
     resize(chromium, DESKTOP)
     chromium.get_log("browser")
     chromium.get_log("performance")
     chromium.get(service.url + "/")
-    wait(chromium, lambda: find(chromium, "#name").text == "efficientnet_lite0")
+    wait(chromium, lambda: find(chromium, "#name").text == model)
     yield chromium
     complaints = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
                   and "/predict - Failed to load resource" not in entry["message"]]  # an error that a test asked for
@@ -209,26 +214,56 @@ def test_a_video_is_answered(browser, tmp_path):
     wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').videoWidth") == 320)
 
 
-def test_scores_and_face_box_of_the_other_task(browser):
-    """The page's own drawing of an answer of the other shape, where it can be checked to the pixel."""
-    send_file(browser, CAT)
-    browser.execute_script("""
-        const card = document.querySelector(".card");
-        const metadata = {filename: "cat.jpg", image_size: [451, 300], timings_ms: {inference: 9}, face_detected: true,
-                          spread: {openness: 0.02}, frames: [{index: 0, time_s: 0, face_box: [45, 30, 90, 60]}]};
-        const predictions = {openness: 0.54, neuroticism: -0.1};
-        showAnswer(card, {response: new Response(), body: {predictions, metadata}}, 1);
-    """)
+@pytest.fixture(scope="module")
+def ocean_service(tmp_path_factory, ocean_settings):
+    running = Service(tmp_path_factory.mktemp("ocean-service"), {
+        "MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_settings.model_path), "DEVICE": "cpu",
+        "MODEL_DIR": str(ocean_settings.model_dir)})
+    yield running.wait_ready()
+    running.stop()
+
+
+@pytest.fixture
+def ocean_browser(chromium, ocean_service):
+    """A browser on the page of a service with the OCEAN model."""
+    yield from on_page(chromium, ocean_service, "ocean")
+
+
+def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tmp_path):
+    browser, path = ocean_browser, tmp_path / "portrait.png"
+    path.write_bytes(encoded(photo("astronaut").crop((0, 0, 512, 400))))
+    answer = ocean_service.predict(path.read_bytes()).json()
+    predictions, metadata = answer["predictions"], answer["metadata"]
+    wait(browser, lambda: [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == [
+        "method", "tta", "frames"])
+    send_file(browser, path)
     assert find(browser, ".card h2").text == "Apparent traits"
-    assert [li.text for li in find_all(browser, ".bars li")] == ["openness\n0.54 ± 0.02", "neuroticism\n-0.10"]
-    assert find(browser, "figcaption").text == "cat.jpg · 451 × 300 · face found"
+    assert len(predictions) == 5
+    assert [li.text for li in find_all(browser, ".bars li")] == [
+        f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}" for trait, score in predictions.items()]
+    assert find(browser, "figcaption").text == "portrait.png · 512 × 400 · face found"
+    x, y, width, height = metadata["frames"][0]["face_box"]
     box, img = find(browser, ".picture rect.box").rect, find(browser, ".picture img").rect
-    scale = img["width"] / 451
-    assert box["x"] - img["x"] == pytest.approx(45 * scale, abs=2)
-    assert box["y"] - img["y"] == pytest.approx(30 * scale, abs=2)
-    assert box["width"] == pytest.approx(90 * scale, abs=4)
-    assert box["height"] == pytest.approx(60 * scale, abs=4)
+    scale = img["width"] / 512
+    assert box["x"] - img["x"] == pytest.approx(x * scale, abs=2)
+    assert box["y"] - img["y"] == pytest.approx(y * scale, abs=2)
+    assert box["width"] == pytest.approx(width * scale, abs=4)
+    assert box["height"] == pytest.approx(height * scale, abs=4)
     screenshot(browser, "traits")
+
+
+def test_options_of_the_ocean_model_are_sent(ocean_browser, ocean_service):
+    browser = ocean_browser
+    wait(browser, lambda: find_all(browser, "[name=method]"))
+    find(browser, "[name=method] [value=middle]").click()
+    find(browser, "[name=tta]").click()
+    send_file(browser, CAT)
+    expected = ocean_service.predict(CAT.read_bytes(), method="middle", tta="false").json()
+    shown = json.loads(find(browser, ".card .json").get_attribute("textContent"))
+    assert shown["predictions"] == expected["predictions"]
+    assert (shown["metadata"]["method"], shown["metadata"]["tta"]) == ("middle", False)
+    assert find(browser, "figcaption").text == "chelsea.jpg · 451 × 300"
+    assert not find_all(browser, ".picture rect.box")
 
 
 def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):

@@ -11,32 +11,12 @@ import numpy as np
 import pytest
 from clients import ask, ask_all, multipart
 from conftest import encoded, photo
+from mutations import FORMATS, mutated
 from PIL import Image
-
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 
 
 def post(key, data):
     return key, "POST", "/predict", *multipart(data)
-
-
-def mutated(data, order):
-    """A file with one to eight changes: bits flipped, bytes removed, repeated, or overwritten with extremes."""
-    data = bytearray(data)
-    for _ in range(order.randint(1, 8)):
-        at, length = order.randrange(len(data)), order.choice([1, 2, 4, 16, 256])
-        kind = order.randrange(5)
-        if kind == 0:
-            data[at] ^= 1 << order.randrange(8)
-        elif kind == 1:
-            data[at:at + length] = order.choice([b"\x00", b"\xff", b"\x7f", b"\x80"]) * length
-        elif kind == 2 and len(data) > 2 * length:
-            del data[at:at + length]
-        elif kind == 3:
-            data[at:at] = data[at:at + length]
-        else:  # the header matters most
-            data[order.randrange(min(64, len(data)))] = order.randrange(256)
-    return bytes(data)
 
 
 @pytest.mark.check(16, "2000 mutated files per image format (quick: 200)", "only 200 and 4xx; no worker dies")

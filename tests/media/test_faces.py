@@ -92,18 +92,20 @@ def test_tiny_pictures_have_no_face():
 
 
 def test_every_thread_has_a_detector_of_its_own():
-    seen, results = [], []
+    seen, kept, results = [], [], []
 
     def work():
-        seen.append(faces.detector())
-        assert faces.detector() is seen[-1] or len(seen) > 1
+        own = faces.detector()
         results.append(faces.largest_face(photo("astronaut")))
+        kept.append(faces.detector() is own)
+        seen.append(own)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len({id(detector) for detector in [*seen, faces.detector()]}) == 5
+    assert kept == [True] * 4
     assert results == [faces.largest_face(photo("astronaut"))] * 4
 
 

@@ -8,7 +8,7 @@ import pillow_heif
 import pytest
 from conftest import encoded as encoded_by_pillow
 from conftest import photo
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from app.engine.preprocess import Preprocessing
 from app.errors import ServiceError
@@ -194,12 +194,21 @@ def test_first_frame_of_an_animation(cat):
     assert same(data, cat.quantize(64))
 
 
-def test_large_jpeg_is_decoded_smaller_but_reported_whole(cat):
-    data = encoded(cat.resize((1200, 800)), "JPEG")
-    for shorter_side, decoded in ((90, (300, 200)), (100, (600, 400)), (190, (600, 400)), (250, (1200, 800))):
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpeg_is_decoded_smaller_but_reported_whole(cat, orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(cat.resize((1200, 800)).convert(mode), "JPEG", quality=95, exif=exif)
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    # The smallest of 1/1, 1/2, 1/4, 1/8 that keeps more than twice shorter_side.
+    for shorter_side, scale in ((90, 4), (100, 2), (190, 2), (250, 1)):
         image, size, _ = read_image(data, MAX_PIXELS, shorter_side)
-        assert size == (1200, 800)
-        assert image.size == decoded  # the smallest of 1/1, 1/2, 1/4, 1/8 that keeps more than twice shorter_side
+        assert size == whole.size
+        reference = whole.reduce(scale)
+        assert (image.mode, image.size) == ("RGB", reference.size)
+        differences = np.abs(np.asarray(image).astype(int) - np.asarray(reference).astype(int))
+        assert differences.mean() < 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -2,12 +2,14 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -114,13 +116,48 @@ def test_uploads_are_not_written_to_disk(service):
     assert not [path for path in seen if path.startswith("/tmp") and "/pytest-" not in path], seen
 
 
+# As logged, a path that would write a line of its own, colour the terminal, or turn the direction of what follows.
+FORGED = {"/a%0A2026-01-01%20CRITICAL%20forged": r"/a\n2026-01-01 CRITICAL forged", "/b%0D%0Aforged": r"/b\r\nforged",
+          "/c%1B%5B2Jforged": r"/c\x1b[2Jforged", "/d%E2%80%AEforged": r"/d\u202eforged",
+          "/e%C2%85forged": r"/e\x85forged", "/f%FFforged": None}
+
+
+def logged(service, count):
+    """The log's lines about requests, once there are as many."""
+    until = time.monotonic() + 10
+    while len(lines := [line for line in service.log_path.read_bytes().split(b"\n") if b"orged" in line]) < count:
+        assert time.monotonic() < until, lines
+        time.sleep(0.01)
+    return lines
+
+
+def ask_for_forged_paths(service):
+    for path in FORGED:
+        answer = requests.get(service.url + path, headers={"X-Request-ID": "forged id=1"}, timeout=30)
+        assert answer.status_code == 404
+        assert answer.headers["X-Request-ID"] != "forged id=1"
+
+
 def test_text_logs(start_service):
     service = start_service(LOG_FORMAT="text").wait_ready()
     service.predict(CAT)
-    time.sleep(0.1)
+    ask_for_forged_paths(service)
+    lines = logged(service, len(FORGED))
     line = [x for x in service.log.splitlines() if "path=/predict" in x][0]
     assert " INFO " in line
     assert "status=200" in line
+    assert len(lines) == len(FORGED)
+    for line, escaped in zip(lines, FORGED.values(), strict=True):
+        assert line.decode().isprintable()
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO +request method=GET path=/", line.decode())
+        assert not escaped or f"path={escaped} status=404" in line.decode()
+
+
+def test_json_logs_hold_one_object_a_line_whatever_the_path(service):
+    ask_for_forged_paths(service)
+    lines = [json.loads(line) for line in logged(service, len(FORGED))]
+    assert [line["path"] for line in lines][:5] == [urllib.parse.unquote(path) for path in FORGED][:5]
+    assert {line["logger"] for line in lines} == {"app.request"}
 
 
 def test_several_workers_answer(start_service):
