@@ -1,7 +1,9 @@
 """From a client's video to a few of its frames. FFmpeg runs in separate processes, which a bad file may crash."""
 import atexit
 import contextlib
+import functools
 import json
+import logging
 import os
 import queue
 import signal
@@ -18,8 +20,10 @@ from app.media.containers import EBML, Frame
 MAX_FRAME_PIXELS = 4096 * 2304  # 4K, which the decoder's memory limit is made for
 CPU_SECONDS = 10                # of decoding; a minute of 4K without a second key frame takes about that
 MOST_BOXES = 100_000            # to look at, of an MP4; more than any recorder writes before moov and mdat
+INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")  # where Python and its packages are, if somewhere unusual
 OPTIONS = "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi|protocol_whitelist;none"
 
+log = logging.getLogger(__name__)
 SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
 
 
@@ -85,15 +89,25 @@ def frames(data, settings, deadline, count=1, at_s=None):
             decoders.give_back(decoder)
 
 
+def environment():
+    """A decoder's environment variables: none of the service's, which may be secret, but those named here."""
+    return {**{name: os.environ[name] for name in INHERITED if name in os.environ},
+            "OPENCV_FFMPEG_CAPTURE_OPTIONS": OPTIONS, "OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_LOG_LEVEL": "SILENT",
+            "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+@functools.cache
+def warn_of_no_sandbox():
+    log.warning("no seccomp filters on this kernel and processor: the video decoder's sandbox is incomplete")
+
+
 class Decoder:
     """A process running video_decoder.py, for one video after another. It is killed at the video's deadline."""
 
     def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, "-P", Path(__file__).with_name("video_decoder.py")], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=2**20, env={
-                **os.environ, "OPENCV_FFMPEG_CAPTURE_OPTIONS": OPTIONS, "OPENCV_FFMPEG_LOGLEVEL": "-8",
-                "OPENCV_LOG_LEVEL": "SILENT", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=2**20, env=environment())
         self.is_idle = True
 
     def decode(self, task, data, deadline):
@@ -122,6 +136,8 @@ class Decoder:
         self.is_idle = True
         if "error" in answer:
             raise refusal(answer["error"], answer["message"])
+        if not answer["sandboxed"]:
+            warn_of_no_sandbox()
 
     def next_message(self):
         """The process's next message; {} if it has ended, even in the middle of a line."""

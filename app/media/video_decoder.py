@@ -1,10 +1,10 @@
 """The process that decodes videos, to contain what FFmpeg does with an untrusted file. video.py starts it as a program
-of its own, which imports OpenCV and nothing from the service.
+of its own, which imports OpenCV and, of the service, only the sandbox that it enters before it reads anything.
 
 In a loop, it reads from standard input a line of JSON {"size", "frames" or "at", "max_pixels", "max_seconds",
 "cpu_seconds"} and a file of `size` bytes. To standard output it writes, for each chosen frame in file order, a line of
-JSON {"index", "time_s", "shape": [height, width, 3]} and the RGB bytes, then {"done": true}; or, at any point,
-{"error": code, "message"}.
+JSON {"index", "time_s", "shape": [height, width, 3]} and the RGB bytes, then {"done": true, "sandboxed": whether the
+kernel filters its system calls}; or, at any point, {"error": code, "message"}.
 """
 import bisect
 import io
@@ -30,7 +30,7 @@ class Refused(Exception):
         self.code, self.message = code, message
 
 
-def serve(source, sink):
+def serve(source, sink, sandboxed):
     while line := source.readline():
         task = json.loads(line)
         spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -40,7 +40,7 @@ def serve(source, sink):
         try:
             for index, time_s, image in chosen_frames(data, task):
                 send(sink, {"index": index, "time_s": time_s, "shape": image.shape}, image.data)
-            send(sink, {"done": True})
+            send(sink, {"done": True, "sandboxed": sandboxed})
         except Refused as e:
             send(sink, {"error": e.code, "message": e.message})
         except (cv2.error, MemoryError):
@@ -196,15 +196,18 @@ def main():
         os.dup2(nowhere, number)
     os.close(nowhere)
     cv2.setNumThreads(1)
+    sys.path.append(os.path.dirname(__file__))  # last, where it hides no other module
+    import sandbox
     with open("/proc/self/statm") as statm:
         pages = int(statm.read().split()[0])
+    sandbox.forbid_files()
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     files = sink.fileno() + 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # no more files or sockets can be opened
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # not one more, where the kernel lacks the rest
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    serve(source, sink)
+    serve(source, sink, sandboxed=sandbox.forbid_calls())
 
 
 if __name__ == "__main__":

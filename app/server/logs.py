@@ -95,29 +95,13 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-class TextFormatter(logging.Formatter):
-    """Time, level, message, then the extra fields as key=value; control characters escaped."""
-    standard = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
-
-    def __init__(self):
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-
-    def formatMessage(self, record):
-        extra = {k: v for k, v in record.__dict__.items() if k not in self.standard and v is not None}
-        return printable(" ".join([super().formatMessage(record), *(f"{k}={v}" for k, v in extra.items())]))
-
-
-def printable(text):
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def logging_config(settings):
     """A logging.config dictionary for the service and Gunicorn."""
     if settings.log_format == "json":
         formatter = {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": "%(levelname)s %(name)s %(message)s",
                      "timestamp": True, "rename_fields": {"levelname": "level", "name": "logger"}}
     else:
-        formatter = {"()": "app.server.logs.TextFormatter"}
+        formatter = {"()": "app.server.text_logs.TextFormatter"}
     return {"version": 1, "disable_existing_loggers": False,
             "filters": {"request_id": {"()": "app.server.logs.RequestIdFilter"}},
             "formatters": {"line": formatter},
