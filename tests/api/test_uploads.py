@@ -66,6 +66,39 @@ def test_json(client, answer, body):
     assert client.post("/predict", json=body).json["predictions"] == answer
 
 
+def post_parts(client, *parts, path="/predict", boundary="b--b"):
+    """POST a form of (field, further headers, content) parts without file names."""
+    body = b"".join(f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{headers}\r\n\r\n'.encode()
+                    + content + b"\r\n" for field, headers, content in parts) + f"--{boundary}--\r\n".encode()
+    return client.post(path, data=body, content_type=f'multipart/form-data; boundary="{boundary}"')
+
+
+def test_a_part_without_file_name_is_a_file_if_its_content_type_says_so(client, answer):
+    for headers in ("\r\nContent-Type: image/jpeg", "\r\ncontent-type:IMAGE/JPEG\r\nX-Other: 1"):
+        assert post_parts(client, ("file", headers, CAT)).json["predictions"] == answer
+        response = post_parts(client, ("top_k", "", b"2"), ("image", headers, CAT), ("note", "", b"x"))
+        assert response.json["predictions"] == answer[:2]
+        assert response.json["metadata"]["filename"] in (None, "")
+    batch = post_parts(client, *[("files", "\r\nContent-Type: image/jpeg", CAT)] * 2, path="/predict/batch")
+    assert [result["predictions"] for result in batch.json["results"]] == [answer] * 2
+    large = CAT + bytes(2**20)  # more than Werkzeug allows text
+    assert post_parts(client, ("file", "\r\nContent-Type: image/jpeg", large)).json["predictions"] == answer
+
+
+def test_a_part_without_file_name_and_media_type_is_text(client):
+    for headers in ("", "\r\nContent-Type: text/plain"):
+        status, code, message = error_of(post_parts(client, ("file", headers, b"hello")))
+        assert (status, code) == (400, "MISSING_FILE")
+        assert "-F file=@photo.jpg" in message
+
+
+def test_many_boundaries_in_a_body_without_file_names_cost_nothing(client):
+    started = time.monotonic()
+    body = b"--b\r\n" * 10**6
+    assert client.post("/predict", data=body, content_type="multipart/form-data; boundary=b").status_code in (400, 413)
+    assert time.monotonic() - started < 2
+
+
 def test_json_of_a_vendors_type(client, answer):
     body = json.dumps({"image": CAT_64})
     assert client.post("/predict", data=body, content_type="application/vnd.api+json").json["predictions"] == answer
