@@ -3,6 +3,7 @@ import base64
 import contextlib
 import dataclasses
 import gc
+import gzip
 import http.client
 import json
 import re
@@ -173,6 +174,10 @@ def test_data_url_of_something_else(client, url):
     (b"", "INVALID_JSON", "cannot be parsed"),
     (b"\xff\xfe\xfd", "INVALID_JSON", "cannot be parsed"),
     (b"[" * 9_000, "INVALID_JSON", "cannot be parsed"),
+    (b"{\"a\":" * 5000 + b"1" + b"}" * 5000, "INVALID_JSON", "cannot be parsed"),
+    (b"{\"image\": " + b"{\"b64\":" * 3000 + b"\"AAAA\"" + b"}" * 3001, "INVALID_JSON", "cannot be parsed"),
+    (b"{\"image\": \"AAAA\", \"x\": " + b"9" * 5000 + b"}", "INVALID_JSON", "cannot be parsed"),
+    (b"{\"image\": \"\\ud800\"}", "INVALID_PARAMETER", "text that cannot be decoded"),
     (b"[" * 50_000, "INVALID_JSON", "more than 10000 lists, objects and members"),
     (b"{\"image\": \"AAAA\", \"top_k\": 1, \"top_k\": 2}", "INVALID_JSON", "'top_k' is repeated"),
     (b"{}", "MISSING_FILE", "No file provided: send one as"),
@@ -241,6 +246,137 @@ def test_json_that_is_made_to_take_long_is_refused_in_no_time(client, body):
 def test_too_many_instances_are_counted_before_they_are_looked_at(client):
     response = client.post("/predict/batch", json={"instances": [0] * 5000})
     assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
+
+
+DISPOSITION = b'Content-Disposition: form-data; name="file"; filename="c.jpg"'
+
+
+def parts(*sent, boundary=b"b"):
+    """A multipart body of parts, (headers, content), exactly as given."""
+    return b"".join(b"--%s\r\n%s\r\n\r\n%s\r\n" % (boundary, *part) for part in sent) + b"--%s--\r\n" % boundary
+
+
+NESTED = parts((b'Content-Disposition: attachment; filename="c.jpg"', CAT), boundary=b"inner")
+OF_FORM = "multipart/form-data; boundary=b"
+
+
+@pytest.mark.parametrize(("body", "content_type"), [
+    (parts((DISPOSITION + b"\r\nX-A: " + b"a" * 100_000, CAT)), OF_FORM),
+    (parts((DISPOSITION + b"\r\nX-A: a" * 5000, CAT)), OF_FORM),
+    (parts((DISPOSITION + b"\r\nrubbish", CAT)), OF_FORM),
+    (parts((DISPOSITION.replace(b"; ", b";\r\n "), CAT)), OF_FORM),
+    (parts((DISPOSITION + b"\r\nContent-Length: 5", CAT)), OF_FORM),
+    (parts((DISPOSITION + b'\r\nContent-Disposition: form-data; name="top_k"', CAT)), OF_FORM),
+    (parts((b'Content-Disposition: form-data; name="a"; name="file"; filename="c.jpg"', CAT)), OF_FORM),
+    (b"preamble\r\n" + parts((DISPOSITION, CAT)) + b"epilogue", OF_FORM),
+    (parts((DISPOSITION, CAT)), 'multipart/form-data; boundary="b"'),
+    (parts((DISPOSITION, CAT), boundary=b"b" * 70), "multipart/form-data; boundary=" + "b" * 70),
+    (parts((DISPOSITION, CAT), boundary=b"b" * 71), "multipart/form-data; boundary=" + "b" * 71),
+    (parts((DISPOSITION, CAT), boundary=b"b" * 3000), "multipart/form-data; boundary=" + "b" * 3000),
+    (parts((DISPOSITION, CAT), (b'Content-Disposition: form-data; name="x"\r\nContent-Type: a/b; charset=zip', b"1")),
+     OF_FORM),
+], ids=["long header", "many headers", "header without colon", "folded header", "length of a part", "two dispositions",
+        "two names", "around the parts", "quoted boundary", "boundary of 70", "boundary of 71", "boundary of 3000",
+        "unknown charset"])
+def test_odd_forms_in_which_the_file_is_certain(client, answer, body, content_type):
+    response = client.post("/predict", data=body, content_type=content_type)
+    assert response.json["predictions"] == answer
+    assert response.json["metadata"]["filename"] == "c.jpg"
+
+
+@pytest.mark.parametrize(("body", "content_type", "status", "code"), [
+    (parts((b'Content-Disposition: form-data; name="file"\r\nContent-Type: multipart/mixed; boundary=inner', NESTED)),
+     OF_FORM, 400, "MISSING_FILE"),
+    (parts((DISPOSITION + b"\r\nContent-Type: multipart/mixed; boundary=inner", NESTED)),
+     OF_FORM, 400, "INVALID_IMAGE"),
+    (parts((DISPOSITION + b"\r\nContent-Type: multipart/mixed; boundary=b", parts((DISPOSITION, CAT)))),
+     OF_FORM, 400, "TOO_MANY_FILES"),
+    (parts((b'Content-Disposition: form-data; filename="c.jpg"', CAT)), OF_FORM, 400, "MISSING_FILE"),
+    (parts((b'Content-Disposition: form-data; name=""; filename="c.jpg"', CAT)), OF_FORM, 400, "MISSING_FILE"),
+    (parts((b"Content-Type: image/jpeg", CAT)), OF_FORM, 400, "MISSING_FILE"),
+    (b"--b\r\n\r\n" + CAT + b"\r\n--b--\r\n", OF_FORM, 400, "MISSING_FILE"),
+    (parts((b'Content-Disposition: form-data; name="top_k"\r\n' + DISPOSITION, CAT)), OF_FORM, 400, "MISSING_FILE"),
+    (parts((DISPOSITION + b"\r\nX-A: " + b"a" * 600_000, CAT)), OF_FORM, 413, "FILE_TOO_LARGE"),
+    (parts((DISPOSITION, CAT))[:-7], OF_FORM, 400, "MISSING_FILE"),
+    (parts((DISPOSITION, CAT)), "multipart/form-data; boundary=", 400, "MISSING_FILE"),
+    (parts((DISPOSITION, CAT)), "multipart/form-data; boundary=b; boundary=c", 400, "MISSING_FILE"),
+    (parts((DISPOSITION, CAT)), "multipart/form-data; boundary=\xfc", 400, "MISSING_FILE"),
+    (b"--b--\r\n", OF_FORM, 400, "MISSING_FILE"),
+    (b"", OF_FORM, 400, "MISSING_FILE"),
+    (parts((DISPOSITION + b"\r\nContent-Transfer-Encoding: base64", CAT_64.encode())), OF_FORM, 400, "INVALID_IMAGE"),
+    (parts((DISPOSITION + b"\r\nContent-Encoding: gzip", gzip.compress(CAT))), OF_FORM, 400, "INVALID_IMAGE"),
+    (parts((DISPOSITION, CAT)), "multipart/mixed; boundary=b", 415, "UNSUPPORTED_MEDIA_TYPE"),
+], ids=["multipart as text", "multipart as file", "the same boundary within", "no name", "empty name", "no disposition",
+        "no headers", "two dispositions", "header of 600 kB", "no end", "empty boundary", "two boundaries",
+        "boundary not of ASCII", "only an end", "nothing", "base64 part", "compressed part", "multipart/mixed"])
+def test_odd_forms_without_a_certain_file(client, body, content_type, status, code):
+    assert error_of(client.post("/predict", data=body, content_type=content_type))[:2] == (status, code)
+
+
+@pytest.mark.parametrize(("sent", "shown"), [
+    (b'filename="../../etc/passwd"', "passwd"), (b"filename*=UTF-8''%2Fetc%2Fa%C3%A4.jpg", "aä.jpg"),
+    (b'filename="a.jpg"; filename="/b.jpg"', "b.jpg"), (b'filename="<script>.jpg"', "<script>.jpg")])
+def test_names_of_files_are_base_names(client, sent, shown):
+    body = parts((b'Content-Disposition: form-data; name="file"; ' + sent, CAT))
+    assert client.post("/predict", data=body, content_type=OF_FORM).json["metadata"]["filename"] == shown
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "deflate, gzip", "identity, gzip"])
+def test_a_compressed_body_is_refused_as_such(client, encoding, path):
+    for body in (gzip.compress(CAT), CAT):
+        status, code, message = error_of(client.post(path, data=body, content_type="image/jpeg",
+                                                     headers={"Content-Encoding": encoding}))
+        assert (status, code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+        assert message == f"Content-Encoding {encoding} is not accepted here; send the body uncompressed."
+    plain = client.post(path, data=CAT, content_type="image/jpeg", headers={"Content-Encoding": "identity"})
+    assert plain.status_code == 200
+
+
+def statuses_of(service, sent):
+    """The statuses of all answers on a connection on which these bytes are sent, until it is closed."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        connection.sendall(sent)
+        if not sent.endswith(HEALTH):  # which is not half a request; one whose client is gone is not calculated
+            connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", received)]
+
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+OF_CAT = b"Content-Length: %d\r\n" % len(CAT)
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"  # not answered behind a body of doubtful end
+IN_CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(CAT), CAT)
+
+
+@pytest.mark.parametrize(("sent", "statuses"), [
+    (HEAD + OF_CAT + b"\r\n" + CAT + HEALTH, [200, 200]),
+    (HEAD + CHUNKED + b"\r\n" + IN_CHUNKS + HEALTH, [200, 200]),
+    (HEAD + CHUNKED + OF_CAT + b"\r\n" + IN_CHUNKS + HEALTH, [400]),
+    (HEAD + OF_CAT + CHUNKED + b"\r\n" + IN_CHUNKS + HEALTH, [400]),
+    (HEAD + CHUNKED + CHUNKED + b"\r\n" + IN_CHUNKS + HEALTH, [400]),
+    (HEAD + OF_CAT + b"Content-Length: 5\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length: -5\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length: +5\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length: 0x10\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length: 5 5\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length : 5\r\n\r\n" + CAT + HEALTH, [400]),
+    (HEAD + b"Content-Length: 5\r\n\r\n" + CAT + HEALTH, [400, 400]),
+    (HEAD + b"Content-Length: 900000\r\n\r\n" + CAT, [400]),
+    (HEAD + CHUNKED + b"\r\n" + b"fffffffffffffffff\r\n" + CAT, [400]),
+    (HEAD + CHUNKED + b"\r\n" + b"-5\r\n" + CAT, [400]),
+    (HEAD + CHUNKED + b"\r\n" + b"5\r\n" + CAT, [400]),
+], ids=["length", "chunks", "chunks and length", "length and chunks", "chunks twice", "two lengths", "negative length",
+        "signed length", "hexadecimal length", "length of two", "space before the colon", "length too small",
+        "length too large", "chunk too large", "negative chunk", "chunk too small"])
+def test_where_a_body_ends_is_never_guessed(service, sent, statuses):
+    workers = service.workers()
+    assert statuses_of(service, sent) == statuses
+    assert service.workers() == workers
+    assert "Traceback" not in service.log
 
 
 # --- memory ---
