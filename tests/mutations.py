@@ -7,7 +7,7 @@ from conftest import encoded, photo
 from PIL import Image
 from urllib3 import encode_multipart_formdata
 
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
 
 
 def mutated(data, order):

@@ -37,7 +37,7 @@ def number_on(frame):
     return sum(1 << bit for bit in range(BITS) if frame[5:-5, int((bit + 0.5) * width / BITS)].mean() > 127)
 
 
-def write(frames, format="mp4", codec="libx264", rate=30, at_ms=None, **options):
+def write(frames, format="mp4", codec="libx264", rate=30, at_ms=None, pix_fmt=None, **options):
     """The bytes of a video of RGB frames; at_ms: when each is shown, of a variable rate; options: the codec's."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=format) as container:
@@ -47,7 +47,7 @@ def write(frames, format="mp4", codec="libx264", rate=30, at_ms=None, **options)
         for i, pixels in enumerate(frames):
             if i == 0:
                 stream.height, stream.width = pixels.shape[:2]
-                stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+                stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = at_ms[i] if at_ms else i, stream.codec_context.time_base
             container.mux(stream.encode(frame))

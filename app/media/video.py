@@ -21,7 +21,6 @@ MAX_FRAME_PIXELS = 4096 * 2304  # 4K, which the decoder's memory limit is made f
 CPU_SECONDS = 10                # of decoding; a minute of 4K without a second key frame takes about that
 MOST_BOXES = 100_000            # to look at, of an MP4; more than any recorder writes before moov and mdat
 INHERITED = ("LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")  # where Python and its packages are, if somewhere unusual
-OPTIONS = "format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi|protocol_whitelist;none"
 
 log = logging.getLogger(__name__)
 SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
@@ -92,7 +91,7 @@ def frames(data, settings, deadline, count=1, at_s=None):
 def environment():
     """A decoder's environment variables: none of the service's, which may be secret, but those named here."""
     return {**{name: os.environ[name] for name in INHERITED if name in os.environ},
-            "OPENCV_FFMPEG_CAPTURE_OPTIONS": OPTIONS, "OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_LOG_LEVEL": "SILENT",
+            "OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_LOG_LEVEL": "SILENT",
             "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 

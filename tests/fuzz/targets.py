@@ -36,7 +36,7 @@ def refusals_allowed():
 def decode_picture(data):
     for shorter_side in (None, 8):  # whole, and at a reduced scale
         with refusals_allowed():
-            image, (width, height) = read_image(data, MAX_PIXELS, shorter_side)
+            image, (width, height), _ = read_image(data, MAX_PIXELS, shorter_side)
             assert image.mode == "RGB"
             assert width * height <= MAX_PIXELS
             assert len(image.tobytes()) == 3 * image.width * image.height

@@ -4,10 +4,8 @@ import struct
 import zlib
 
 import numpy as np
-import pillow_heif
 import pytest
-from conftest import encoded as encoded_by_pillow
-from conftest import photo
+from conftest import encoded, photo
 from PIL import Image, ImageCms, ImageOps
 
 from app.engine.preprocess import Preprocessing
@@ -15,15 +13,6 @@ from app.errors import ServiceError
 from app.media.pictures import read_image
 
 MAX_PIXELS = 1_000_000
-
-
-def encoded(image, format="PNG", **options):
-    """Like conftest's, and HEIF without making Pillow know it: that is the service's own task."""
-    if format != "HEIF":
-        return encoded_by_pillow(image, format, **options)
-    buffer = io.BytesIO()
-    pillow_heif.from_pillow(image).save(buffer, **options)
-    return buffer.getvalue()
 
 
 def pixels(data, **options):
