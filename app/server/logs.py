@@ -83,6 +83,7 @@ class StderrHandler(logging.Handler):
             with contextlib.suppress(OSError):  # not Linux, or another user's
                 descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
                 self.write = functools.partial(os.write, descriptor)
+                os.dup2(descriptor, 2)  # libtiff and other native code must not wait for a reader either
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         self.poll = poll

@@ -15,7 +15,7 @@ from conftest import encoded, photo, post
 MOST_S, MOST_MB = 2, 100  # of processor time, as other tests run beside these; of memory beyond that before
 MANY = 100_000  # things that Pillow looks at one by one, in Python
 CAT = photo("chelsea").resize((90, 60))
-INTACT, READABLE, REFUSED, TOO_LARGE = "cat", 200, 400, 413  # what the answer is
+INTACT, COUNTLESS, READABLE, REFUSED, TOO_LARGE = "cat", (200, 400), 200, 400, 413  # what the answer is
 FILES = {}
 
 
@@ -60,8 +60,6 @@ BOMB = zlib.compress(bytes(2**26), 9)  # 65 kB
 
 @file(INTACT)
 def intact_png():
-    yield "PNG of 50,000 texts", png_with(*[png_chunk(b"tEXt", b"a\0b")] * 50_000)
-    yield f"PNG of {MANY} empty chunks", png_with(*[png_chunk(b"abCd")] * MANY)
     yield "PNG text of 8 MB", png_with(png_chunk(b"iTXt", b"a\0\0\0\0\0" + b"b" * 2**23))
     yield "PNG EXIF of 8 MB", png_with(png_chunk(b"eXIf", b"II*\0\x08\0\0\0" + b"\xff" * 2**23))
     yield "PNG EXIF in a circle", png_with(png_chunk(b"eXIf", tiff_directory([(0x8769, 4, 1, 8)], following=8)))
@@ -148,7 +146,6 @@ def intact_gif():
     start = 13 + 3 * 2 ** ((data[10] & 7) + 1)  # behind the global palette
     comment = b"\x21\xfe" + (b"\xff" + bytes(255)) * 30_000 + b"\0"
     yield "GIF comment of 8 MB", data[:start] + comment + data[start:]
-    yield "GIF of 100,000 comments", data[:start] + b"\x21\xfe\x01a\0" * 100_000 + data[start:]
     yield "GIF of 100,000 frames", data[:-1] + b",\0\0\0\0\1\0\1\0\0\2\2\x44\1\0" * 100_000 + b";"
     yield "GIF followed by HTML", data + b"<script>alert(1)</script>"
     yield "GIF followed by a ZIP", data + zipped({"a.txt": b"a"})
@@ -207,8 +204,6 @@ def intact_jpeg():
     yield "JPEG profile that lies", jpeg_with((0xe2, b"ICC_PROFILE\0\1\1" + b"\xff\xff\xff\xff" + bytes(200)))
     yield "JPEG segment of no length", CAT_JPEG[:2] + b"\xff\xe1\0\0" + CAT_JPEG[2:]
     yield "JPEG of 8 MB of comments", jpeg_with(*[(0xfe, b"a" * 65_000)] * 128)
-    yield f"JPEG of {MANY} empty segments", jpeg_with(*[(0xef, b"")] * MANY)
-    yield f"JPEG of {MANY} fill bytes", CAT_JPEG[:2] + b"\xff" * MANY + CAT_JPEG[3:]
     yield "JPEG Photoshop block that lies", jpeg_with((0xed, b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\xff\xff\xff\xff"))
     yield "JPEG of 2³² pictures", jpeg_with((0xe2, b"MPF\0" + tiff_directory(
         [(0xb001, 4, 1, 2**32 - 1), (0xb002, 7, 2**32 - 1, 8)])))
@@ -294,6 +289,20 @@ def large_bmp():
     yield "BMP 5000 × 5000 of run lengths", bmp(5000, 5000, 8, compression=1, colours=2, offset=62, pixels=bytes(9))
 
 
+# --- countless parts ---
+
+@file(COUNTLESS)
+def of_countless_parts():
+    """Whether it is the cat or too much: it must be so soon."""
+    yield "PNG of 50,000 texts", png_with(*[png_chunk(b"tEXt", b"a\0b")] * 50_000)
+    yield f"PNG of {MANY} empty chunks", png_with(*[png_chunk(b"abCd")] * MANY)
+    gif_of_cat = encoded(CAT.quantize(256), "GIF")
+    start = 13 + 3 * 2 ** ((gif_of_cat[10] & 7) + 1)  # behind the global palette
+    yield "GIF of 100,000 comments", gif_of_cat[:start] + b"\x21\xfe\x01a\0" * 100_000 + gif_of_cat[start:]
+    yield f"JPEG of {MANY} empty segments", jpeg_with(*[(0xef, b"")] * MANY)
+    yield f"JPEG of {MANY} fill bytes", CAT_JPEG[:2] + b"\xff" * MANY + CAT_JPEG[3:]
+
+
 # --- other formats, and videos ---
 
 @file(REFUSED)
@@ -355,10 +364,11 @@ def test_hostile_file(client, cat, name):
     started = time.process_time()
     response = post(client, data)
     seconds, more_mb = time.process_time() - started, memory_mb("VmHWM") - before
-    assert response.status_code == (200 if expected == INTACT else expected), response.json
-    if expected == INTACT:
+    statuses = {INTACT: [200], COUNTLESS: [200, 400]}.get(expected, [expected])
+    assert response.status_code in statuses, response.json
+    if expected == INTACT or expected == COUNTLESS and response.status_code == 200:
         assert response.json["predictions"][0]["class"] == cat
-    elif expected != READABLE:
+    elif response.status_code != 200:
         assert set(response.json) == {"status", "error", "message", "request_id"}
         assert response.json["status"] == "error"
     assert seconds < MOST_S

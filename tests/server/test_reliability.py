@@ -6,6 +6,7 @@ import http.client
 import inspect
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -22,6 +23,7 @@ import requests
 from conftest import ROOT, encoded, free_port, need
 from gunicorn.workers.ggevent import GeventWorker
 from hanging_model import copy_model_dir, replace_model
+from mutations import mutated, pictures
 from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until, workers_ready
 
@@ -514,6 +516,10 @@ def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):
         with requests.Session() as session:
             for _ in range(5000):  # more than the pipe and what is kept
                 session.get(url + "/" + "x" * 200, timeout=5)
+            tiff, order = pictures()["TIFF bits"], random.Random(0)
+            for _ in range(100):  # about which libtiff and Pillow complain on standard error by themselves
+                answer = session.post(url + "/predict", files={"file": mutated(tiff, order)}, timeout=5)
+                assert answer.status_code in (200, 400, 413)
             metrics = session.get(url + "/metrics", timeout=5).text
         assert float(re.search(r"log_lines_dropped_total ([0-9.]+)$", metrics, re.M)[1]) > 0
         process.send_signal(signal.SIGTERM)
