@@ -36,7 +36,7 @@ def is_cut_off(data):
     if data[:4] == EBML:
         at = 4
         size, at = ebml_size(data, at)
-        at += size
+        at += size or 0
         if data[at:at + 4] != SEGMENT:
             return False  # whatever it is, FFmpeg will judge it
         size, at = ebml_size(data, at + 4)
