@@ -89,7 +89,7 @@ def frames(data, settings, deadline, count=1, at_s=None):
 
 
 def environment():
-    """A decoder's environment variables: none of the service's, which may be secret, but those named here."""
+    """A decoder's environment variables: of the service's, which may be secret, INHERITED alone."""
     return {**{name: os.environ[name] for name in INHERITED if name in os.environ},
             "OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_LOG_LEVEL": "SILENT",
             "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,7 @@ JSON {"index", "time_s", "shape": [height, width, 3]} and the RGB bytes, then {"
 kernel filters its system calls}; or, at any point, {"error": code, "message"}.
 """
 import bisect
+import contextlib
 import io
 import json
 import os
@@ -59,11 +60,22 @@ def send(sink, message, content=b""):
 
 
 def open_capture(data, codec, *options):
-    """A VideoCapture that decodes with this one of CODECS, whatever the file says; None if that cannot be."""
+    """A VideoCapture that decodes with this one of CODECS, whatever the file says. Raises Refused."""
     # A whitelist alone restricts only what looks for the streams' properties; OpenCV opens its own decoder besides.
     os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"{OPTIONS}|codec_whitelist;{codec}|video_codec;{codec}"
     capture = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, [*options, cv2.CAP_PROP_N_THREADS, 1])
-    return capture if capture.isOpened() else None
+    if not capture.isOpened():
+        raise Refused("INVALID_VIDEO", "it is damaged, has no picture, or its codec is not one of H.264, HEVC, VP8, "
+                                       "VP9, AV1, MPEG-1, MPEG-2, MPEG-4, H.263, ProRes and Motion JPEG")
+    return capture
+
+
+def open_any(data):
+    """(a VideoCapture, its one of CODECS): the one that opens the file. Raises Refused."""
+    for codec in CODECS[:-1]:
+        with contextlib.suppress(Refused):
+            return open_capture(data, codec), codec
+    return open_capture(data, CODECS[-1]), CODECS[-1]
 
 
 def chosen_frames(data, task):
@@ -94,13 +106,7 @@ class Reader:
 
     def __init__(self, data, max_pixels, max_seconds):
         self.data, self.max_pixels = data, max_pixels
-        for self.codec in CODECS:
-            self.capture = open_capture(data, self.codec)
-            if self.capture:
-                break
-        else:
-            raise Refused("INVALID_VIDEO", "it is damaged, has no picture, or its codec is not one of H.264, HEVC, "
-                                           "VP8, VP9, AV1, MPEG-1, MPEG-2, MPEG-4, H.263, ProRes and Motion JPEG")
+        self.capture, self.codec = open_any(data)
         self.check_size(self.capture.get(cv2.CAP_PROP_FRAME_WIDTH) * self.capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         packets = list_packets(data, max_seconds, self.codec)  # (time in ms, is a key frame)
         self.position, self.time = -1, NOTHING_READ  # the frame that was grabbed last
@@ -137,7 +143,7 @@ class Reader:
             here = bisect.bisect_left(self.times, self.time) if self.has_times else self.position
             if here < index:
                 return None
-            is_read, image = self.capture.retrieve()
+            is_read, image = self.capture.retrieve()  # HDR's first takes 2 s: FFmpeg prepares a mapping to sRGB
             if is_read:
                 self.check_size(image.shape[0] * image.shape[1])
                 return here, self.seconds(here), cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

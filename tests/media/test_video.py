@@ -143,6 +143,12 @@ def test_what_follows_a_whole_video_does_no_harm(format):
         assert [frame.index for frame in read(data + rest)] == [4]
 
 
+def test_a_matroska_header_of_unknown_length_does_no_harm():
+    data = write([numbered(i) for i in range(9)], format="matroska")
+    assert data[4] == 0xA3  # a length of one byte
+    assert [frame.index for frame in read(data[:4] + b"\xff" + data[5:])] == [4]
+
+
 def test_sound_without_a_picture_is_refused():
     assert refused(silence()) == (400, "INVALID_VIDEO")
 
