@@ -41,12 +41,17 @@ class Counts:
         if self.shared and (self.in_reach or time.monotonic() > self.retry_at):
             self.retry_at = time.monotonic() + RETRY_REDIS_AFTER_S  # during an outage, the others do not wait as well
             try:
-                found = in_native_thread(first_breach, self.shared, *asked)
+                found = in_native_thread(self.first_shared_breach, self.in_reach, *asked)
                 self.report(True)
                 return found
             except self.errors as e:
                 self.report(False, e)
         return first_breach(self.here, *asked)
+
+    def first_shared_breach(self, was_in_reach, *asked):
+        if was_in_reach and not self.in_reach:  # others have found out while this call waited for a thread
+            raise OSError("unreachable")
+        return first_breach(self.shared, *asked)
 
     def report(self, in_reach, error=None):
         if in_reach != self.in_reach:

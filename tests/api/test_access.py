@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 
+import gevent
 import pytest
 import redis
 import requests
@@ -16,6 +17,7 @@ from PIL import Image
 from urllib3 import encode_multipart_formdata
 
 from app import create_app
+from app.api import rate_limits
 from app.config import Settings, SettingsError
 
 WHITE = encoded(Image.new("RGB", (40, 40), "white"))
@@ -409,6 +411,19 @@ def test_a_redis_that_dies_or_hangs_breaks_no_answer_and_comes_back(client_with,
             assert post(client, b"").status_code in (400, 429)
             assert time.monotonic() < until
             time.sleep(0.2)
+
+
+def test_a_redis_that_hangs_is_waited_for_once_not_by_one_request_after_the_other(start_redis):
+    port = free_port()
+    server = start_redis(port)
+    counts, limits = rate_limits.Counts(f"redis://127.0.0.1:{port}/0"), rate_limits.parse("1000/hour")
+    assert counts.breach(limits, "predictions", "a") is None
+    server.send_signal(19)  # SIGSTOP
+    started = time.monotonic()
+    waiting = [gevent.spawn(counts.breach, limits, "predictions", "a") for _ in range(300)]
+    gevent.joinall(waiting, raise_error=True)
+    assert [greenlet.value for greenlet in waiting] == [None] * 300
+    assert time.monotonic() - started < 1.5  # ten threads that each wait 0.1 s for 30 of them would take 3 s
 
 
 # --- origins ---
