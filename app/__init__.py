@@ -14,7 +14,6 @@ def create_app(settings=None, loader=None):
     from app.engine.bundle import Prepared
 
     settings = settings or Settings.load()
-    logging.captureWarnings(True)  # Pillow's, about malformed files
     app = Flask(__name__, template_folder="api/templates", static_folder="api/static")
     app.request_class = uploads.MemoryRequest
     app.json.sort_keys = False

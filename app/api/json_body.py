@@ -4,6 +4,9 @@ import binascii
 import json
 import re
 
+from flask import request
+
+from app.api import uploads
 from app.errors import ServiceError, invalid_parameter
 from app.media.containers import MEDIA_TYPE
 
@@ -28,6 +31,26 @@ def parse(text):
         raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
                                                 f"got {json_type(body)}.")
     return body
+
+
+def files(fields):
+    """(list of uploads.Upload, the object's other members as {name: [value]})."""
+    body = parse(request.get_data(cache=False))
+    found = [name for name in (*fields, uploads.INSTANCES) if body.get(name) is not None]
+    if len(found) > 1:
+        raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
+    sent = {name: [value] for name, value in body.items() if name not in found and value is not None}
+    if not found:
+        return [], sent
+    name, value = found[0], body[found[0]]
+    if name != uploads.INSTANCES:
+        return [uploads.Upload(value, None, name)], sent
+    if not isinstance(value, list):
+        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
+                                                f"{json_type(value)}.")
+    if not value:
+        raise uploads.missing_file("the list instances is empty")
+    return [uploads.Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
 
 
 class RepeatedMember(ValueError):

@@ -220,7 +220,8 @@ def parse_body(fields):
             nameless_parts.name_them()
         files, sent = files_of_form(fields), request.form.to_dict(flat=False)
     elif request.is_json:
-        files, sent = files_of_json(fields)
+        from app.api import json_body  # with the first JSON body
+        files, sent = json_body.files(fields)
     else:
         body = request.get_data(cache=False)
         files, sent = [Upload(body, None, "the body")] if body or mimetype else [], {}
@@ -244,27 +245,6 @@ def files_of_form(fields):
         raise missing_file(f"the form's field {texts[0]} has no filename, so it is text. With curl, write "
                            f"-F {texts[0]}=@photo.jpg, with the @; base64 goes into JSON")
     return files
-
-
-def files_of_json(fields):
-    """(list of Upload, the object's other members as {name: [value]})."""
-    from app.api import json_body  # with the first JSON body
-    body = json_body.parse(request.get_data(cache=False))
-    found = [name for name in (*fields, INSTANCES) if body.get(name) is not None]
-    if len(found) > 1:
-        raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
-    sent = {name: [value] for name, value in body.items() if name not in found and value is not None}
-    if not found:
-        return [], sent
-    name, value = found[0], body[found[0]]
-    if name != INSTANCES:
-        return [Upload(value, None, name)], sent
-    if not isinstance(value, list):
-        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
-                                                f"{json_body.json_type(value)}.")
-    if not value:
-        raise missing_file("the list instances is empty")
-    return [Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
 
 
 def option_reader(sent):

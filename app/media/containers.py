@@ -7,7 +7,8 @@ from PIL import Image
 MEDIA_TYPE = re.compile(r"(image|video)/.+|application/octet-stream|")  # Content-Types of files
 EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi")
 MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # also of old QuickTime files
-STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")  # pictures in such a file
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
+STILL_BRANDS = (b"avif", b"avis", *HEIF_BRANDS)  # pictures in the same container
 EBML = b"\x1a\x45\xdf\xa3"
 
 

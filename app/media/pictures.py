@@ -1,22 +1,36 @@
 """From a client's bytes to upright RGB pictures. Pure functions, no Flask."""
 import io
+import warnings
 from typing import NamedTuple
 
 from PIL import AvifImagePlugin, Image
 
 from app.errors import ServiceError
+from app.media.containers import HEIF_BRANDS
 
 # Decoders for common uploads; Pillow's other ones are never tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff")
 ORIENTATION = 0x0112  # EXIF tag
+MOST_READS = 100_000  # files of 30 megapixels take up to 1,500
 MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each is a pass over the whole picture
 START_OF_SCAN = b"\xff\xda"  # within a scan FF is followed by 00
 DRAFT_MARGIN = 2      # a JPEG is decoded at a reduced scale only if that keeps at least twice the pixels needed
 
 Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit, which raises instead of warning
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a slot has one core
+warnings.filterwarnings("ignore", module="PIL")  # about malformed files; Python would keep each different one for ever
+
+
+class File(io.BytesIO):
+    """A client's file. Raises ValueError if it consists of countless small parts, which Pillow looks at in Python."""
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        if self.reads > MOST_READS:
+            raise ValueError(f"more than {MOST_READS} reads")
+        return super().read(size)
 
 
 class Picture(NamedTuple):
@@ -40,10 +54,10 @@ def read_image(data, max_pixels, shorter_side=None):
     """
     formats = FORMATS
     if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS:
-        from app.media import modes
+        from app.media import modes  # rarely needed
         formats = modes.heif_formats()
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(File(data), formats=formats)
         width, height = image.size
     except MemoryError:
         raise
@@ -55,7 +69,7 @@ def read_image(data, max_pixels, shorter_side=None):
     if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
         raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
     if image.format in ("BMP", "TIFF"):
-        from app.media import modes  # rarely needed, as below
+        from app.media import modes
         modes.check_effort(image)
     try:
         if shorter_side and image.format in ("JPEG", "MPO") and min(width, height) > DRAFT_MARGIN * shorter_side:
