@@ -9,6 +9,7 @@ from PIL import Image
 
 from app import create_app
 from app.config import Settings
+from app.prepare import bundles
 from app.prepare.networks import (
     LITE0_PREPROCESSING,
     EfficientNetLite0,
@@ -152,12 +153,13 @@ def test_a_checkpoint_gets_the_preprocessing_of_its_training(checkpoint, model_d
     with torch.inference_mode():
         expected = module.eval()(preset(image)[None]).softmax(1)[0].numpy()
     variables = {"MODEL_NAME": "resnet18", "MODEL_PATH": str(path), "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
-    for setting in ("resize=150 crop=128 interpolation=bicubic mean=0.5,0.4,0.3 std=0.2,0.25,0.3", ""):
-        client = create_app(Settings.parse({**variables, "PREPROCESSING": setting})).test_client()
-        if setting:
-            check(client, encoded(image), expected, k=5)
-            assert client.get("/info").json["model"]["input_size"] == [128, 128]
-    assert client.get("/info").json["model"]["preprocessing"]["resize"] == 256  # unset again: another export
+    setting = "resize=150 crop=128 interpolation=bicubic mean=0.5,0.4,0.3 std=0.2,0.25,0.3"
+    client = create_app(Settings.parse({**variables, "PREPROCESSING": setting})).test_client()
+    check(client, encoded(image), expected, k=5)
+    assert client.get("/info").json["model"]["input_size"] == [128, 128]
+    for other, exists in ((setting, True), ("", False), ("resize=150", False)):
+        folder = bundles.find(Settings.parse({**variables, "PREPROCESSING": other}), "resnet18", "openvino")
+        assert (folder is not None) == exists, other
 
 
 def test_a_fine_tuned_head_is_read_off_the_weights(checkpoint, model_dir, tmp_path):
