@@ -89,6 +89,26 @@ def test_cmyk_jpeg_equals_its_rgb_reference(cat):
     assert np.abs(pixels(data) - np.asarray(cat).astype(int)).mean() < 6
 
 
+def test_cmyk_is_read_as_inverted_with_and_without_adobes_marker(cat):
+    """Adobe stores it inverted, and Pillow, so torchvision too, takes all CMYK as Adobe's."""
+    data = encoded(cat.convert("CMYK"), "JPEG", quality=95)
+    at = data.index(b"\xff\xee")
+    unmarked = data[:at] + data[at + 2 + int.from_bytes(data[at + 2:at + 4], "big"):]
+    assert np.abs(pixels(unmarked) - np.asarray(cat).astype(int)).mean() < 6
+
+
+def test_an_interlaced_png_is_read(cat):
+    picture = np.asarray(cat)[:13, :21]
+    passes = [picture[y::dy, x::dx] for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
+                                                         (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))]  # Adam7
+    rows = b"".join(b"\0" + row.tobytes() for one in passes for row in one)
+    header = struct.pack(">IIBBBBB", 21, 13, 8, 2, 0, 0, 1)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+    assert (pixels(data) == picture).all()
+
+
 def test_sixteen_bit_grey_is_scaled_not_saturated(cat):
     grey = np.asarray(cat.convert("L"))
     picture = Image.fromarray(grey.astype(np.uint16) * 257)
