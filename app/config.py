@@ -99,16 +99,18 @@ def level(text):
 def rate_limit(text):
     import limits
     try:
-        limits.parse_many(text)
+        if not all(limit.amount for limit in limits.parse_many(text)):
+            raise ValueError
     except ValueError:
         raise ValueError("a limit such as 60/minute, or several separated by ;") from None
     return text
 
 
 def preprocessing(text):
-    three = ",".join([r"\d(\.\d{1,9})?"] * 3)
-    pair = rf"(resize|crop)=[1-9]\d{{1,3}}|interpolation=(bilinear|bicubic)|(mean|std)={three}"
-    if not all(re.fullmatch(pair, part) for part in text.split()):
+    three = ",".join([r"[0-9](\.[0-9]{1,9})?"] * 3)
+    pair = rf"(resize|crop)=[1-9][0-9]{{1,3}}|interpolation=(bilinear|bicubic)|(mean|std)={three}"
+    names = [part.partition("=")[0] for part in text.split()]
+    if not all(re.fullmatch(pair, part) for part in text.split()) or len(set(names)) < len(names):
         raise ValueError("pairs such as resize=256 crop=224 interpolation=bilinear mean=0.485,0.456,0.406 std=1,1,1")
     return text
 

@@ -47,9 +47,11 @@ def test_readme_lists_every_setting_with_its_default():
     ("REQUEST_TIMEOUT", "nan", "a number of seconds from 0.1 to 3600"),
     ("REQUEST_TIMEOUT", "-1", "a number of seconds from 0.1 to 3600"),
     ("MODEL_NAME", "../etc/passwd", "a model's name"),
+    ("RATE_LIMIT", "0/minute", "a limit such as 60/minute"),
     ("LOG_LEVEL", "loud", "one of debug, info"),
     *[("PREPROCESSING", text, "pairs such as resize=256") for text in (
-        "256", "resize=0", "resize=99999", "crop=22.5", "size=30", "interpolation=nearest", "mean=1", "mean=a,b,c",
+        "256", "resize=0", "resize=256 resize=256", "crop=२२४",
+        "resize=99999", "crop=22.5", "size=30", "interpolation=nearest", "mean=1", "mean=a,b,c",
         "mean=nan,0,0", "std=1,1")],
 ])
 def test_bad_value_is_refused_in_one_line(variable, text, takes):

@@ -6,6 +6,7 @@ from flask import request
 
 MOST_HEADER_BYTES = 8192
 DISPOSITION = re.compile(rb"(content-disposition:[^\r\n]*)", re.I)
+HAS_NAME = re.compile(rb";[ \t]*filename\*?=", re.I)
 HOLDS_FILE = re.compile(rb"\ncontent-type:[ \t]*(image|video)/", re.I)
 
 
@@ -20,7 +21,7 @@ def name_them():
         if at < 0 or end < 0:
             break
         headers = body[start:end]
-        if HOLDS_FILE.search(headers):
+        if HOLDS_FILE.search(headers) and not HAS_NAME.search(headers):
             pieces += [body[copied:start], DISPOSITION.sub(rb'\1; filename=""', headers)]
             copied = end
         at = body.find(b"\r\n" + boundary, end)

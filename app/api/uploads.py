@@ -215,7 +215,8 @@ def parse_body(fields):
     """(at least one Upload, option) from any type of request. Raises ServiceError."""
     mimetype = request.mimetype
     if mimetype == "multipart/form-data":
-        if b"filename" not in request.stream.getvalue():
+        body = request.stream.getvalue()
+        if b"filename=" not in body[:body.find(b"\r\n\r\n")]:  # nor, probably, in the further parts
             from app.api import nameless_parts  # rarely needed
             nameless_parts.name_them()
         files, sent = files_of_form(fields), request.form.to_dict(flat=False)

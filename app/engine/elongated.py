@@ -10,6 +10,7 @@ def resize_middle(image, size, filter, crop):
     """image.resize(size), but only the part of the longer side that centre_crop keeps, as all of it may take
     gigabytes. Equal except for the rounding of single pixels."""
     axis = 0 if size[0] > size[1] else 1
+    crop = min(crop, size[axis])
     scale = image.size[axis] / size[axis]
     start = round((size[axis] - crop) / 2) * scale
     first = max(0, math.floor(start - REACH[filter] * max(1, scale)))

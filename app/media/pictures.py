@@ -66,11 +66,9 @@ def read_image(data, max_pixels, shorter_side=None):
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
                                                    f"at most {max_pixels} are allowed.")
-    if image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
-        raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
-    if image.format in ("BMP", "TIFF"):
+    if image.format in ("BMP", "TIFF") or image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
         from app.media import modes
-        modes.check_effort(image)
+        modes.check_effort(image, data)
     try:
         if shorter_side and image.format in ("JPEG", "MPO") and min(width, height) > DRAFT_MARGIN * shorter_side:
             scale = DRAFT_MARGIN * shorter_side / min(width, height)

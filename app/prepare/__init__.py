@@ -118,7 +118,12 @@ def make_bundle(settings, name, engine):
                             *(["int8"] if settings.precision == "int8" else [])])
     log.info("preparing %s: exporting it for %s", name, engine)
     with bundles.writing(settings.model_dir, folder_name) as folder:
-        files, answer, quantization = export(network, engine, folder, settings)
+        try:
+            files, answer, quantization = export(network, engine, folder, settings)
+        except (RuntimeError, AssertionError) as e:  # torch's and OpenVINO's, such as for a picture that is too small
+            side = network.preprocessing.crop
+            raise PrepareError(f"{name} cannot be exported for pictures of {side} × {side} pixels: "
+                               f"{str(e).strip().splitlines()[0]}") from e
         bundles.save_manifest(folder, bundle.Manifest(
             name=name, task=network.task, engine=engine, network=network.arguments, labels=network.labels,
             preprocessing=asdict(network.preprocessing),

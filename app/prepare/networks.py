@@ -273,14 +273,17 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
                    preprocessing)
 
 
+SMALLEST_STD = 0.001
+
+
 def with_preprocessing(network, setting):
     """The Network with what PREPROCESSING says of its preprocessing, if anything. Raises WeightsError."""
     fields = {"resize": int, "crop": int, "interpolation": str,
               "mean": lambda text: tuple(map(float, text.split(","))), "std": lambda text: fields["mean"](text)}
     pairs = dict(pair.split("=") for pair in (setting or "").split())
     chosen = {name: fields[name](text) for name, text in pairs.items()}
-    if 0 in chosen.get("std", ()):
-        raise WeightsError("PREPROCESSING has a std of 0, by which nothing can be divided")
+    if min(chosen.get("std", (1,))) < SMALLEST_STD:
+        raise WeightsError(f"PREPROCESSING has a std below {SMALLEST_STD}; it is that of values from 0 to 1")
     return replace(network, preprocessing=replace(network.preprocessing, **chosen))
 
 

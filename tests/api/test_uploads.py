@@ -82,6 +82,11 @@ def test_a_part_without_file_name_is_a_file_if_its_content_type_says_so(client, 
         assert response.json["metadata"]["filename"] in (None, "")
     batch = post_parts(client, *[("files", "\r\nContent-Type: image/jpeg", CAT)] * 2, path="/predict/batch")
     assert [result["predictions"] for result in batch.json["results"]] == [answer] * 2
+    word = CAT[:2] + b"\xff\xfe\0\x10filename=\"a\"xx" + CAT[2:]
+    assert post_parts(client, ("file", "\r\nContent-Type: image/jpeg", word)).json["predictions"] == answer
+    named = ("files", "; filename=\"a.jpg\"\r\nContent-Type: image/jpeg", CAT)
+    batch = post_parts(client, ("files", "\r\nContent-Type: image/jpeg", CAT), named, path="/predict/batch")
+    assert [result["filename"] for result in batch.json["results"]] == [None, "a.jpg"]
     large = CAT + bytes(2**20)  # more than Werkzeug allows text
     assert post_parts(client, ("file", "\r\nContent-Type: image/jpeg", large)).json["predictions"] == answer
 

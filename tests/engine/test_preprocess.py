@@ -53,3 +53,8 @@ def test_of_long_and_thin_pictures_only_the_middle_is_calculated(size, interpola
 @pytest.mark.parametrize("size", [(50_000_000, 1), (1, 50_000_000), (1_000_000, 50)])
 def test_the_thinnest_pictures_cost_no_memory(size):
     assert Preprocessing(232, 224)(Image.new("RGB", size, "white")).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(300, 300), (300, 310), (900, 20)])
+def test_a_crop_larger_than_a_large_picture_is_padded(size):
+    assert Preprocessing(2100, 2200)(Image.new("RGB", size)).shape == (3, 2200, 2200)

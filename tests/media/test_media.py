@@ -142,10 +142,51 @@ def test_a_deep_pictures_transparent_colour_is_compared_at_its_depth():
 
 
 def test_deep_pictures_that_are_not_numbers():
-    values = np.array([[0, 0.5, 1, np.nan, np.inf, -1]], np.float32)
-    assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 0, 0, 255, 0]
-    finite = np.array([[0, 0.5, 1, np.nan, -np.inf, -1]], np.float32)
-    assert pixels(encoded(Image.fromarray(finite), "TIFF"))[0, :, 0].tolist() == [0, 128, 255, 0, 0, 0]
+    values = np.array([[0, 0.5, 1, np.nan, np.inf, -np.inf, -1]], np.float32)
+    assert pixels(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 128, 255, 0, 255, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiffs_in_which_zero_is_white(cat, dtype):
+    grey = np.asarray(cat.convert("L"))
+    values = (grey * {np.uint8: 1.0, np.uint16: 257.0, np.float32: 1 / 255}[dtype]).astype(dtype)
+    data = bytearray(encoded(Image.fromarray(values), "TIFF"))
+    at = data.index(struct.pack("<HHI", 262, 3, 1))
+    data[at + 8:at + 10] = b"\0\0"
+    assert same(bytes(data), Image.fromarray(255 - grey), tolerance=1)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_transparent_grey_of_few_bits_is_white(depth):
+    header, samples = struct.pack(">IIBBBBB", 8 // depth, 1, depth, 0, 0, 0, 0), 0b00011011 if depth == 2 else 0x17
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"tRNS", b"\0\1"), (b"IDAT", zlib.compress(bytes([0, samples]))),
+                              (b"IEND", b"")))
+    assert pixels(data)[0, :, 0].tolist() == ([0, 255, 170, 255] if depth == 2 else [255, 119])
+
+
+def test_an_avif_of_a_general_brand_is_read(cat):
+    data = encoded(cat, "AVIF", quality=95)
+    for brand in (b"mif1", b"msf1"):
+        assert np.abs(pixels(data[:8] + brand + data[12:]) - np.asarray(cat)).mean() < 3
+
+
+def test_what_phones_append_to_a_jpeg_does_not_count_as_scans(cat):
+    noise = np.random.default_rng(1).bytes(6_000_000)
+    assert noise.count(b"\xff\xda") > 64
+    for data in (encoded(cat, "JPEG", progressive=True), encoded(cat, "MPO", save_all=True, append_images=[cat])):
+        assert same(data + b"\0\0\0\x18ftypmp42" + noise, Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("between", [b"", b"\xff\xfe\0\6\xff\xd9ab", b"\xff\xff\xff", b"\xff\xd0"])
+def test_scans_are_counted_whatever_is_between_them(cat, between):
+    data = encoded(cat, "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    scan = data[at:-2]
+    assert same(data[:-2] + (between + scan) * 3 + data[-2:], Image.open(io.BytesIO(data)), tolerance=255)
+    assert refused(data[:-2] + (between + scan) * 70 + data[-2:]) == (400, "INVALID_IMAGE")
+    assert refused(data[:at] + b"\xff\xfe\0\2" * 1001 + scan * 70 + data[-2:]) == (400, "INVALID_IMAGE")
 
 
 def test_floats_and_32_bit_integers_are_scaled(cat):

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from app import prepare
 from app.config import Settings
 from app.engine import bundle
 from app.prepare import bundles, prepared
@@ -118,3 +119,11 @@ def test_relative_paths_mean_the_same_from_another_folder(elsewhere, tmp_path):
     assert bundles.verify(made.folder).labels == ["cat", "dog", "fish"]
     assert prepared(elsewhere, "torch") == made
     assert os.listdir(tmp_path / "other") == []
+
+
+def test_a_crop_that_the_network_cannot_take_stops_the_start_with_one_line(checkpoint, tmp_path):
+    settings = Settings.parse({"MODEL_NAME": "squeezenet1_1", "MODEL_PATH": str(checkpoint("squeezenet1_1")),
+                               "PREPROCESSING": "crop=10", "MODEL_DIR": str(tmp_path)})
+    with pytest.raises(prepare.PrepareError, match=r"cannot be exported for pictures of 10 × 10 pixels: "):
+        prepare.make(settings, "openvino")
+    assert list(tmp_path.glob("bundles/*")) == []
