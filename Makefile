@@ -21,7 +21,7 @@ run: $(VENV)/installed  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 i
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
 test: $(VENV)/tests-installed  ## Run the tests
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 	@$(BIN)/ruff check .
