@@ -1,0 +1,160 @@
+"""Reloads: models swapped in place under load, and what is served when a reload goes wrong."""
+import hashlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from conftest import ROOT
+from hanging_model import copy_model_dir
+from traffic import CAT, Load, wait_until, workers_ready
+
+
+def reload(service):
+    return subprocess.Popen([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def weights_of(service):
+    return requests.get(service.url + "/info").json()["model"]["weights"]["sha256"]
+
+
+@pytest.fixture
+def two_workers(start_service, checkpoint, tmp_path):
+    """(a Service of two workers with a resnet18, put(seed) which replaces its weights)."""
+    path = tmp_path / "model.pt"
+
+    def put(seed):
+        shutil.copy(checkpoint("resnet18", seed=seed), tmp_path / "new.pt")
+        os.replace(tmp_path / "new.pt", path)
+    put(1)
+    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), WORKERS="2").wait_ready()
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
+    return service, put
+
+
+def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
+    service, put = two_workers
+    workers, before = service.workers(), weights_of(service)
+    with Load(service.url, 2) as load:
+        time.sleep(0.3)
+        put(2)
+        done = reload(service)
+        stdout, stderr = done.communicate(timeout=120)
+        time.sleep(0.3)
+    assert done.returncode == 0, stderr
+    assert "reloaded: 2 workers serve resnet18-" in stdout
+    assert service.workers() == workers
+    assert {weights_of(service) for _ in range(8)}.isdisjoint({before})
+    assert not load.errors
+    assert {status for status, _ in load.answers} == {200}
+
+
+def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(two_workers):
+    service, put = two_workers
+    put(2)
+    first = reload(service)
+    wait_until(lambda: "reloading: preparing" in service.log, 10)
+    put(3)
+    second = reload(service)
+    outcomes = [process.communicate(timeout=120)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert all("reloaded: 2 workers" in outcome for outcome in outcomes)
+    assert service.log.count("reloading: preparing") == 2
+    expected = hashlib.sha256((Path(service.log_path).parent / "model.pt").read_bytes()).hexdigest()
+    assert {weights_of(service) for _ in range(8)} == {expected}
+    assert "resnet18-" + expected[:12] in outcomes[1]
+
+
+def test_a_replaced_model_gives_its_memory_back(service):
+    def resident():
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in service.workers()) / 256  # MiB
+    sizes = []
+    for _ in range(6):
+        process = reload(service)
+        assert process.wait(60) == 0
+        process.communicate()
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+        sizes.append(resident())
+    assert sizes[-1] < sizes[1] + 25, sizes  # a model takes 60
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_path, damage):
+    path = tmp_path / "model.pt"
+    shutil.copy(checkpoint("resnet18", seed=1), path)
+    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path)).wait_ready()
+    workers = service.workers()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(checkpoint("resnet18", seed=2).read_bytes()[:10**6] if damage == "cut" else b"no weights")
+    done = subprocess.run([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "the old model goes on serving" in done.stderr
+    assert "reload failed" in service.log
+    wait_until(lambda: service.workers() == workers, 10)  # and nothing is left of the check's own process
+    assert service.predict(CAT).status_code == 200
+    os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
+    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    assert service.wait_ready().predict(CAT).status_code == 200
+
+
+def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
+    service = start_service().wait_ready()
+    workers = service.workers()
+    command = reload(service)
+    wait_until(lambda: len(service.workers()) > 1, 10)
+    (preparing,) = set(service.workers()) - set(workers)
+    os.kill(preparing, signal.SIGKILL)
+    assert "ended prematurely" in command.communicate(timeout=30)[1]
+    assert command.returncode == 1
+    wait_until(lambda: service.workers() == workers, 5)
+    assert service.predict(CAT).status_code == 200
+    command = reload(service)
+    assert "reloaded: 1 worker serves" in command.communicate(timeout=30)[0]
+
+
+def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_service, model_dir, app, tmp_path):
+    copy_model_dir(model_dir, tmp_path)
+    service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
+    victim = service.workers()[0]
+    pages = int(Path(f"/proc/{victim}/statm").read_text().split()[0])
+    resource.prlimit(victim, resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**20, resource.RLIM_INFINITY))
+    command = reload(service)
+    stderr = command.communicate(timeout=60)[1]
+    assert command.returncode == 1
+    assert "1 of 2 workers serve" in stderr
+    assert "this worker keeps the old model" in service.log
+    resource.prlimit(victim, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for _ in range(8):
+        assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
+
+
+def test_a_published_bundle_that_is_gone_is_replaced_by_the_one_before(two_workers):
+    service, put = two_workers
+    before = weights_of(service)
+    put(2)
+    assert "reloaded: 2 workers" in reload(service).communicate(timeout=60)[0]
+    published = weights_of(service)
+    (folder,) = model_folders(service, published)
+    shutil.rmtree(folder)
+    for pid in service.workers():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: service.log.count("model ready") == 6, 30)
+    assert {weights_of(service) for _ in range(4)} == {before}
+    assert "the published model cannot be loaded" in service.log
+
+
+def model_folders(service, sha256):
+    environment = Path(f"/proc/{service.process.pid}/environ").read_bytes().decode().split("\0")
+    model_dir = next(line for line in environment if line.startswith("MODEL_DIR=")).partition("=")[2]
+    return list(Path(model_dir).glob(f"bundles/resnet18-{sha256[:12]}*"))
