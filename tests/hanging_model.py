@@ -47,6 +47,6 @@ def replace_model(model_dir):
 
 def copy_model_dir(source, target):
     """A MODEL_DIR of its own with the export of efficientnet_lite0 alone."""
-    (found,) = source.glob("bundles/efficientnet_lite0-*")
+    (found,) = source.glob("bundles/efficientnet_lite0-*-openvino")
     shutil.copytree(found, target / "bundles" / found.name)
     return target
