@@ -14,6 +14,8 @@ from torch import nn
 from app.config import StartError
 from app.engine.preprocess import Preprocessing
 
+SMALLEST_STD = 0.001  # that PREPROCESSING may set
+
 
 class WeightsError(StartError):
     """Weights that cannot be served; the message, one line, says what was found and what was expected."""
@@ -273,15 +275,12 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
                    preprocessing)
 
 
-SMALLEST_STD = 0.001
-
-
 def with_preprocessing(network, setting):
     """The Network with what PREPROCESSING says of its preprocessing, if anything. Raises WeightsError."""
-    fields = {"resize": int, "crop": int, "interpolation": str,
-              "mean": lambda text: tuple(map(float, text.split(","))), "std": lambda text: fields["mean"](text)}
-    pairs = dict(pair.split("=") for pair in (setting or "").split())
-    chosen = {name: fields[name](text) for name, text in pairs.items()}
+    chosen = dict(pair.split("=") for pair in (setting or "").split())
+    for name, text in chosen.items():
+        if name != "interpolation":
+            chosen[name] = int(text) if name in ("resize", "crop") else tuple(map(float, text.split(",")))
     if min(chosen.get("std", (1,))) < SMALLEST_STD:
         raise WeightsError(f"PREPROCESSING has a std below {SMALLEST_STD}; it is that of values from 0 to 1")
     return replace(network, preprocessing=replace(network.preprocessing, **chosen))

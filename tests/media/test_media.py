@@ -21,6 +21,16 @@ def pixels(data, **options):
     return np.asarray(image).astype(int)
 
 
+def png(width, height, depth, colour_type, rows, transparent=b"", interlaced=0):
+    """A PNG as bytes. rows: each with its filter's byte; transparent: the content of tRNS."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), *([(b"tRNS", transparent)] if transparent else []), (b"IDAT", zlib.compress(rows)),
+              (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks)
+
+
 def same(data, reference, tolerance=0):
     return np.abs(pixels(data) - np.asarray(reference.convert("RGB")).astype(int)).max() <= tolerance
 
@@ -102,10 +112,7 @@ def test_an_interlaced_png_is_read(cat):
     passes = [picture[y::dy, x::dx] for x, y, dx, dy in ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4),
                                                          (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))]  # Adam7
     rows = b"".join(b"\0" + row.tobytes() for one in passes for row in one)
-    header = struct.pack(">IIBBBBB", 21, 13, 8, 2, 0, 0, 1)
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")))
+    data = png(21, 13, 8, 2, rows, interlaced=1)
     assert (pixels(data) == picture).all()
 
 
@@ -127,18 +134,10 @@ def test_samples_of_fewer_bits_in_deep_files_are_scaled(cat, bits):
 
 
 def test_a_deep_pictures_transparent_colour_is_compared_at_its_depth():
-    def png(colour_type, rows, transparent):
-        header = struct.pack(">IIBBBBB", len(rows[0]) // (2 if colour_type == 0 else 6), len(rows), 16, colour_type, 0,
-                             0, 0)
-        pieces = [(b"IHDR", header), (b"tRNS", transparent),
-                  (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
-        return b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-            for name, data in pieces)
-    grey = png(0, [struct.pack(">4H", 0x8000, 0x8001, 0, 0xffff)], struct.pack(">H", 0x8000))
+    grey = png(4, 1, 16, 0, b"\0" + struct.pack(">4H", 0x8000, 0x8001, 0, 0xffff), struct.pack(">H", 0x8000))
     assert pixels(grey)[0, :, 0].tolist() == [255, 128, 0, 255]  # 0x8000 alone is transparent
     colours = struct.pack(">6H", 0x1234, 0x5678, 0x9abc, 0x0012, 0x0034, 0x0056)
-    assert pixels(png(2, [colours], colours[:6])).tolist() == [[[255] * 3, [0] * 3]]
+    assert pixels(png(2, 1, 16, 2, b"\0" + colours, colours[:6])).tolist() == [[[255] * 3, [0] * 3]]
 
 
 def test_deep_pictures_that_are_not_numbers():
@@ -158,11 +157,7 @@ def test_tiffs_in_which_zero_is_white(cat, dtype):
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_transparent_grey_of_few_bits_is_white(depth):
-    header, samples = struct.pack(">IIBBBBB", 8 // depth, 1, depth, 0, 0, 0, 0), 0b00011011 if depth == 2 else 0x17
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in ((b"IHDR", header), (b"tRNS", b"\0\1"), (b"IDAT", zlib.compress(bytes([0, samples]))),
-                              (b"IEND", b"")))
+    data = png(8 // depth, 1, depth, 0, bytes([0, 0b00011011 if depth == 2 else 0x17]), b"\0\1")
     assert pixels(data)[0, :, 0].tolist() == ([0, 255, 170, 255] if depth == 2 else [255, 119])
 
 
