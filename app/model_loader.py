@@ -120,10 +120,10 @@ class ModelLoader:
     def ready(self):
         return self.state is None
 
-    def load(self, source):
+    def load(self, sources):
         """Load a bundle (a Prepared), self-test it and make it the current model; the previous one finishes what it has
         begun. Runs in any native thread. Raises StartError, and then changes nothing."""
-        model, before = Model(source, self.settings, self.plan, self.slots.is_alone), self.current
+        model, before = Model(sources[0], self.settings, self.plan, self.slots.is_alone), self.current
         with self.lock:
             self.current = model
             self.models = {model.name: model}

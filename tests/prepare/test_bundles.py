@@ -114,10 +114,10 @@ def elsewhere(checkpoint, tmp_path, monkeypatch):
 
 
 def test_relative_paths_mean_the_same_from_another_folder(elsewhere, tmp_path):
-    made = prepared(elsewhere, "torch")
+    made, = prepared(elsewhere, "torch")
     assert made.folder.parent == tmp_path / "models/bundles"
     assert bundles.verify(made.folder).labels == ["cat", "dog", "fish"]
-    assert prepared(elsewhere, "torch") == made
+    assert prepared(elsewhere, "torch") == [made]
     assert os.listdir(tmp_path / "other") == []
 
 
