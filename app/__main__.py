@@ -70,10 +70,10 @@ def run_reload(arguments):
 def run_traffic(arguments):
     from app.server import traffic
     try:
-        if arguments.shadow and not arguments.name:
+        if arguments.shadow is not None and not arguments.name:
             raise StartError("--shadow needs the NAME of a model")
         lines = traffic.switch(arguments.name, arguments.split, arguments.shadow, arguments.pid) \
-            if arguments.split or arguments.shadow else traffic.show(arguments.name, arguments.pid)
+            if arguments.split or arguments.shadow is not None else traffic.show(arguments.name, arguments.pid)
     except StartError as e:
         print(e, file=sys.stderr)
         return 1

@@ -90,21 +90,15 @@ def traffic(settings):
     are at the start. Raises ValueError."""
     texts, found = dict(settings.of_models), {}
     for name, known in versions(entry.key for entry in entries(settings.models or ())).items():
-        variables = [f"{name}__{what}".upper() for what in ("split", "shadow")]
-        try:
-            variable = variables[0]
-            split = parse_split(texts.get(variable, known[0]), known)
-            variable = variables[1]
-            shadow = parse_shadow(texts.get(variable, NONE), known, split)
-        except ValueError as e:
-            raise ValueError(f"{variable} must be {e}, got {texts[variable]!r}") from e
-        found[name] = {"split": split, "shadow": shadow}
+        split, shadow = f"{name}__SPLIT".upper(), f"{name}__SHADOW".upper()
+        of_split = parse_split(split, texts.get(split, known[0]), known)
+        found[name] = {"split": of_split, "shadow": parse_shadow(shadow, texts.get(shadow, NONE), known, of_split)}
     return found
 
 
-def parse_split(text, known):
+def parse_split(what, text, known):
     """[[version, percent], …], in the order of `known` and without those that get nothing, of a text such as 1:90,2:10,
-    90:10 (of the first two) or 2 (which gets all). Raises ValueError."""
+    90:10 (of the first two) or 2 (which gets all). Raises ValueError, which calls the text `what`."""
     if text in known:
         return [[text, 100]]
     is_plain = re.fullmatch(f"{PERCENT}:{PERCENT}", text)
@@ -113,8 +107,8 @@ def parse_split(text, known):
     hundredths = {version: round(100 * float(percent)) for version, percent in pairs
                   if version in known and re.fullmatch(PERCENT, percent)}
     if not len(pairs) == len(hundredths) == 2 or sum(hundredths.values()) != 100 * 100:
-        raise ValueError(f"one of its versions ({', '.join(known)}), or percentages of two that add up to 100, such as "
-                         "1:90,2:10")
+        raise ValueError(f"{what} must be one of its versions ({', '.join(known)}), or percentages of two that add up "
+                         f"to 100, such as 1:90,2:10, got {text!r}")
     return [[version, whole(hundredths[version] / 100)] for version in known if hundredths.get(version)]
 
 
@@ -122,11 +116,12 @@ def whole(number):
     return int(number) if number == int(number) else number
 
 
-def parse_shadow(text, known, split):
-    """The version that answers too, unseen, or None. Raises ValueError."""
+def parse_shadow(what, text, known, split):
+    """The version that answers too, unseen, or None. Raises ValueError, which calls the text `what`."""
     if text == NONE:
         return None
     if text not in known or split == [[text, 100]]:
         others = [version for version in known if split != [[version, 100]]]
-        raise ValueError(" or ".join((*others, NONE)) + ", a version besides the one that answers all requests")
+        raise ValueError(f"{what} must be {' or '.join((*others, NONE))}, a version besides the one that answers all "
+                         f"requests, got {text!r}")
     return text

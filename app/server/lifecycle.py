@@ -113,9 +113,10 @@ def services():
             continue
         memory = memoryview(mmap.mmap(descriptor, 0))
         its_board, pid = board.Board(memory, descriptor), int(link.parts[2])
-        if its_board.integers[board.MAGIC_AT] == board.MAGIC and its_board.integers[board.MASTER_AT] == pid:
+        state = its_board.integers[board.MAGIC_AT], its_board.integers[board.MASTER_AT]
+        if state == (board.MAGIC, pid) and pid not in found:
             found[pid] = its_board, memory[board.BYTES:]
-        else:  # a worker's view of the same memory
+        else:  # a worker's view of the same memory, or the master's second one
             os.close(descriptor)
     return found
 
