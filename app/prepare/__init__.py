@@ -93,11 +93,13 @@ def outcome_of(process):
 
 def make(settings, engine):
     """Make what is missing of the models of these settings, in this process. Returns [Prepared]; raises StartError."""
-    made, held = [], []
-    for key, one in settings.each().items():
-        with naming(key, settings):
-            made.append(own(one, key) or make_one(one, engine, key))
-        held.append(made[-1].folder and bundles.hold(made[-1].folder))  # or making the next one might remove it
+    made = []
+    with contextlib.ExitStack() as held:  # or making one might remove another
+        for key, one in settings.each().items():
+            with naming(key, settings):
+                made.append(own(one, key) or make_one(one, engine, key))
+            if made[-1].folder and (manifest := bundles.hold(made[-1].folder)):
+                held.enter_context(manifest)
     return made
 
 
