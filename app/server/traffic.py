@@ -69,7 +69,7 @@ class Area:
                 except BlockingIOError as e:
                     if time.monotonic() > until:
                         raise StartError("another process is changing the traffic: try again") from e
-                    time.sleep(0.01)
+                    time.sleep(0.001)
             yield
         finally:
             if self.descriptor is not None:

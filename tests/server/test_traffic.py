@@ -161,12 +161,15 @@ area.write(lambda shares: {{}} if {at!r} != "json" else os.kill(os.getpid(), sig
 
 def test_writers_in_many_processes_lose_none_of_each_others_changes(service):
     code = f"""
-import sys
+import sys, time
 from app.server import traffic
 from app.server.lifecycle import running_service
 area = traffic.of(running_service({service.pid})[1])
+def change(shares):
+    time.sleep(0.002)  # so that another one that came in between would be lost
+    return {{**shares, sys.argv[1]: shares.get(sys.argv[1], 0) + 1}}
 for i in range(100):
-    area.write(lambda shares: {{**shares, sys.argv[1]: shares.get(sys.argv[1], 0) + 1}})"""
+    area.write(change)"""
     writers = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT) for name in ("a", "b", "a", "b")]
     area, seen = area_of(service), []
     while any(writer.poll() is None for writer in writers):
@@ -183,9 +186,13 @@ for i in range(100):
 def test_writers_in_threads_lose_none_of_each_others_changes():
     area = traffic.own(Settings())
 
+    def change(shares):
+        time.sleep(0.0001)
+        return {"a": shares.get("a", 0) + 1}
+
     def work():
         for _ in range(200):
-            area.write(lambda shares: {"a": shares.get("a", 0) + 1})
+            area.write(change)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
