@@ -155,8 +155,9 @@ class OwnTask(Task):
         body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
-        return re.compile("text/plain|application/x-www-form-urlencoded|"), (f"send it as JSON, such as {body}, as the form field '{self.field}', or as "
-                                           "the raw body with the Content-Type text/plain")
+        return re.compile("text/plain|application/x-www-form-urlencoded|"), (
+            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with the Content-Type "
+            "text/plain")
 
     def start(self):
         within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")
