@@ -137,8 +137,8 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
-        picture = next(filter(os.path.exists, ("tests/images/chelsea.jpg", "app/api/static/cat.jpg")), "picture.jpg")
-        worker.log.info("serving", extra={"url": url, "try": f"curl -F file=@{picture} {url}/predict"})
+        sample = worker.wsgi.extensions["model"].current.task.curl_sample()
+        worker.log.info("serving", extra={"url": url, "try": f"curl {sample} {url}/predict"})
 
 
 def child_exit(server, worker):

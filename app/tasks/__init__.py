@@ -40,6 +40,7 @@ class Task:
         types; options: {name: value} of self.options; raises ServiceError, MemoryError
     identity(): all that determines its answers, as JSON types
     info(): members of the `model` object of GET /info
+    curl_sample(): arguments of curl that send an input, to try
     gauges(): (engine, precision, start of the weights' SHA-256) for the log and /metrics
     hung_seconds(): how long an inference has been running after everyone who waited for it has left
     end(): free threads and memory; no answer may follow

@@ -148,6 +148,9 @@ class FromPictures(Task):
                 manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
                 self.device.partition(":")[0]]
 
+    def curl_sample(self):
+        return containers.curl_sample(self.takes)
+
     def gauges(self):
         return self.manifest.engine, self.engine.precision, (self.manifest.weights["sha256"] or "")[:12]
 

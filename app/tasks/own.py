@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import time
@@ -156,7 +157,8 @@ class OwnTask(Task):
             return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
                 "send one as multipart/form-data in the field 'file', as the raw body with its "
                 f"{' or '.join(f'{one}/…' for one in types)} Content-Type, or in base64 as JSON: {{\"file\": \"…\"}}")
-        body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
+        body = self.body = json.dumps({self.field: self.example} if self.field else self.example or {},
+                                      ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
         return re.compile("text/plain|application/x-www-form-urlencoded|"), (
@@ -252,6 +254,11 @@ class OwnTask(Task):
 
     def identity(self):
         return [self.place.source.own, self.token]
+
+    def curl_sample(self):
+        if self.is_file:
+            return containers.curl_sample(self.takes)
+        return f"-H 'Content-Type: application/json' -d {shlex.quote(self.body)}"
 
     def gauges(self):
         return "own", "", ""

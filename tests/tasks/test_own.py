@@ -262,9 +262,10 @@ class Kinds(OwnTask):
 
 @pytest.mark.parametrize(("returned", "why"), [
     ("[1, 2, 3]", "must return a list of as many outputs as it gets inputs: expected 1, got 3"),
-    ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "expected 1, got list_iterator"),
+    ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "got list_iterator"),
     ("[float('nan')]", "the answer has nan, which JSON lacks"), ("[{'a': [1, {2}]}]", "the answer['a'][1] has a set"),
-    ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"), ("1 / 0", "ZeroDivisionError"),
+    ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"),
+    ("1 / 0", "ZeroDivisionError"),
 ])
 def test_a_mistake_costs_its_request_a_clear_error(serve, caplog, returned, why):
     """The example is answered, another input is not."""
