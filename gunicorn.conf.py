@@ -10,7 +10,7 @@ import sys
 from app.config import Settings, StartError
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle
+from app.server import board, counters, lifecycle, shared_memory
 from app.server.logs import flush, logging_config
 from app.server.machine import plan as plan_of
 
@@ -83,8 +83,7 @@ def on_starting(server):
         ready = prepared(settings, plan.engine)
     except StartError as e:
         sys.exit(f"error: {e}")
-    most = 2 * plan.workers + 64  # SIGTTIN adds more
-    counters.share(board.create(counters.bytes_for(most)))
+    shared_memory.create(2 * plan.workers + 64)  # SIGTTIN adds more
     board.own.write(plan=dataclasses.asdict(plan))
     try:
         if settings.models:
@@ -125,7 +124,7 @@ def ssl_context(conf, default_ssl_context_factory):
 def pre_fork(server, worker):
     """Give each worker a device: of several GPUs, the one with the fewest workers."""
     used = [w.device for w in server.WORKERS.values()]
-    worker.region = counters.free_region(w.region for w in server.WORKERS.values())
+    worker.region = shared_memory.free_region(w.region for w in server.WORKERS.values())
     worker.device = min(plan.devices, key=used.count)
 
 
@@ -142,7 +141,7 @@ def post_worker_init(worker):
 
 
 def child_exit(server, worker):
-    counters.end_worker(worker.region)
+    shared_memory.end_worker(worker.region)
 
 
 def on_exit(server):

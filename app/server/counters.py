@@ -1,6 +1,6 @@
 """Counters and timings of a running service, in memory shared by all its processes.
 
-Each worker writes to its own region (see board.py for the memory): no lock spans processes, a kill leaves everything
+Each worker writes to its own region (shared_memory.py creates them): no lock spans processes, a kill leaves everything
 readable, and a new worker continues in the region of one that ended. api/metrics.py exposes them to Prometheus.
 """
 import bisect
@@ -187,27 +187,6 @@ regions = [own]  # those of all processes
 
 # --- which process counts where ---
 
-def bytes_for(workers):
-    return (1 + workers) * REGION_BYTES
-
-
-def regions_in(memory):
-    return [Region(memory[i:i + REGION_BYTES]) for i in range(0, len(memory), REGION_BYTES)]
-
-
-def share(memory):
-    """In the master, before it forks: count in this memory, the master in its first region."""
-    global own, regions
-    regions = regions_in(memory)
-    own = regions[0]
-    own.claim()
-
-
-def free_region(taken):
-    """The number of a worker's region that is not in `taken`; None if there is none left."""
-    return min(set(range(1, len(regions))) - set(taken), default=None)
-
-
 def start_worker(number):
     """In a new worker: count in this region from now on; if None, in one that nobody reads."""
     global own
@@ -216,13 +195,6 @@ def start_worker(number):
         return
     own = regions[number]
     own.claim()
-
-
-def end_worker(number):
-    """In the master, when a worker has ended: drop its gauges, keep its counters."""
-    if number is not None:
-        regions[number].release()
-    count("worker_exits")
 
 
 def ready_workers():
