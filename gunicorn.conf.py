@@ -11,7 +11,8 @@ from app.config import Settings, StartError
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
 from app.server import board, counters, lifecycle, shared_memory
-from app.server.logs import flush, logging_config
+from app.server.log_config import logging_config
+from app.server.logs import flush
 from app.server.machine import plan as plan_of
 
 for descriptor in (0, 1, 2):  # one that is closed would become a socket, and logs would be written into it

@@ -113,7 +113,7 @@ def run_health(arguments):
 
 def run_prepare(arguments):
     from app.prepare import make, naming
-    from app.server.logs import logging_config
+    from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
     try:
         settings = Settings.load()

@@ -54,8 +54,7 @@ def master(most=None):
 def worker(memory):
     from app.server import board
     board.own = board.Board(memoryview(mmap.mmap(int(memory), 0)))
-
-    import app.server.worker
+    import app.server.worker  # noqa: F401
     from app import create_app
     client = create_app().test_client()
     picture = (ROOT / "app/api/static/cat.jpg").open("rb")

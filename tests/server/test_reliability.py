@@ -27,7 +27,7 @@ from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until, workers_ready
 
 from app.engine.bundle import Prepared
-from app.server import board, counters, machine, shared_memory
+from app.server import board, counters, machine
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
 
 WHITE = encoded(Image.new("RGB", (300, 300), "white"))
