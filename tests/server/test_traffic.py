@@ -27,13 +27,14 @@ def service():
     code = f"""
 import sys
 from pathlib import Path
+from app import model_settings
 from app.config import Settings
 from app.engine.bundle import Prepared
 from app.server import board, shared_memory, traffic
 settings = Settings.parse({VARIABLES!r})
 shared_memory.create(1)
 traffic.start(traffic.of(board.own), settings)
-board.own.publish([Prepared(Path(key), key=key) for key in settings.each()])
+board.own.publish([Prepared(Path(key), key=key) for key in model_settings.each(settings)])
 print("ready", flush=True)
 sys.stdin.read()"""
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
