@@ -83,11 +83,12 @@ class Region:
     def claim(self):
         """Make the current process the owner; it continues the existing counts, but resets gauges."""
         self.lock = threading.Lock()
-        self.places = {key: place for key, place, _ in self.entries()}
         self.integers[END_AT] = max(self.integers[END_AT], HEADER_BYTES)
+        self.places = {}
         for key, place, count in self.entries():
-            if is_gauge(key):
-                self.doubles[place:place + count] = memoryview(bytes(8 * count)).cast("d")
+            self.places[key] = place
+            if MEASURES[key.partition(SEPARATOR)[0]].kind == "gauge":
+                self.reset(place, count)
         self.integers[READY_AT] = self.integers[GENERATION_AT] = self.integers[FAILED_AT] = 0
         self.integers[OWNER_AT] = os.getpid()
 
@@ -141,11 +142,13 @@ class Region:
         header = self.bytes[at:at + 8].cast("i")
         header[0], header[1] = len(text), count
         self.bytes[at + 8:at + 8 + len(text)] = text
-        for i in range(place, place + count):  # an unfinished entry may have been here
-            self.doubles[i] = 0
+        self.reset(place, count)  # an unfinished entry may have been here
         self.integers[END_AT] = 8 * (place + count)  # now readers can see it
         self.places[key] = place
         return place
+
+    def reset(self, place, count):
+        self.bytes[8 * place:8 * (place + count)] = bytes(8 * count)
 
     def add(self, key, amount):
         with self.lock:
@@ -169,10 +172,6 @@ class Region:
 
 def key(name, *labels):
     return SEPARATOR.join((name, *labels))
-
-
-def is_gauge(of_key):
-    return MEASURES[of_key.partition(SEPARATOR)[0]].kind == "gauge"
 
 
 def private():

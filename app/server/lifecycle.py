@@ -77,7 +77,8 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
 def titles(models):
     """A list of Prepared, for people."""
-    return ", ".join(f"{model.key}={model.title}" if len(models) > 1 else model.title for model in models)
+    names = [model.own or model.folder.name for model in models]
+    return names[0] if len(models) == 1 else ", ".join(f"{m.key}={name}" for m, name in zip(models, names, strict=True))
 
 
 def url_of(cfg):

@@ -95,10 +95,8 @@ class Worker(GeventWorker):
     def load(self):
         try:
             super().load_wsgi()
-        except StartError as e:
-            self.log.critical("this worker cannot serve: %s", e)
-        except BaseException:  # no error must affect the other workers
-            self.log.exception("this worker cannot serve")
+        except BaseException as e:  # no error must affect the other workers
+            self.log.critical("this worker cannot serve: %s", e, exc_info=not isinstance(e, StartError))
 
     def give_up(self):
         logs.flush()
@@ -166,11 +164,8 @@ class Worker(GeventWorker):
         def replace():
             try:
                 self.wsgi.extensions["replace"](published["models"])
-            except StartError as e:
-                self.log.error("this worker keeps the old model: %s", e)
-                counters.own.failed(published["generation"])
-            except Exception:  # whatever it was, the old model keeps serving
-                self.log.exception("this worker keeps the old model")
+            except Exception as e:  # whatever it was, the old model keeps serving
+                self.log.error("this worker keeps the old model: %s", e, exc_info=not isinstance(e, StartError))
                 counters.own.failed(published["generation"])
             else:
                 counters.own.serves(published["generation"])
