@@ -8,6 +8,7 @@ import signal
 import sys
 
 from app.config import Settings, StartError
+from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
 from app.server import board, counters, lifecycle, shared_memory
@@ -26,7 +27,7 @@ try:
     plan = plan_of(settings)
 except StartError as e:
     sys.exit(f"error: {e}")
-os.environ.update(settings.variables())  # for future workers: editing .env later changes nothing
+os.environ.update(variables(settings))  # for future workers: editing .env later changes nothing
 
 # Set before any worker imports a library that reads them: one thread per inference, workers × streams = cores.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -16,7 +16,7 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb":
 YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
-HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by Settings.variables
+HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by handing_down.variables
 
 BUILT_IN = r"[a-z0-9_]{1,64}"
 OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -201,12 +201,6 @@ class Settings:
             except ValueError as e:
                 raise SettingsError(str(e)) from e
         return settings
-
-    def variables(self):
-        """The mapping from which parse() makes the same Settings in another process, which then reads no `.env`."""
-        texts = {field.name.upper(): getattr(self, field.name) for field in SETTINGS}
-        return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
-                for name, value in texts.items()} | dict(self.of_models) | {HANDED_DOWN: "1"}
 
 
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.metadata]

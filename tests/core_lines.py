@@ -28,6 +28,7 @@ def master(most=None):
     subprocess.run([sys.executable, "-m", "app", "prepare"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     import app.prepare
     import app.server.lifecycle
+    import app.server.log_config
     import app.server.machine  # noqa: F401
     from app.config import Settings
     from app.engine.bundle import Prepared

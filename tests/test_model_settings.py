@@ -5,6 +5,7 @@ import pytest
 
 from app import model_settings
 from app.config import Settings, SettingsError
+from app.handing_down import variables
 from app.model_settings import each
 
 MODELS = "resnet50,cats@1=mobilenet_v2,cats@2=mobilenet_v2,iris=examples.iris:Iris"
@@ -38,7 +39,7 @@ def test_each_model_has_its_own_settings_where_they_differ():
     assert {one.port for one in found.values()} == {80}
     for key, one in found.items():  # each is like the settings of a service of its own
         assert one.models is None, key
-        assert Settings.parse(one.variables()) == one
+        assert Settings.parse(variables(one)) == one
 
 
 def test_a_dot_in_a_version_is_an_underscore_in_its_variables():
@@ -54,10 +55,10 @@ def test_all_of_it_survives_the_way_to_another_process(tmp_path, monkeypatch):
     settings = Settings.parse({"MODELS": MODELS, "CATS__2__MODEL_PATH": "a b/m.pt", "CATS__SPLIT": "50:50",
                                "SPLIT_HEADER": "X-User", "MODELS_MEMORY": "1GiB", "LOAD_MODELS": "first_use",
                                "NO_MODEL__TOP_K": "3"})
-    assert Settings.parse(settings.variables()) == settings
-    assert "NO_MODEL__TOP_K" not in settings.variables()
+    assert Settings.parse(variables(settings)) == settings
+    assert "NO_MODEL__TOP_K" not in variables(settings)
     (tmp_path / ".env").write_text("CATS__1__TOP_K=3\nIRIS__NONSENSE=3\n")  # edited since
-    for variable, text in settings.variables().items():
+    for variable, text in variables(settings).items():
         monkeypatch.setenv(variable, text)
     assert Settings.load(tmp_path / ".env") == settings
     assert model_settings.traffic(dataclasses.replace(settings, workers=3))["cats"]["split"] == [["1", 50], ["2", 50]]

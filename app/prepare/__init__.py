@@ -18,6 +18,7 @@ from app import model_settings
 from app.config import StartError
 from app.engine import bundle
 from app.engine.bundle import Prepared
+from app.handing_down import variables
 from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
@@ -69,7 +70,7 @@ def find(settings, engine, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
-                            text=True, env={**os.environ, **settings.variables()}, cwd=ROOT)
+                            text=True, env={**os.environ, **variables(settings)}, cwd=ROOT)
 
 
 def outcome_of(process):

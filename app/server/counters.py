@@ -112,12 +112,6 @@ class Region:
         """Record that the owner could not load the model of this generation, and keeps its current one."""
         self.integers[FAILED_AT] = generation
 
-    def outcome(self, generation):
-        """Whether the owner serves this generation; None while it has not tried."""
-        if self.integers[GENERATION_AT] >= generation:
-            return True
-        return False if self.integers[FAILED_AT] >= generation else None
-
     def entries(self):
         """Yield (key, index of the first value, number of values) of every entry, even while others are added."""
         at, end = HEADER_BYTES, self.integers[END_AT]
@@ -189,10 +183,7 @@ regions = [own]  # those of all processes
 def start_worker(number):
     """In a new worker: count in this region from now on; if None, in one that nobody reads."""
     global own
-    if number is None:
-        own = private()
-        return
-    own = regions[number]
+    own = private() if number is None else regions[number]
     own.claim()
 
 

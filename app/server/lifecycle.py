@@ -11,6 +11,7 @@ import signal
 import time
 
 from app.server import board
+from app.server.counters import FAILED_AT, GENERATION_AT
 from app.server.shared_memory import running_service
 
 SWAP_WITHIN_S = 120  # for all workers to load a published model
@@ -99,6 +100,13 @@ def is_alive(pid):
     return True
 
 
+def swapped(region, generation):
+    """Whether the worker that owns a counters.Region serves this generation; None while it has not tried."""
+    if region.integers[GENERATION_AT] >= generation:
+        return True
+    return False if region.integers[FAILED_AT] >= generation else None
+
+
 def reload_and_wait(pid=None):
     """Ask the running service to reload, and wait for the outcome. Returns (worked, a one-line message)."""
     master, its_board, regions = running_service(pid)
@@ -112,7 +120,7 @@ def reload_and_wait(pid=None):
         return False, outcomes[0]["message"]
     name, until = outcomes[0]["message"].removeprefix("published "), time.monotonic() + SWAP_WITHIN_S
     while True:
-        by_worker = [region.outcome(outcomes[0]["generation"]) for region in regions if region.owner]
+        by_worker = [swapped(region, outcomes[0]["generation"]) for region in regions if region.owner]
         if by_worker and None not in by_worker or time.monotonic() > until:
             break
         if not is_alive(master):

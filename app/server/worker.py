@@ -79,7 +79,7 @@ class Worker(GeventWorker):
         if hasattr(LIBC, "mallopt"):  # glibc; one heap per thread would take 40 MB more
             LIBC.mallopt(M_ARENA_MAX, 2)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.generation, until = board.own.generation(), time.monotonic() + LOAD_WITHIN_S
+        self.generation, until = board.own.published()["generation"], time.monotonic() + LOAD_WITHIN_S
         thread = threading.Thread(target=self.load, name="load-model")
         thread.start()
         while thread.is_alive():
