@@ -41,7 +41,7 @@ class ModelRepository(ModelLoader):
 
     def __init__(self, settings, plan):
         super().__init__(settings, plan)
-        self.each = settings.each()            # {key: its Settings}
+        self.each = model_settings.each(settings)  # {key: its Settings}
         self.versions = model_settings.versions(self.each)  # {name: versions}
         self.default = next(iter(self.each))
         self.default_name = self.default.partition("@")[0]
