@@ -138,7 +138,10 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
-        sample = worker.wsgi.extensions["model"].current.task.curl_sample()
+        task = worker.wsgi.extensions["model"].current.task
+        there = [path for path in ("tests/images/chelsea.jpg", "app/api/static/cat.jpg") if os.path.exists(path)]
+        file = there[0] if there and "picture" in task.takes else "your-file"
+        sample = f"-F file=@{file}" if task.is_file else task.curl_sample()
         worker.log.info("serving", extra={"url": url, "try": f"curl {sample} {url}/predict"})
 
 

@@ -1,5 +1,4 @@
 """Tells videos from pictures by their first bytes."""
-import os
 import re
 from dataclasses import dataclass
 
@@ -20,12 +19,6 @@ class Frame:
     time_s: float
     image: Image.Image
     box: tuple | None = None
-
-
-def curl_sample(takes):
-    """curl's arguments to send a file that is there in a clone or an image of the service, else a made-up name."""
-    there = [path for path in ("tests/images/chelsea.jpg", "app/api/static/cat.jpg") if os.path.exists(path)]
-    return f"-F file=@{there[0] if there and 'picture' in takes else 'your-file'}"
 
 
 def is_video(data):

@@ -40,7 +40,6 @@ class Task:
         types; options: {name: value} of self.options; raises ServiceError, MemoryError
     identity(): all that determines its answers, as JSON types
     info(): members of the `model` object of GET /info
-    curl_sample(): arguments of curl that send an input, to try
     gauges(): (engine, precision, start of the weights' SHA-256) for the log and /metrics
     hung_seconds(): how long an inference has been running after everyone who waited for it has left
     end(): free threads and memory; no answer may follow
@@ -50,6 +49,7 @@ class Task:
     is_file = True        # whether it is a file's bytes
     field = None          # of a JSON body that holds it, if it is none
     body_types = None     # a pattern of the Content-Types that a raw body may have
+    body_type = "image/jpeg"  # such as
     how_to_send = ""      # an input, in words
     options = ()          # options.Option
     checked_options = ()  # that it ignores, unless their values are bad

@@ -136,10 +136,6 @@ class FromPictures(Task):
         for frame in video.timed_frames(data, self.settings, call, options["frames"], options["at"]):
             yield frame, frame.image.size
 
-    def seen(self, image):
-        """The PIL image that the network sees of what was cut out."""
-        return self.preprocessing.resize_and_crop(image)
-
     # --- what is served ---
 
     def identity(self):
@@ -147,9 +143,6 @@ class FromPictures(Task):
         return [manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
                 manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
                 self.device.partition(":")[0]]
-
-    def curl_sample(self):
-        return containers.curl_sample(self.takes)
 
     def gauges(self):
         return self.manifest.engine, self.engine.precision, (self.manifest.weights["sha256"] or "")[:12]

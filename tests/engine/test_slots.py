@@ -6,6 +6,7 @@ import time
 import gevent
 import pytest
 
+from app.engine.batches import run_batch
 from app.engine.slots import SLACK_S, Slots, in_native_thread
 from app.errors import Deadline, DeadlineExceeded, ServiceError
 from app.server import counters
@@ -242,7 +243,7 @@ def test_a_batch_runs_in_order_between_single_requests():
 
     def one(i):
         return slots.run(lambda: time.sleep(0.005) or order.append(i) or i, Deadline(10), Stages(), admitted=True)
-    batch = gevent.spawn(slots.run_batch, [lambda i=i: one(i) for i in range(20)])
+    batch = gevent.spawn(run_batch, slots, [lambda i=i: one(i) for i in range(20)])
     wait_until(lambda: order)
     single = spawn(slots, lambda: order.append("single"))
     assert values([batch, single])[0] == list(range(20))
@@ -256,18 +257,18 @@ def test_batches_are_refused_as_a_whole(busy):
 
     def one():
         return slots.run(lambda: 1, Deadline(10), Stages(), admitted=True)
-    first = gevent.spawn(slots.run_batch, [one] * 5)
+    first = gevent.spawn(run_batch, slots, [one] * 5)
     wait_until(lambda: slots.waiting)
     assert (slots.batched, len(slots.waiting), slots.is_alone()) == (5, 1, False)  # as many at once as slots
     with pytest.raises(ServiceError) as e:
-        slots.run_batch([one])
+        run_batch(slots, [one])
     assert e.value.code == "OVERLOADED"
     slots.gate.set()
     assert values([first]) == [[1] * 5]
     assert slots.batched == 0
     full = busy(1, 0)
     with pytest.raises(ServiceError, match="at its limit"):
-        full.run_batch([one])
+        run_batch(full, [one])
     assert full.batched == 0
 
 

@@ -29,8 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.tasks.options import choice, file, integer, number, text, yes_or_no
-from app.tasks.own import InvalidInput, Media, OwnTask
+from app.tasks.own import InvalidInput, Media, OwnTask, choice, file, integer, number, text, yes_or_no
 """
 
 TOTAL = '''
@@ -432,7 +431,7 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
     ("class A(OwnTask):\n    takes = ('text', 'json')", "A", "takes must be one of"),
     ("class A(OwnTask):\n    takes = 'text'", "A", "it has no method predict"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = ['x']\n    def predict(self, batch): ...", "A",
-     "options must be a tuple"),
+     "options must be a tuple of what choice, file"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = (text('model'),)\n    def predict(self, batch): ...", "A",
      "options need distinct names"),
     ("class A(OwnTask):\n    takes = 'text'\n    max_batch = 0\n    def predict(self, batch): ...", "A",
