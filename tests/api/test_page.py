@@ -375,6 +375,7 @@ def test_json_and_options_are_sent_and_curl_does_the_same(open_page, own_service
     answer = requests.post(own_services["sum"].url + "/predict", json=body, timeout=10).json()
     assert answer["predictions"] == whole_answer(card)["predictions"] == expected
     assert json.loads(run_curl_line(card, tmp_path))["predictions"] == expected
+    assert '"times":3,' in find(card, ".card code").get_attribute("textContent")
     terms, values = find_all(card, ".shown dt"), find_all(card, ".shown dd")
     assert [term.text for term in terms] == ["sum", "note", "of"]
     assert values[0].text == "-4.75"
@@ -497,6 +498,7 @@ def test_a_file_among_the_options_of_a_text(open_page, tmp_path):
     find(browser, "[name=voice]").send_keys(str(path))
     card = press_send(browser)
     assert duration(browser) == pytest.approx(len(text) / 20 + 5 / RATE)
+    assert "-F voice=@" in find(card, ".card code").get_attribute("textContent").replace("'", "").replace('"', "")
     run_curl_line(card, tmp_path)
     with wave.open(str(tmp_path / "answer.wav")) as sound:
         assert sound.readframes(5) == bytes(b for letter in b"voice" for b in (letter, 0))

@@ -101,7 +101,7 @@ function asScores(predictions, spread) {
   if (!isNumbers(predictions)) return null;
   const most = Math.max(1, ...Object.values(predictions).map(Math.abs));
   const rows = Object.entries(predictions).map(([label, score]) => ({label, share: score / most, value: rounded(score)
-    + (typeof spread?.[label] === "number" ? ` ± ${rounded(spread[label])}` : "")}));
+    + (typeof spread?.[label] === "number" ? ` ± ${spread[label].toFixed(2)}` : "")}));
   return {title: "Scores", rows, isRanked: false};
 }
 
@@ -161,11 +161,11 @@ function showTimings(card, timings, milliseconds, cache) {
   });
   const strip = drawing("0 0 100 1", ...shapes);
   strip.setAttribute("preserveAspectRatio", "none");
-  $(".strip", card).replaceChildren(strip);
+  $(".strip", card).replaceChildren(...(stages.length ? [strip] : []));
   $(".timings p", card).replaceChildren(
     ...stages.map(([stage, ms], i) => element("span", {className: `stage s${i % 6}`},
                                               element("b", {}, `${stage} ${ms.toFixed(1)} ms`))),
-    element("br"), `${Math.round(milliseconds)} ms in all, as seen from here`,
+    ...(stages.length ? [element("br")] : []), `${Math.round(milliseconds)} ms in all, as seen from here`,
     ...(cache ? [`; cache ${cache}`] : []));
   $(".timings", card).hidden = false;
 }

@@ -40,4 +40,4 @@ export function pretty(value, indent = "") {
 export const isObject = value => typeof value === "object" && value !== null && !Array.isArray(value);
 export const isNumbers = value => isObject(value) && Object.keys(value).length > 0
   && Object.values(value).every(item => typeof item === "number");
-export const say = text => { $("#status").textContent = text; };
+export const say = text => { $("#status").textContent = text.slice(0, 500); };

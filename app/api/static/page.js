@@ -68,7 +68,7 @@ async function describe() {
    as an error. */
 async function listModels() {
   const {endpoints} = (await ask("", {headers: {Accept: "application/json"}})).body;
-  const models = endpoints["/models"] ? (await ask("models")).body.models : [];
+  const models = "/models" in endpoints ? (await ask("models")).body.models : [];
   isListed = true;
   if (models.length < 2) return;
   $("#which").replaceChildren(...models.map(
