@@ -135,6 +135,8 @@ class OwnTask(Task):
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what the functions of app.tasks.options make"
         names = [option.name for option in self.options]
+        if {"help", "json", "labels", "save", "save_crop"} & set(names):
+            return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
             return "options need distinct names, other than model, instances and the field"
         for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
