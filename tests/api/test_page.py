@@ -1,14 +1,11 @@
 """The page at /, in a real headless Chromium: files, text, JSON, options, answers of all kinds, the sample, the camera,
 the keyboard, its security policy."""
 import contextlib
-import http.server
 import io
 import json
 import os
 import shlex
 import subprocess
-import threading
-import urllib.parse
 import wave
 
 import numpy as np
@@ -46,11 +43,13 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def browser(chromium, service):
     """A browser on the page, 1280 × 800."""
-    yield from on_page(chromium, service, "efficientnet_lite0")
+    with on_page(chromium, service, "efficientnet_lite0") as browser:
+        yield browser
 
 
+@contextlib.contextmanager
 def on_page(chromium, service, model):
-    """Yields a browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
+    """A browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
     resize(chromium, DESKTOP)
     chromium.get_log("browser")
     chromium.get_log("performance")
@@ -236,7 +235,8 @@ def ocean_service(tmp_path_factory, ocean_settings):
 @pytest.fixture
 def ocean_browser(chromium, ocean_service):
     """A browser on the page of a service with the OCEAN model."""
-    yield from on_page(chromium, ocean_service, "ocean")
+    with on_page(chromium, ocean_service, "ocean") as browser:
+        yield browser
 
 
 def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tmp_path):
@@ -291,7 +291,7 @@ def own_services(tmp_path_factory):
 def open_page(chromium, own_services):
     """open_page(name): a browser on the page of that model."""
     with contextlib.ExitStack() as pages:
-        yield lambda name: pages.enter_context(contextlib.contextmanager(on_page)(chromium, own_services[name], name))
+        yield lambda name: pages.enter_context(on_page(chromium, own_services[name], name))
 
 
 def fill(browser, selector, text):
@@ -336,7 +336,7 @@ def test_the_form_is_made_of_the_declared_options(open_page):
     browser = open_page("sum")
     assert find(browser, "#about").text == (
         "Adds numbers up, and answers in the shape that is asked for, with <b>no tags</b>.")
-    assert find(browser, "#model").text == "cpu"
+    assert find(browser, "#model").text == "own · cpu"
     fields = {field.get_attribute("name"): field for field in find_all(browser, "#options [name]")}
 
     def is_like(name, *names):
@@ -539,65 +539,26 @@ def test_keyboard_alone_on_a_form(open_page):
     assert {("textbox", "Text"), ("spinbutton", "Pitch"), ("link", "Download"), ("Audio", "The answer")} <= named
 
 
-@pytest.fixture
-def several_models(own_services):
-    """The address of the service of Sum in front of which /models lists Tone and Length too."""
-    services = {"length": own_services["length"], "sum": own_services["sum"], "a/tone?": own_services["tone"]}
-    models = [{"name": name, "default": name == "sum"} for name in services]
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            url = urllib.parse.urlparse(self.path)
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            name = urllib.parse.parse_qs(url.query).get("model", ["sum"])[0]
-            path = url.path
-            if path.startswith("/models/"):
-                name = urllib.parse.unquote(path.split("/")[2])
-                path = "/predict"
-            answer = requests.request(self.command, services[name].url + path, data=body, timeout=10, headers={
-                key: self.headers[key] for key in ("Content-Type", "Accept") if key in self.headers})
-            content, content_type = answer.content, answer.headers["Content-Type"]
-            if path == "/models":
-                content, content_type = json.dumps({"models": models}).encode(), "application/json"
-            elif path == "/" and content_type == "application/json":
-                content = json.dumps({"endpoints": {"/models": ""}}).encode()
-            self.send_response(200 if path == "/models" else answer.status_code)
-            self.send_header("Content-Type", content_type)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_one_of_several_models_is_chosen(chromium, several_models, tmp_path):
-    browser = chromium
-    browser.get(several_models + "/")
-    wait(browser, lambda: find(browser, "#which").is_displayed())
-    assert find(browser, "#which").accessible_name == "Model"
-    assert [one.text for one in find_all(browser, "#which option")] == ["length", "sum", "a/tone?"]
-    assert find(browser, "#which").get_attribute("value") == find(browser, "#name").text == "sum"
-    card = press_send(browser)
-    assert whole_answer(card)["predictions"]["sum"] == 13
-    find(browser, "#which [value='a/tone?']").click()
-    wait(browser, lambda: find(browser, "#name").text == "tone")
-    assert [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == ["pitch", "voice"]
-    card = press_send(browser)
-    assert find(card, "h2").text == "Audio"
-    assert several_models + "/models/a%2Ftone%3F/predict" in find(card, ".card code").get_attribute("textContent")
-    run_curl_line(card, tmp_path)
-    with wave.open(str(tmp_path / "answer.wav")) as sound:
-        assert sound.getnframes() == 0.55 * RATE
-    screenshot(browser, "models")
+def test_one_of_several_models_is_chosen(chromium, start_service, tmp_path):
+    models = "sum=tests.own_tasks:Sum,tone@1=tests.own_tasks:Tone,tone@2=tests.own_tasks:Tone"
+    service = start_service(MODEL_NAME="", MODELS=models).wait_ready()
+    with on_page(chromium, service, "sum") as browser:
+        wait(browser, lambda: find(browser, "#which").is_displayed())
+        assert find(browser, "#which").accessible_name == "Model"
+        assert [one.text for one in find_all(browser, "#which option")] == ["sum", "tone", "tone@1", "tone@2"]
+        assert find(browser, "#which").get_attribute("value") == "sum"
+        card = press_send(browser)
+        assert whole_answer(card)["predictions"]["sum"] == 13
+        find(browser, "#which [value='tone@2']").click()
+        wait(browser, lambda: find(browser, "#name").text == "tone@2")
+        assert [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == ["pitch", "voice"]
+        card = press_send(browser)
+        assert find(card, "h2").text == "Audio"
+        assert service.url + "/models/tone%402/predict" in find(card, ".card code").get_attribute("textContent")
+        run_curl_line(card, tmp_path)
+        with wave.open(str(tmp_path / "answer.wav")) as sound:
+            assert sound.getnframes() == 0.55 * RATE
+        screenshot(browser, "models")
 
 
 def test_one_model_needs_no_choice(browser):

@@ -53,10 +53,14 @@ async function describe() {
     return complain(error.message);
   }
   const {model} = service;
+  if (!model.takes) {
+    Object.assign(model, {takes: [], options: []});
+    complain(`${model.name} is not loaded yet. Its first request loads it.`);
+  }
   const size = model.total_parameters ? `${(model.total_parameters / 1e6).toFixed(1)} M parameters` : "";
   const task = model.task === model.name ? "" : model.task;
-  $("#name").textContent = model.name;
-  document.title = `Try ${model.name}`;
+  $("#name").textContent = model.version ? `${model.name}@${model.version}` : model.name;
+  document.title = `Try ${$("#name").textContent}`;
   $("#model").textContent = [task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
   $("#about").textContent = model.description || "";
   showInput(model);
@@ -64,15 +68,15 @@ async function describe() {
   if (!isListed) await listModels().catch(error => complain(error.message));
 }
 
-/* A choice of the model, where the service has several. It is not asked for what it does not list: browsers report that
-   as an error. */
+/* A choice of the model, where the service has several: cats, cats@1, cats@2, iris. */
 async function listModels() {
-  const {endpoints} = (await ask("", {headers: {Accept: "application/json"}})).body;
-  const models = "/models" in endpoints ? (await ask("models")).body.models : [];
+  const {models} = (await ask("models")).body;
   isListed = true;
   if (models.length < 2) return;
-  $("#which").replaceChildren(...models.map(
-    model => element("option", {value: model.name, selected: Boolean(model.default)}, model.name)));
+  const names = new Set(models.flatMap(({name, version}) => version ? [name, `${name}@${version}`] : [name]));
+  const byDefault = models.find(model => model.default)?.name;
+  $("#which").replaceChildren(...[...names].map(
+    name => element("option", {value: name, selected: name === byDefault}, name)));
   $("#models").hidden = false;
 }
 
