@@ -115,7 +115,7 @@ def test_a_picture_is_answered(browser, size):
     assert "inference" in find(card, ".timings").text
     assert browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451
     assert not scrolls_sideways(browser)
-    browser.execute_script("document.querySelector('details').open = true")
+    browser.execute_script("document.querySelector('.card details').open = true")
     assert not scrolls_sideways(browser)
     screenshot(browser, "desktop" if size == DESKTOP else "phone")
 

@@ -99,7 +99,7 @@ function asScores(predictions, spread) {
     return {title: String(predictions.class), rows, isRanked: true};
   }
   if (!isNumbers(predictions)) return null;
-  const most = Math.max(1, ...Object.values(predictions).map(Math.abs));
+  const most = Object.values(predictions).reduce((a, b) => Math.max(a, b), 1);
   const rows = Object.entries(predictions).map(([label, score]) => ({label, share: score / most, value: rounded(score)
     + (typeof spread?.[label] === "number" ? ` ± ${spread[label].toFixed(2)}` : "")}));
   return {title: "Scores", rows, isRanked: false};
