@@ -65,7 +65,7 @@ async function describe() {
   $("#about").textContent = model.description || "";
   showInput(model);
   showOptions(model);
-  if (!isListed) await listModels().catch(error => complain(error.message));
+  if (!isListed) listModels().catch(() => {});  // without a list there is no choice
 }
 
 /* A choice of the model, where the service has several: cats, cats@1, cats@2, iris. */
