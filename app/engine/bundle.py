@@ -35,10 +35,6 @@ class Prepared:
         """For other processes, in another working directory."""
         return vars(self) | {"folder": self.folder and str(self.folder.resolve())}
 
-    @property
-    def title(self):
-        return self.own or self.folder.name
-
 
 @dataclass(frozen=True)
 class Manifest:

@@ -79,7 +79,8 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
 def titles(models):
     """A list of Prepared, for people."""
-    return ", ".join(f"{model.key}={model.title}" if len(models) > 1 else model.title for model in models)
+    return ", ".join((f"{model.key}=" if len(models) > 1 else "") + (model.own or model.folder.name)
+                     for model in models)
 
 
 def url_of(cfg):
