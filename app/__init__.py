@@ -40,7 +40,10 @@ def create_app(settings=None, loader=None):
 def load_model(settings):
     """A ModelLoader with the model that the master has published, else that of the settings. Raises StartError."""
     from app.config import Plan
-    from app.model_loader import ModelLoader
+    if settings.models:
+        from app.model_repository import ModelRepository as ModelLoader
+    else:
+        from app.model_loader import ModelLoader
     from app.server import board
     if board.own:
         plan = Plan(**board.own.read()["plan"] | {"devices": (settings.device,)})
