@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import json
 import logging.config
+import os
 import sys
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def add_predict_and_evaluate(commands):
 
 def declared_options():
     """The options of a model of one's own, else of all the others."""
+    if not {"predict", "evaluate"} & set(sys.argv):  # the other commands need no code of the user's
+        return ALL
     try:
         settings = next(iter(model_settings.each(Settings.load()).values()))
         if ":" in settings.model_name:
@@ -113,9 +116,32 @@ def run_health(arguments):
 
 
 def run_prepare(arguments):
+    outcome = sys.stdout
+    if arguments.json:  # what a model of the user's prints must not be taken for it
+        outcome = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+    try:
+        made = make_and_check(arguments)
+    except StartError as e:
+        print(json.dumps({"error": str(e)[:5000]}) if arguments.json else f"error: {e}",
+              file=outcome if arguments.json else sys.stderr)
+        code = 1
+    else:
+        print(json.dumps({"models": [done.as_json() for done in made]}) if arguments.json else
+              "\n".join(f"ready: {done.own or done.folder.resolve()}" for done in made), file=outcome)
+        code = 0
+    if arguments.json:
+        outcome.close()
+        logging.shutdown()
+        os._exit(code)  # threads that a model of the user's has left behind are not waited for
+    return code
+
+
+def make_and_check(arguments):
     from app.prepare import make, naming
     from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
+<<<<<<< HEAD
     try:
         settings = Settings.load()
         if not arguments.json:
@@ -139,6 +165,21 @@ def run_prepare(arguments):
         for done in made:
             print(f"ready: {done.folder.resolve() if done.folder else done.own}")
     return 0
+=======
+    settings = Settings.load()
+    if not arguments.json:
+        settings = dataclasses.replace(settings, log_format="text")
+    logging.config.dictConfig(logging_config(settings))
+    plan = plan_of(settings)
+    made = make(settings, plan.engine)
+    if arguments.check:
+        from app.engine.slots import Slots
+        from app.model_loader import Model
+        for done, one in zip(made, settings.each().values(), strict=True):
+            with naming(done.key, settings):
+                Model(done, one, plan, Slots(1, 1)).task.end()
+    return made
+>>>>>>> w-h4
 
 
 if __name__ == "__main__":

@@ -73,10 +73,7 @@ class Model:
 
     def info(self):
         """The `model` object of GET /info."""
-        task = self.task
-        return {"name": self.name, **({"version": self.version} if self.version else {}), "task": task.kind,
-                "takes": task.takes, "field": task.field, "media_types": task.media_types,
-                "options": [option.info(self.settings) for option in task.options], "device": task.device, **task.info(),
+        return {**self.task.declared(self.name, self.version), **self.task.info(),
                 "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
                 if self.fallback_reason else None}
 

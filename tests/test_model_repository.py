@@ -134,7 +134,8 @@ def test_a_model_is_loaded_once_with_its_first_request_while_others_wait(serve, 
     client = app.test_client()
     assert not (folder / "loads.txt").exists()
     assert [one["loaded"] for one in client.get("/models").json["models"]] == [True, False]
-    assert client.get("/info?model=counts").json["model"] == {"name": "counts", "loaded": False}
+    model = client.get("/info?model=counts").json["model"]
+    assert (model["name"], model["takes"], model["loaded"]) == ("counts", ["json"], False)
     (folder / "slow.txt").write_text("0.5")
     greenlets = [gevent.spawn(ask, app.test_client(), "/models/counts/predict") for _ in range(5)]
     greenlets.append(gevent.spawn(ask, app.test_client(), "/predict", model="counts"))

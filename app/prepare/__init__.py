@@ -23,6 +23,7 @@ from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
 ROOT = Path(__file__).parent.parent.parent
+PIPE_BYTES = 64 * 1024  # what a pipe holds; a Board publishes less
 
 log = logging.getLogger(__name__)
 
@@ -70,24 +71,28 @@ def find(settings, engine, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
+<<<<<<< HEAD
                             text=True, env={**os.environ, **variables(settings)}, cwd=ROOT)
+=======
+                            env={**os.environ, **settings.variables()}, cwd=ROOT)
+>>>>>>> w-h4
 
 
 def outcome_of(process):
     """Wait for a process of start_making to end. Returns [Prepared]; raises StartError."""
     try:
-        with process.stdout as stdout:
-            lines = stdout.read().splitlines()
         code = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    try:
-        answer = json.loads(lines[-1])
-    except (IndexError, ValueError) as e:
-        raise PrepareError("preparing the model ended prematurely"
-                           + (f", with exit code {code}" if code else "")) from e
+    with process.stdout as stdout:
+        os.set_blocking(stdout.fileno(), False)  # a process that a model has left behind may keep it open
+        try:
+            answer = json.loads(os.read(stdout.fileno(), PIPE_BYTES))
+        except (BlockingIOError, ValueError) as e:
+            raise PrepareError("preparing the model ended prematurely"
+                               + (f", with exit code {code}" if code else "")) from e
     if "error" in answer:
         raise PrepareError(answer["error"])
     return [Prepared.of(one) for one in answer["models"]]

@@ -59,6 +59,12 @@ class Task:
     def __init__(self, place):
         self.settings, self.place, self.device = place.settings, place, place.plan.device
 
+    def declared(self, name, version):
+        """The members of GET /info's `model` that are known before it is loaded."""
+        return {"name": name, **({"version": version} if version else {}), "task": self.kind, "takes": self.takes,
+                "field": self.field, "media_types": self.media_types, "device": self.device,
+                "options": [option.info(self.settings) for option in self.options]}
+
     def answer_kind(self):
         from app.tasks import answers
         return getattr(answers, self.answers)(self)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.config import StartError
+from app.config import StartError, snake_case
 from app.engine.batcher import Batcher
 from app.engine.batches import grow
 from app.errors import Deadline, ServiceError
@@ -118,7 +118,7 @@ class OwnTask(Task):
 
     def __init__(self, place):
         super().__init__(place)
-        self.name = self.kind = name_of(type(self).__name__)
+        self.name = self.kind = snake_case(type(self).__name__)
         self.token = place.source.token or os.urandom(8).hex()
         self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
             self.takes, tuple | list) else ()
@@ -348,11 +348,6 @@ def digest_of(module):
         return hashlib.sha256(Path(module.__file__).read_bytes()).digest()
     except (OSError, TypeError, AttributeError):
         return None
-
-
-def name_of(class_name):
-    """VoiceCloning → voice_cloning."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()[:64]
 
 
 # --- what may go wrong ---
