@@ -141,31 +141,6 @@ def make_and_check(arguments):
     from app.prepare import make, naming
     from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
-<<<<<<< HEAD
-    try:
-        settings = Settings.load()
-        if not arguments.json:
-            settings = dataclasses.replace(settings, log_format="text")
-        logging.config.dictConfig(logging_config(settings))
-        plan = plan_of(settings)
-        made = make(settings, plan.engine)
-        if arguments.check:
-            from app.engine.slots import Slots
-            from app.model_loader import Model
-            for done, one in zip(made, model_settings.each(settings).values(), strict=True):
-                with naming(done.key, settings):
-                    Model(done, one, plan, Slots(1, 1)).task.end()
-    except StartError as e:
-        print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
-              file=sys.stdout if arguments.json else sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps({"models": [done.as_json() for done in made]}))
-    else:
-        for done in made:
-            print(f"ready: {done.folder.resolve() if done.folder else done.own}")
-    return 0
-=======
     settings = Settings.load()
     if not arguments.json:
         settings = dataclasses.replace(settings, log_format="text")
@@ -175,11 +150,10 @@ def make_and_check(arguments):
     if arguments.check:
         from app.engine.slots import Slots
         from app.model_loader import Model
-        for done, one in zip(made, settings.each().values(), strict=True):
+        for done, one in zip(made, model_settings.each(settings).values(), strict=True):
             with naming(done.key, settings):
                 Model(done, one, plan, Slots(1, 1)).task.end()
     return made
->>>>>>> w-h4
 
 
 if __name__ == "__main__":

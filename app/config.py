@@ -118,10 +118,6 @@ def listed(part, takes):
     return parse
 
 
-def snake_case(name):
-    return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
 def setting(parse, default, secret=False, each=False):
     """secret: the value is never shown, not even in an error message; each: of several models, each may have its own,
     in the variable NAME__SETTING."""
@@ -200,37 +196,12 @@ class Settings:
                           for field in SETTINGS if field.name.upper() in texts})
         if settings.models:
             from app import model_settings
-<<<<<<< HEAD
             try:
                 return model_settings.checked(settings, texts)
-=======
-            settings = dataclasses.replace(settings, of_models=model_settings.of_models(settings.models, texts))
-            try:
-                settings.each()
->>>>>>> w-h4
             except ValueError as e:
                 raise SettingsError(str(e)) from e
         return settings
 
-<<<<<<< HEAD
-=======
-    def each(self):
-        """{key: the Settings of that model}, the default first. The key is NAME or NAME@VERSION of MODELS, else
-        MODEL_NAME, or the name of the class in snake_case."""
-        if not self.models:
-            return {snake_case(self.model_name.rpartition(":")[2]): self}
-        from app import model_settings
-        return {key: dataclasses.replace(self, models=None, of_models=(), **{
-                    field.name: parsed(field, *own[field.name]) for field in SETTINGS if field.name in own})
-                for key, own in model_settings.read(self, [f.name for f in SETTINGS if f.metadata["each"]]).items()}
-
-    def variables(self):
-        """The mapping from which parse() makes the same Settings in another process, which then reads no `.env`."""
-        texts = {field.name.upper(): getattr(self, field.name) for field in SETTINGS}
-        return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
-                for name, value in texts.items()} | dict(self.of_models) | {HANDED_DOWN: "1"}
-
->>>>>>> w-h4
 
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.metadata]
 

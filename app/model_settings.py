@@ -56,12 +56,15 @@ def versions(keys):
     return found
 
 
+def snake_case(name):
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
 def each(settings):
     """{key: the Settings of that model}, the default first. The key is NAME or NAME@VERSION of MODELS, else MODEL_NAME,
     or the name of the class in snake_case."""
     if not settings.models:
-        name = settings.model_name.rpartition(":")[2]
-        return {re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower(): settings}
+        return {snake_case(settings.model_name.rpartition(":")[2]): settings}
     fields = {field.name: field.metadata for field in dataclasses.fields(settings) if field.metadata}
     return {key: dataclasses.replace(settings, models=None, of_models=(), **{
                 name: fields[name]["read"](variable, text) for name, (variable, text) in own.items()})

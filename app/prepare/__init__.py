@@ -71,11 +71,7 @@ def find(settings, engine, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
-<<<<<<< HEAD
-                            text=True, env={**os.environ, **variables(settings)}, cwd=ROOT)
-=======
-                            env={**os.environ, **settings.variables()}, cwd=ROOT)
->>>>>>> w-h4
+                            env={**os.environ, **variables(settings)}, cwd=ROOT)
 
 
 def outcome_of(process):

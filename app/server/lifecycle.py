@@ -78,13 +78,8 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
 def titles(models):
     """A list of Prepared, for people."""
-<<<<<<< HEAD
-    names = [model.own or model.folder.name for model in models]
-    return names[0] if len(models) == 1 else ", ".join(f"{m.key}={name}" for m, name in zip(models, names, strict=True))
-=======
     return ", ".join((f"{model.key}=" if len(models) > 1 else "") + (model.own or model.folder.name)
                      for model in models)
->>>>>>> w-h4
 
 
 def url_of(cfg):

@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.config import StartError, snake_case
+from app.config import StartError
 from app.engine.batcher import Batcher
 from app.engine.batches import grow
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
+from app.model_settings import snake_case
 from app.server.counters import Stages
 from app.tasks import Call, ModelError, Task
 from app.tasks.options import AT, FRAMES, Option, choice, integer, number, yes_or_no
