@@ -49,7 +49,9 @@ def checkpoint(shared):
     torch.manual_seed(5)
     voice = AudioVAE(config.audio_vae_config)
     model = VoxCPMModel(config, LlamaTokenizerFast.from_pretrained(folder), voice)
-    torch.nn.init.ones_(model.stop_head.weight)  # equal logits: it never stops by itself, so that lengths are known
+    with torch.no_grad():  # it never stops by itself, so that lengths are known
+        model.stop_proj.weight.zero_(), model.stop_proj.bias.fill_(1)
+        model.stop_head.weight[0], model.stop_head.weight[1] = 1, -1
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("audio_vae.")}
     save_file(weights, folder / "model.safetensors")
     torch.save({"state_dict": voice.state_dict()}, folder / "audiovae.pth")
@@ -164,7 +166,7 @@ def lying(data, offset, value):
 
 
 @pytest.mark.parametrize(("file", "message"), [
-    (b"", f"{FILE}, got something else"),
+    (b"", "file must be sent with prompt_text: a voice needs a recording and its words, got one"),
     (b"no audio", f"{FILE}, got something else"),
     (b"RIFF but nothing more", f"{FILE}, got one that cannot be decoded"),
     (recording(format="FLAC")[:60], f"{FILE}, got one that cannot be decoded"),
