@@ -77,12 +77,13 @@ class VoiceCloning(OwnTask):
 
     def load(self):
         os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars do not belong in a log
-        import torchcodec  # noqa: F401 - reads the recordings; fails here if FFmpeg's libraries are missing
         from voxcpm import VoxCPM
         # optimize=True records CUDA graphs, which only the thread that loads the model could replay.
         self.model = VoxCPM.from_pretrained(str(self.settings.model_path or MODEL), load_denoiser=False,
                                             optimize=False, device=self.device)
         self.rate = self.model.tts_model.sample_rate
+        with path_of(wav(np.zeros(8000), 8000)) as path:  # what cloning imports takes seconds, or lacks FFmpeg
+            self.model.generate("Hi.", prompt_wav_path=path, prompt_text="Hi.", max_len=3, retry_badcase=False)
 
     def decode(self, value, options):
         spoken, recording, prompt_text = value.strip(), options["file"], (options["prompt_text"] or "").strip()
