@@ -108,6 +108,10 @@ class ModelLoader:
         """The models that are loaded, the default one first."""
         return [] if self.current is None else [self.current]
 
+    def states(self):
+        """What GET /models says of each model."""
+        return [{"name": self.current.name, "default": True, "loaded": True}]
+
     def load(self, sources):
         """Load a model (a list of one Prepared), self-test it and make it the current one; the previous one finishes
         what it has begun. Runs in any native thread. Raises StartError, and then changes nothing."""
