@@ -117,10 +117,6 @@ def test_text_becomes_speech_of_the_length_that_the_text_allows(service):
     assert len(np.unique(samples)) > 100
 
 
-def test_longest_text_ends_at_the_limit_of_patches(service):
-    assert len(samples_of(speak(service, text="a" * 400))) == 750 * PATCH
-
-
 def test_a_recording_and_its_words_change_the_speech_and_the_seed_repeats_it(service):
     plain = samples_of(speak(service))
     cloned = samples_of(speak(service, recording(), prompt_text=WORDS))
@@ -180,7 +176,7 @@ def lying(data, offset, value):
     (recording(channels=3), f"{FILE} and a usual sample rate, got 3 and 16000 Hz"),
     (recording(value=np.nan, subtype="FLOAT"), f"{FILE}, got samples that are no numbers"),
     (recording(3600, 8000, value=0, format="FLAC"), f"{FILE}, got a longer one"),
-    (b"RIFF" + bytes(10 * 2**20), "file must be a file of at most 10485760 bytes, got a file"),
+    (b"RIFF" + bytes(10 * 2**20), "file must be a file of at most 10485760 bytes, got a file of 10485764 bytes"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_recording_that_cannot_be_used_gets_400(service, file, message):
     assert message_of(speak(service, file, prompt_text=WORDS)) == message
@@ -213,15 +209,15 @@ def test_invalid_fields_get_400(service, sent, message):
     assert message_of(speak(service, **sent)) == message
 
 
-def test_the_longest_of_everything_fits_into_the_cache(service):
+def test_the_longest_of_everything_fits_into_the_cache_and_ends_at_the_limit_of_patches(service):
     """Characters outside the tokenizer's vocabulary take four tokens."""
     answer = speak(service, recording(30, 8000), text="\U0001f600" * 400, prompt_text="\U0001f600" * 300)
     assert len(samples_of(answer)) == 750 * PATCH
 
 
 def test_nothing_of_a_recording_stays_after_an_error_or_the_deadline(service):
-    late = speak(service, recording(), text="a" * 400, prompt_text=WORDS, inference_timesteps=30,
-                 headers={"X-Request-Timeout": "0.5"})
+    late = speak(service, recording(), text="a" * 30, prompt_text=WORDS, inference_timesteps=30,
+                 headers={"X-Request-Timeout": "0.3"})
     assert late.status_code == 504, late.text
     until = time.monotonic() + 30
     while kept(service) and time.monotonic() < until:
