@@ -53,11 +53,9 @@ def models():
 @bp.get("/info")
 def info():
     settings, loader = current_app.extensions["settings"], current_app.extensions["model"]
-    with loader.lease(request.args.get("model"), None) as model:
-        of_model = model.info()
     return jsonify({
         "status": "success",
-        "model": of_model,
+        "model": loader.info(request.args.get("model")),
         "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
                    "max_video_size": settings.max_video_size, "max_video_seconds": settings.max_video_seconds,
                    "allowed_extensions": [*pictures.EXTENSIONS, *containers.EXTENSIONS],

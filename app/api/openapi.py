@@ -8,7 +8,7 @@ PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMO
 
 
 def document(settings, tasks):
-    """The OpenAPI 3.1 document for these settings and for the tasks that answer, the default one first, as JSON types."""
+    """The OpenAPI 3.1 document for these settings and the tasks that answer, as JSON types."""
     return {
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "Models behind HTTP.",
@@ -47,7 +47,8 @@ MEDIA = {"type": "object", "required": ["media_type", "b64"], "properties": {
 ERRORS = {
     "400": ("The request or the file cannot be used.",
             ["MISSING_FILE", "MISSING_INPUT", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_AUDIO",
-             "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES", "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
+             "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES", "BAD_REQUEST"],
+            "top_k must be an integer from 1 to 10, got 20"),
     "401": ("API_KEYS is set, and the request carries no valid key.", ["UNAUTHORIZED"],
             "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
     "404": ("There is nothing at this path, or no such model.", ["NOT_FOUND"],
@@ -126,7 +127,8 @@ def errors(*statuses):
 
 
 def get(summary, schema, example=None, further=None, description=None, parameters=()):
-    operation = {"summary": summary, **({"parameters": list(parameters)} if parameters else {}), "responses": {"200": success(summary, schema, example=example), **(further or {}),
+    operation = {"summary": summary, **({"parameters": list(parameters)} if parameters else {}),
+                 "responses": {"200": success(summary, schema, example=example), **(further or {}),
                                                    **errors(*EVERYWHERE)}}
     return {"get": operation if description is None else {**operation, "description": description}}
 
@@ -346,9 +348,10 @@ def schemas(settings, tasks):
                          "endpoints": {"type": "object", "additionalProperties": text}}),
         "Models": record({"status": success_word, "models": {"type": "array", "minItems": 1,
                                                              "items": ref("ModelState")}}),
-        "ModelState": record({"name": text, "default": {"type": "boolean"}, "loaded": {"type": "boolean"}},
-                             {"version": text, "share": {**number, "description": "Of the requests for this name that do "
-                                                                                  "not name a version, in percent."}}),
+        "ModelState": record({"name": text, "default": {"type": "boolean"}, "loaded": {"type": "boolean"}}, {
+            "version": text, "memory_bytes": some,
+            "share": {**number, "description": "Percentage of the requests for this name without a version."},
+            "shadow": {"type": "boolean", "description": "Whether it answers too, unseen."}}),
         "Info": record({
             "status": success_word,
             "model": record({"name": text, "task": text, "device": text, "engine": text,

@@ -165,7 +165,7 @@ class Worker(GeventWorker):
 
         def replace():
             try:
-                self.wsgi.extensions["replace"](published)
+                self.wsgi.extensions["replace"](published["models"])
             except StartError as e:
                 self.log.error("this worker keeps the old model: %s", e)
                 counters.own.failed(published["generation"])
