@@ -5,6 +5,7 @@ import io
 import json
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning") 
 RATE = 16_000
 PATCH = 2 * 2 * 5 * 8 * 8  # samples: patch_size latent frames of as many samples as the strides' product
 HIDDEN, LATENT = 32, 8
-TEXT, WORDS = "Hello.", "What is said."
+TEXT, WORDS = "Hi.", "What is said."
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,14 @@ def test_a_recording_and_its_words_change_the_speech_and_the_seed_repeats_it(ser
     assert kept(service) == []
 
 
+def test_concurrent_requests_do_not_disturb_each_other(service):
+    voices = [recording(seed=i) for i in range(4)]
+    alone = [samples_of(speak(service, voice, prompt_text=WORDS)) for voice in voices]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda voice: samples_of(speak(service, voice, prompt_text=WORDS)), voices))
+    assert all(map(np.array_equal, alone, together))
+
+
 def test_without_a_seed_speech_varies(service):
     assert not np.array_equal(samples_of(speak(service, seed=None)), samples_of(speak(service, seed=None)))
 
@@ -175,7 +184,6 @@ def lying(data, offset, value):
     (lying(recording(), 24, 2**31 - 1), f"{FILE} and a usual sample rate, got 1 and 2147483647 Hz"),
     (recording(channels=3), f"{FILE} and a usual sample rate, got 3 and 16000 Hz"),
     (recording(value=np.nan, subtype="FLOAT"), f"{FILE}, got samples that are no numbers"),
-    (recording(3600, 8000, value=0, format="FLAC"), f"{FILE}, got a longer one"),
     (b"RIFF" + bytes(10 * 2**20), "file must be a file of at most 10485760 bytes, got a file of 10485764 bytes"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_recording_that_cannot_be_used_gets_400(service, file, message):
@@ -216,7 +224,7 @@ def test_the_longest_of_everything_fits_into_the_cache_and_ends_at_the_limit_of_
 
 
 def test_nothing_of_a_recording_stays_after_an_error_or_the_deadline(service):
-    late = speak(service, recording(), text="a" * 30, prompt_text=WORDS, inference_timesteps=30,
+    late = speak(service, recording(), text="a" * 12, prompt_text=WORDS, inference_timesteps=30,
                  headers={"X-Request-Timeout": "0.3"})
     assert late.status_code == 504, late.text
     until = time.monotonic() + 30
