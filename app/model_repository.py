@@ -269,7 +269,7 @@ class ModelRepository(ModelLoader):
             with self.lease(key) as other:
                 mine = {one.name: options.get(one.name, one.default_of(other.settings)) for one in other.task.options}
                 found = other.answer(data, mine, Call(deadline, stages))
-            return "agree" if model.task.agrees(predictions, found["predictions"]) else "disagree"
+            return "agree" if model.task.answer_kind().agree(predictions, found["predictions"]) else "disagree"
         return self.when_loaded(lambda: self.slots.run(answer, deadline, stages, admitted=True), deadline)
 
 

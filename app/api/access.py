@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 
-from flask import g, request
+from flask import current_app, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.errors import ServiceError
@@ -103,6 +103,12 @@ def limit_predictions(app, text, counts):
         if files > 1:
             check(files - 1, True)
     app.extensions["count_batch"] = count_batch
+
+
+def client_id():
+    """Who asks, for versions that are chosen by client: the header SPLIT_HEADER, a key, or an address."""
+    header = current_app.extensions["settings"].split_header
+    return header and request.headers.get(header) or g.get("client") or client_address()
 
 
 def client_address():

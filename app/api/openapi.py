@@ -283,7 +283,7 @@ def schemas(settings, tasks):
     wording = {"description": "What to change, as a sentence.", "type": "string", "minLength": 1}
     some = {"type": "integer", "minimum": 0}
     answers = [schema for task in tasks for schema in (
-        task.answer_schema, *([MEDIA] if task.media_types else []))]
+        task.answer_kind().schema(), *([MEDIA] if task.media_types else []))]
     answers = [schema for i, schema in enumerate(answers) if schema not in answers[:i]]
     if not all(task.is_file for task in tasks):
         answers = [{"anyOf": [*answers, {"type": "array", "description": "Of a request with instances."}]}]

@@ -63,10 +63,8 @@ def media(found):
 
 
 def client():
-    """Who asks, for versions that are chosen by client: an ID in the header SPLIT_HEADER, a key, or an address."""
-    from app.api import access
-    header = current_app.extensions["settings"].split_header
-    return header and request.headers.get(header) or g.get("client") or access.client_address()
+    from app.api import access  # with the first choice between versions
+    return access.client_id()
 
 
 def request_deadline(settings):

@@ -81,6 +81,8 @@ class OwnTask(Task):
     batch_wait_ms: how long an incomplete batch waits for more
     threads: how many calls of `predict` may run at once; None: as many as the service calculates at once
     """
+    example = None
+    answer_schema = {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None
@@ -156,7 +158,7 @@ class OwnTask(Task):
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
         return re.compile("text/plain|application/x-www-form-urlencoded|"), (
-            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with the Content-Type "
+            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with Content-Type "
             "text/plain")
 
     def start(self):
@@ -238,6 +240,9 @@ class OwnTask(Task):
 
     def identity(self):
         return [self.place.source.own, self.token]
+
+    def gauges(self):
+        return "own", "", ""
 
     def info(self):
         example = None if self.is_file else self.example
