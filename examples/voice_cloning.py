@@ -4,6 +4,7 @@ in that of a recording. Serve it with MODEL_NAME=examples.voice_cloning:VoiceClo
 import contextlib
 import io
 import os
+import secrets
 
 import numpy as np
 import soundfile
@@ -78,7 +79,7 @@ class VoiceCloning(OwnTask):
     def load(self):
         os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars do not belong in a log
         from voxcpm import VoxCPM
-        # optimize=True records CUDA graphs, which only the thread that loads the model could replay.
+        # optimize=True would record CUDA graphs, which only the thread that records them can replay.
         self.model = VoxCPM.from_pretrained(str(self.settings.model_path or MODEL), load_denoiser=False,
                                             optimize=False, device=self.device)
         self.rate = self.model.tts_model.sample_rate
@@ -102,7 +103,7 @@ class VoiceCloning(OwnTask):
     def speak(self, spoken, recording, prompt_text, options):
         """Speech as float32 (frames,) in -1..1, self.rate per second."""
         import torch
-        torch.seed() if options["seed"] is None else torch.manual_seed(options["seed"])
+        torch.manual_seed(secrets.randbits(63) if options["seed"] is None else options["seed"])
         with path_of(recording) as path:
             return self.model.generate(
                 spoken, prompt_wav_path=path, prompt_text=prompt_text, max_len=MOST_PATCHES,

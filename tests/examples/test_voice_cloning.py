@@ -1,6 +1,7 @@
 """examples/voice_cloning.py with VoxCPM's real code and a tiny checkpoint of random weights: `make test-voice-cloning`.
 Random weights make noise, so that nothing here is about how it sounds."""
 import base64
+import contextlib
 import io
 import json
 import time
@@ -126,7 +127,8 @@ def test_a_recording_and_its_words_change_the_speech_and_the_seed_repeats_it(ser
                   samples_of(speak(service, recording(), prompt_text="Something else.")),
                   samples_of(speak(service, recording(), prompt_text=WORDS, seed=2)),
                   samples_of(speak(service, recording(), prompt_text=WORDS, cfg_value=3)),
-                  samples_of(speak(service, recording(), prompt_text=WORDS, inference_timesteps=5))):
+                  samples_of(speak(service, recording(), prompt_text=WORDS, inference_timesteps=5)),
+                  samples_of(speak(service, recording(), prompt_text=WORDS, retry_badcase="true"))):
         assert not np.array_equal(other, cloned)
     assert np.array_equal(samples_of(speak(service, recording(), prompt_text=WORDS)), cloned)
     assert np.array_equal(samples_of(speak(service)), plain)  # nothing of the voice stays
@@ -223,7 +225,15 @@ def test_the_longest_of_everything_fits_into_the_cache_and_ends_at_the_limit_of_
     assert len(samples_of(answer)) == 750 * PATCH
 
 
-def test_nothing_of_a_recording_stays_after_an_error_or_the_deadline(service):
+def test_a_recording_is_gone_after_an_exception():
+    from examples.voice_cloning import path_of
+    with contextlib.suppress(KeyError), path_of(b"a voice") as path:
+        assert Path(path).read_bytes() == b"a voice"
+        raise KeyError
+    assert not Path(path).exists()
+
+
+def test_a_recording_is_gone_after_the_deadline(service):
     late = speak(service, recording(), text="a" * 12, prompt_text=WORDS, inference_timesteps=30,
                  headers={"X-Request-Timeout": "0.3"})
     assert late.status_code == 504, late.text
