@@ -1,4 +1,4 @@
-"""POST /predict and /models/NAME/predict: one input, one answer."""
+"""POST /predict and /models/NAME/predict: one input, one answer; and the way to batches."""
 import select
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -52,6 +52,13 @@ def predict(name=None):
     if is_hit is not None:
         response.headers["X-Cache"] = "hit" if is_hit else "miss"
     return response
+
+
+@bp.post("/predict/batch")
+@bp.post("/models/<name>/predict/batch")
+def predict_batch(name=None):
+    from app.api import batch
+    return batch.predict_batch(name)
 
 
 def media(found):

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import wave
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ class OwnTask(Task):
         super().__init__(place)
         self.name = self.kind = name_of(type(self).__name__)
         self.token = place.source.token or os.urandom(8).hex()
-        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes)
+        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
+            self.takes, tuple | list) else ()
         error = self.mistake()
         if error:
             raise ModelError(f"{place.source.own} cannot be served: {error}")
@@ -125,7 +127,7 @@ class OwnTask(Task):
             own = [option.name for option in self.options]
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
-        self.batcher = None
+        self.batcher, self.due = None, {}  # {a call of predict: when its request's time is up}
 
     def mistake(self):
         """What is wrong with the class's attributes, or None."""
@@ -190,8 +192,7 @@ class OwnTask(Task):
         with call.stages("decode"):
             inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]
         with call.stages("inference"):
-            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else \
-                [output for one in inputs for output in self.predicted([one])]
+            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else self.one_by_one(inputs, call)
         with call.stages("encode"):
             answers = [self.encoded(output, options) for output in outputs]
         return answers if isinstance(data, Instances) else answers[0], {}
@@ -219,6 +220,17 @@ class OwnTask(Task):
             return self.decode(value, options)
         except InvalidInput as e:
             raise ServiceError(400, "INVALID_PARAMETER", f"{e.name or field} {e}"[:1000]) from e
+
+    def one_by_one(self, inputs, call):
+        outputs, call_id = [], object()
+        self.due[call_id] = call.deadline.at
+        try:
+            for one in inputs:
+                call.deadline.check("inference")
+                outputs += self.predicted([one])
+        finally:
+            del self.due[call_id]
+        return outputs
 
     def predicted(self, batch):
         """What `predict` returns, checked. Raises TypeError."""
@@ -250,7 +262,9 @@ class OwnTask(Task):
                 "engine": "own", "class": self.place.source.own, "max_batch": self.max_batch}
 
     def hung_seconds(self):
-        return self.batcher.overdue_seconds() if self.batcher else 0.0
+        if self.batcher:
+            return self.batcher.overdue_seconds()
+        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def seen(self, image):
         return image
