@@ -68,9 +68,9 @@ def service(tmp_path_factory, checkpoint):
     temporary = tmp_path_factory.mktemp("temporary")
     running = Service(tmp_path_factory.mktemp("service"), {
         "MODEL_NAME": "examples.voice_cloning:VoiceCloning", "MODEL_PATH": str(checkpoint), "DEVICE": "cpu",
-        "WORKERS": "1", "TMPDIR": str(temporary), "CACHE_SIZE": "0"})
+        "WORKERS": "1", "REQUEST_TIMEOUT": "120", "TMPDIR": str(temporary)})
     running.temporary = temporary
-    yield running.wait_ready()
+    yield running.wait_ready(120)
     running.stop()
 
 
@@ -83,7 +83,7 @@ def recording(seconds=2.0, rate=RATE, channels=1, seed=0, value=None, format="WA
     return buffer.getvalue()
 
 
-def speak(service, file=None, timeout_s=60, headers=None, **fields):
+def speak(service, file=None, timeout_s=150, headers=None, **fields):
     """POST a form: four diffusion steps, one try and a fixed seed unless told otherwise."""
     fields = {"text": TEXT, "inference_timesteps": 4, "retry_badcase": "false", "seed": 1, **fields}
     parts = {name: (None, str(value)) for name, value in fields.items() if value is not None}
@@ -241,4 +241,3 @@ def test_a_recording_is_gone_after_the_deadline(service):
     while kept(service) and time.monotonic() < until:
         time.sleep(0.1)
     assert kept(service) == []
-    samples_of(speak(service))
