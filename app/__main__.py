@@ -6,6 +6,7 @@ import logging.config
 import sys
 from pathlib import Path
 
+from app import model_settings
 from app.config import Settings, StartError
 from app.tasks.options import ALL
 
@@ -52,7 +53,7 @@ def add_predict_and_evaluate(commands):
 def declared_options():
     """The options of a model of one's own, else of all the others."""
     try:
-        settings = next(iter(Settings.load().each().values()))
+        settings = next(iter(model_settings.each(Settings.load()).values()))
         if ":" in settings.model_name:
             from app.tasks import own
             return own.class_of(settings.model_name).options
@@ -113,7 +114,7 @@ def run_health(arguments):
 
 def run_prepare(arguments):
     from app.prepare import make, naming
-    from app.server.logs import logging_config
+    from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
     try:
         settings = Settings.load()
@@ -125,7 +126,7 @@ def run_prepare(arguments):
         if arguments.check:
             from app.engine.slots import Slots
             from app.model_loader import Model
-            for done, one in zip(made, settings.each().values(), strict=True):
+            for done, one in zip(made, model_settings.each(settings).values(), strict=True):
                 with naming(done.key, settings):
                     Model(done, one, plan, Slots(1, 1)).task.end()
     except StartError as e:

@@ -41,7 +41,7 @@ class ModelRepository(ModelLoader):
 
     def __init__(self, settings, plan):
         super().__init__(settings, plan)
-        self.each = settings.each()            # {key: its Settings}
+        self.each = model_settings.each(settings)  # {key: its Settings}
         self.versions = model_settings.versions(self.each)  # {name: versions}
         self.default = next(iter(self.each))
         self.default_name = self.default.partition("@")[0]
@@ -249,18 +249,21 @@ class ModelRepository(ModelLoader):
             gevent.sleep(LOOK_S)
             while self.shadowed:
                 since, model, version, *rest = self.shadowed[0]
-                if not self.slots.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
+                if not self.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
                     gevent.sleep(LOOK_S)
                     continue
                 self.shadowed.popleft()
                 outcome = "skipped"
-                if self.slots.is_idle():
+                if self.is_idle():
                     try:
                         outcome = self.shadow(model, f"{model.key.partition('@')[0]}@{version}", *rest)
                     except Exception as e:
                         log.info("the shadow %s@%s failed: %s", model.name, version, e)
                         outcome = "failed"
                 count_shadow(model.name, version, outcome)
+
+    def is_idle(self):
+        return not self.slots.running and not self.slots.waiting and not self.slots.batched
 
     def shadow(self, model, key, data, options, predictions):
         deadline, stages = Deadline(self.settings.request_timeout), Stages()

@@ -9,8 +9,7 @@ import secrets
 import numpy as np
 import soundfile
 
-from app.tasks.options import file, integer, number, text, yes_or_no
-from app.tasks.own import InvalidInput, Media, OwnTask
+from app.tasks.own import InvalidInput, Media, OwnTask, file, integer, number, text, yes_or_no
 
 MODEL = "openbmb/VoxCPM-0.5B"  # downloaded unless MODEL_PATH names a folder
 # A character takes at most 4 tokens and VoxCPM-0.5B makes 12.5 patches per second, so that the longest of everything,

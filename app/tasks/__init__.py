@@ -49,6 +49,7 @@ class Task:
     is_file = True        # whether it is a file's bytes
     field = None          # of a JSON body that holds it, if it is none
     body_types = None     # a pattern of the Content-Types that a raw body may have
+    body_type = "image/jpeg"  # such as
     how_to_send = ""      # an input, in words
     options = ()          # options.Option
     checked_options = ()  # that it ignores, unless their values are bad
