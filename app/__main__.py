@@ -66,6 +66,7 @@ def declared_options():
 
 
 def run_answering(arguments):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for workers: each slot is one core
     from app import cli
     from app.errors import ServiceError
     try:

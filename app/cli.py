@@ -133,7 +133,8 @@ def save_media(answer, path):
     """Write an answer that is media beside its input's name, and replace it by the path."""
     predictions = answer["predictions"]
     if isinstance(predictions, dict) and set(predictions) == {"media_type", "b64"}:
-        path = path.with_name(path.name + (mimetypes.guess_extension(predictions["media_type"]) or ".bin"))
+        subtype = predictions["media_type"].partition("/")[2].removeprefix("x-")
+        path = path.with_name(path.name + (mimetypes.guess_extension(predictions["media_type"]) or f".{subtype}"))
         path.write_bytes(base64.b64decode(predictions["b64"]))
         answer["predictions"] = {"media_type": predictions["media_type"], "path": str(path)}
 

@@ -4,8 +4,7 @@ import math
 import struct
 import wave
 
-from app.tasks.options import choice, file, integer, number, text, yes_or_no
-from app.tasks.own import InvalidInput, Media, OwnTask
+from app.tasks.own import InvalidInput, Media, OwnTask, choice, file, integer, number, text, yes_or_no
 
 HTML = """<img src="x" onerror="document.title='hacked'"><b>bold</b> & 'so' on"""
 RATE = 8000

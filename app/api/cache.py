@@ -55,6 +55,8 @@ class ResultCache:
         in places of the queue and share the answer or a 4xx; if the computing request fails for another reason, the
         next one takes over. Raises what compute raises, DeadlineExceeded, OVERLOADED.
         """
+        if not model.task.deterministic:
+            return compute(), False
         with stages("cache"):
             key = key_of(data, options, model) if isinstance(data, bytes) and len(data) <= LARGE else \
                 in_native_thread(key_of, data, options, model)

@@ -54,6 +54,7 @@ class Task:
     options = ()          # options.Option
     checked_options = ()  # that it ignores, unless their values are bad
     media_types = ()      # what an answer may be besides JSON
+    deterministic = True  # whether equal inputs have equal answers, which may then be cached
     answers = "Anything"  # what they are: a class of answers.py
 
     def __init__(self, place):

@@ -45,7 +45,6 @@ BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav
               "json": "application/json"}
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
-SELF_TEST_WITHIN_S = 60
 
 __all__ = ["InvalidInput", "Media", "OwnTask", "choice", "file", "integer", "number", "text", "yes_or_no"]
 
@@ -88,12 +87,15 @@ class OwnTask(Task):
     max_batch: how many inputs, of concurrent requests too, `predict` gets at most
     batch_wait_ms: how long an incomplete batch waits for more
     threads: how many calls of `predict` may run at once; None: as many as the service calculates at once
+    deterministic: whether equal inputs have equal answers, which the result cache may then keep
+    self_test_within_s: how long the example may take at the start
     """
     example = None
     answer_schema = {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None
+    self_test_within_s = 60
 
     # --- the four steps ---
 
@@ -111,6 +113,12 @@ class OwnTask(Task):
     def encode(self, output, options):
         """One output → JSON types (NumPy's are converted), or Media."""
         return output
+
+    def seconds_left(self):
+        """In `predict`, for models that take long: the time after which nobody waits for the answer."""
+        at = self.batcher.due.get(threading.current_thread().name) if self.batcher else \
+            self.due.get(threading.get_ident())
+        return float("inf") if at is None else at - time.monotonic()
 
     def close(self):
         """Free what `load` took, when the model is replaced."""
@@ -135,7 +143,7 @@ class OwnTask(Task):
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
         self.body_type = BODY_TYPES[self.takes[0]]
-        self.batcher, self.due = None, {}  # {a call of predict: when its request's time is up}
+        self.batcher, self.due = None, {}  # {a thread: when its request's time is up}
 
     def mistake(self):
         """What is wrong with the class's attributes, or None."""
@@ -151,7 +159,8 @@ class OwnTask(Task):
             return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
             return "options need distinct names, other than model, instances and the field"
-        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
+        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1),
+                            ("self_test_within_s", 1)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least or name == "threads" and value is None):
                 return f"{name} must be an integer of at least {least}"
@@ -189,12 +198,13 @@ class OwnTask(Task):
             data = example_of(self)
             if data is None:
                 return
+            call = Call(Deadline(self.self_test_within_s), Stages(), self.field or "the example")
             try:
-                self.answer(data, options, Call(Deadline(SELF_TEST_WITHIN_S), Stages(), self.field or "the example"))
+                self.answer(data, options, call)
             except ServiceError as e:
                 if self.has_example or e.status >= 500:
                     raise
-        within(SELF_TEST_WITHIN_S, test, f"{type(self).__name__}'s self-test")
+        within(self.self_test_within_s, test, f"{type(self).__name__}'s self-test")
 
     def answer(self, data, options, call):
         sent = data if isinstance(data, Instances) else [(data, call.field)]
@@ -231,14 +241,14 @@ class OwnTask(Task):
             raise ServiceError(400, "INVALID_PARAMETER", f"{e.name or field} {e}"[:1000]) from e
 
     def one_by_one(self, inputs, call):
-        outputs, call_id = [], object()
-        self.due[call_id] = call.deadline.at
+        outputs, thread = [], threading.get_ident()
+        self.due[thread] = call.deadline.at
         try:
             for one in inputs:
                 call.deadline.check("inference")
                 outputs += self.predicted([one])
         finally:
-            del self.due[call_id]
+            del self.due[thread]
         return outputs
 
     def predicted(self, batch):
@@ -290,7 +300,7 @@ class OwnTask(Task):
 
 def text(name, most=1000, **more):
     def parse(text):
-        if len(text) > most:
+        if len(text) > most or not is_unicode(text):
             raise ValueError
         return text
     return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
@@ -401,6 +411,15 @@ def plain(value, within="the answer"):
 
 
 # --- inputs ---
+
+def is_unicode(text):
+    """Whether a str can be written as UTF-8: JSON may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def is_audio(data):
     """Whether a file's first bytes are those of WAV, FLAC, Ogg, MP3, AAC or M4A."""

@@ -157,6 +157,9 @@ def test_text_in_any_form(serve, sent):
 
 @pytest.mark.parametrize(("sent", "status", "message"), [
     ({"json": {"text": 3}}, 400, "text must be text, got a number"),
+    ({"json": {"text": "a \ud800"}}, 400, "text must be text in Unicode, got half of a surrogate pair"),
+    ({"json": {"text": "a", "tail": "\ud800"}}, 400, "tail must be a text of at most 5 characters"),
+    ({"json": {"text": "a", "instances": ["b"]}}, 400, "The object has text and instances; send one of them."),
     ({"json": {"text": ""}}, 400, "No input provided: "),
     ({"data": b"\xff", "content_type": "text/plain"}, 400, "the body must be text in UTF-8, got other bytes"),
     ({"json": {"text": "a", "tail": "123456"}}, 400, "tail must be a text of at most 5 characters, got 123456"),
@@ -303,6 +306,20 @@ class Worn(OwnTask):
     assert loader.needs_restart() == "the model failed its self-test"
 
 
+def test_predict_can_see_how_much_time_is_left(serve):
+    for attributes in ("", "threads = 1"):
+        client = serve(f'''
+class Patient(OwnTask):
+    takes, field, example = "json", "x", 0
+    {attributes}
+
+    def predict(self, batch):
+        return [min(self.seconds_left(), 99) for _ in batch]
+''', "Patient").test_client()
+        answer = client.post("/predict", json={"x": 1}, headers={"X-Request-Timeout": "7"}).json
+        assert 6 < answer["predictions"] < 7
+
+
 # --- what it gets without a line of its own ---
 
 def test_the_cache_knows_the_input_the_options_and_the_model(serve):
@@ -332,6 +349,20 @@ def test_the_cache_keeps_media_and_tells_files_apart(serve):
     assert sent(b"12") == ("miss", "a||2|1")
     assert sent(b"12") == ("hit", "a||2|1")
     assert sent(b"13") == ("miss", "a||2|1")
+
+
+def test_what_is_not_deterministic_is_not_cached(serve):
+    client = serve('''
+class Dice(OwnTask):
+    takes, field, example, deterministic, rolls = "json", "x", 0, False, 0
+
+    def predict(self, batch):
+        Dice.rolls += 1
+        return [Dice.rolls for _ in batch]
+''', "Dice", CACHE_URL="memory://").test_client()
+    first, second = (client.post("/predict", json={"x": 1}) for _ in range(2))
+    assert (first.headers["X-Cache"], second.headers["X-Cache"]) == ("miss", "miss")
+    assert first.json["predictions"] != second.json["predictions"]
 
 
 def test_inputs_of_concurrent_requests_are_predicted_together(serve):
@@ -451,10 +482,10 @@ def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
     assert "\n" not in str(e.value)
 
 
-def test_a_self_test_that_hangs_ends_the_start(module, monkeypatch):
-    monkeypatch.setattr("app.tasks.own.SELF_TEST_WITHIN_S", 0.2)
-    source = "class A(OwnTask):\n    takes = 'text'\n    def predict(self, batch):\n        time.sleep(3)"
-    with pytest.raises(StartError, match="self-test did not end within 0.2 s"):
+def test_a_self_test_that_hangs_ends_the_start(module):
+    source = ("class A(OwnTask):\n    takes, self_test_within_s = 'text', 1\n    def predict(self, batch):\n"
+              "        time.sleep(5)")
+    with pytest.raises(StartError, match="self-test did not end within 1 s"):
         create_app(Settings.parse({"MODEL_NAME": f"{module(source)}:A", "DEVICE": "cpu"}))
 
 
