@@ -74,6 +74,7 @@ class VoiceCloning(OwnTask):
     )
     media_types = ("audio/wav",)
     threads = 1  # the model keeps one request's attention cache
+    deterministic = False
 
     def load(self):
         os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars do not belong in a log
