@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from app import model_settings
 from app.config import Settings, StartError
 from app.tasks.options import ALL
 
@@ -55,7 +56,7 @@ def declared_options():
     if not {"predict", "evaluate"} & set(sys.argv):  # the other commands need no code of the user's
         return ALL
     try:
-        settings = next(iter(Settings.load().each().values()))
+        settings = next(iter(model_settings.each(Settings.load()).values()))
         if ":" in settings.model_name:
             from app.tasks import own
             return own.class_of(settings.model_name).options
@@ -138,7 +139,7 @@ def run_prepare(arguments):
 
 def make_and_check(arguments):
     from app.prepare import make, naming
-    from app.server.logs import logging_config
+    from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
     settings = Settings.load()
     if not arguments.json:
@@ -149,7 +150,7 @@ def make_and_check(arguments):
     if arguments.check:
         from app.engine.slots import Slots
         from app.model_loader import Model
-        for done, one in zip(made, settings.each().values(), strict=True):
+        for done, one in zip(made, model_settings.each(settings).values(), strict=True):
             with naming(done.key, settings):
                 Model(done, one, plan, Slots(1, 1)).task.end()
     return made
