@@ -151,6 +151,36 @@ def test_batch_gives_each_flower_its_own_result(iris, expected):
     assert (bad["error"], bad["message"]) == ("INVALID_PARAMETER", "instances[1] " + FOUR + "[1, 2]")
 
 
+def flower_files(folder):
+    """Write each tenth flower to a file, and labels.csv; returns its rows (file, species)."""
+    rows = [(f"{i:03}.json", SPECIES[i]) for i in range(0, 150, 10)]
+    for name, _ in rows:
+        (folder / name).write_text(json.dumps(FLOWERS[int(name[:3])]))
+    (folder / "labels.csv").write_text("file,label\n" + "".join(f"{name},{label}\n" for name, label in rows))
+    return rows
+
+
+def test_command_line_predicts_files(tmp_path, model_path, expected):
+    rows = flower_files(tmp_path)
+    (tmp_path / "200.json").write_text('{"features": [6, 3, 5, NaN]}')
+    done = run_module("app", "predict", tmp_path, "--json", MODEL_PATH=str(model_path))
+    *answers, bad = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["file"] for answer in answers] == [str(tmp_path / name) for name, _ in rows]
+    np.testing.assert_allclose(probabilities([answer["predictions"] for answer in answers]), expected[::10],
+                               rtol=0, atol=1e-12)
+    assert (done.returncode, bad["error"]) == (1, "INVALID_PARAMETER")
+    assert bad["message"].endswith(FOUR + "[6, 3, 5, nan]")
+
+
+def test_command_line_evaluates_labels(tmp_path, model_path):
+    rows = flower_files(tmp_path)
+    right = sum(skops.io.load(model_path).predict(FLOWERS[::10]) == [label for _, label in rows])
+    with open(tmp_path / "labels.csv", "a") as file:
+        file.write("000.json,virginica\n")  # which is not true
+    done = run_module("app", "evaluate", "--labels", tmp_path / "labels.csv", tmp_path, MODEL_PATH=str(model_path))
+    assert (done.returncode, done.stdout) == (0, f"equal  {right / 16:.4f}\n16 files\n")
+
+
 def cut_off(path, good):
     path.write_bytes(good[:len(good) // 2])
 
