@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 HUNG_AFTER_S = 10         # past the deadline, for an inference
 SLOT_HUNG_AFTER_S = 30    # likewise for decoding and face detection, which rarely check the deadline
+ALL_HUNG_AFTER_S = 3      # if this is so in all slots, so that nobody is served
 RETEST_AFTER_S = 10       # a model that fails is tested again, but not for each of its failures
 
 
@@ -26,7 +27,8 @@ class Model:
     def __init__(self, source, settings, plan, slots, name=None, version=None):
         """source: a bundle.Prepared; slots: engine.Slots; name: if not the task's. Raises StartError."""
         started = time.monotonic()
-        self.settings, self.fallback_reason, self.version = settings, source.fallback_reason, version
+        self.settings, self.key, self.version = settings, source.key, version
+        self.fallback_reason = source.fallback_reason
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
         self.users, self.retired, self.broken, self.tested = 0, False, False, 0.0
@@ -108,6 +110,15 @@ class ModelLoader:
         """The models that are loaded, the default one first."""
         return [] if self.current is None else [self.current]
 
+    def states(self):
+        """What GET /models says of each model."""
+        return [{"name": self.current.name, "default": True, "loaded": True}]
+
+    def info(self, name):
+        """The `model` object of GET /info."""
+        with self.lease(name) as model:
+            return model.info()
+
     def load(self, sources):
         """Load a model (a list of one Prepared), self-test it and make it the current one; the previous one finishes
         what it has begun. Runs in any native thread. Raises StartError, and then changes nothing."""
@@ -178,8 +189,11 @@ class ModelLoader:
                 return "the model failed its self-test"
             if model.task.hung_seconds() > HUNG_AFTER_S:
                 return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
-        if self.slots.overdue_seconds() > SLOT_HUNG_AFTER_S:
+        most, least = self.slots.overdue_seconds()
+        if most > SLOT_HUNG_AFTER_S:
             return f"a slot has been hanging for more than {SLOT_HUNG_AFTER_S} s past a deadline"
+        if least > ALL_HUNG_AFTER_S:
+            return f"all slots have been hanging for more than {ALL_HUNG_AFTER_S} s past their deadlines"
         return None
 
 

@@ -1,7 +1,8 @@
-"""POST /predict/batch: several files, one result per file, in order."""
+"""POST /predict/batch and /models/NAME/predict/batch: several inputs, one result for each, in order. Imported with the
+first batch."""
 import functools
 
-from flask import Blueprint, current_app, g, jsonify, request
+from flask import current_app, g, jsonify, request
 
 from app.api import uploads
 from app.api.predict import client, client_watch, request_deadline
@@ -10,12 +11,8 @@ from app.errors import ServiceError, internal_error, out_of_memory
 from app.server import counters
 from app.tasks import Call, options
 
-bp = Blueprint("batch", __name__)
 
-
-@bp.post("/predict/batch")
-@bp.post("/models/<name>/predict/batch")
-def predict_batch(name=None):
+def predict_batch(name):
     loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     loader.slots.check_room()

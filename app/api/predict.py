@@ -1,4 +1,4 @@
-"""POST /predict and /models/NAME/predict: one input, one answer."""
+"""POST /predict and /models/NAME/predict: one input, one answer; and the way to batches."""
 import select
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -54,6 +54,13 @@ def predict(name=None):
     return response
 
 
+@bp.post("/predict/batch")
+@bp.post("/models/<name>/predict/batch")
+def predict_batch(name=None):
+    from app.api import batch
+    return batch.predict_batch(name)
+
+
 def media(found):
     """The response for an answer that is no JSON, else None."""
     if not g.model.task.media_types:
@@ -63,10 +70,8 @@ def media(found):
 
 
 def client():
-    """Who asks, for versions that are chosen by client: an ID in the header SPLIT_HEADER, a key, or an address."""
-    from app.api import access
-    header = current_app.extensions["settings"].split_header
-    return header and request.headers.get(header) or g.get("client") or access.client_address()
+    from app.api import access  # with the first choice between versions
+    return access.client_id()
 
 
 def request_deadline(settings):

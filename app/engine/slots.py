@@ -178,6 +178,9 @@ class Slots:
         if self.is_full():
             raise self.overloaded()
 
+    def is_idle(self):
+        return not self.running and not self.waiting and not self.batched
+
     def is_alone(self):
         """Whether calls come one at a time now, and no batch: one may use the whole processor."""
         return len(self.running) <= 1 and not self.batched and time.monotonic() > self.shared + ALONE_AFTER_S
@@ -188,8 +191,10 @@ class Slots:
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
     def overdue_seconds(self):
-        """How long the most overdue call has been running past its deadline."""
-        return max([0.0, *(-job.deadline.remaining() for job in list(self.running.values()))])
+        """(how long the most overdue call has been running past its deadline; the least overdue, if all slots are)."""
+        overdue = sorted([0.0] * (self.count - len(self.running))
+                         + [max(0.0, -job.deadline.remaining()) for job in list(self.running.values())])
+        return overdue[-1], overdue[0]
 
 
 def in_native_thread(call, *arguments):

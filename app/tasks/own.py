@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import wave
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ class OwnTask(Task):
     batch_wait_ms: how long an incomplete batch waits for more
     threads: how many calls of `predict` may run at once; None: as many as the service calculates at once
     """
+    example = None
+    answer_schema = {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None
@@ -111,7 +114,8 @@ class OwnTask(Task):
         super().__init__(place)
         self.name = self.kind = name_of(type(self).__name__)
         self.token = place.source.token or os.urandom(8).hex()
-        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes)
+        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
+            self.takes, tuple | list) else ()
         error = self.mistake()
         if error:
             raise ModelError(f"{place.source.own} cannot be served: {error}")
@@ -123,7 +127,7 @@ class OwnTask(Task):
             own = [option.name for option in self.options]
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
-        self.batcher = None
+        self.batcher, self.due = None, {}  # {a call of predict: when its request's time is up}
 
     def mistake(self):
         """What is wrong with the class's attributes, or None."""
@@ -135,6 +139,8 @@ class OwnTask(Task):
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what the functions of app.tasks.options make"
         names = [option.name for option in self.options]
+        if {"help", "json", "labels", "save", "save_crop"} & set(names):
+            return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
             return "options need distinct names, other than model, instances and the field"
         for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
@@ -153,8 +159,9 @@ class OwnTask(Task):
         body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
-        return re.compile("text/plain|application/x-www-form-urlencoded|"), (f"send it as JSON, such as {body}, as the form field '{self.field}', or as "
-                                           "the raw body with the Content-Type text/plain")
+        return re.compile("text/plain|application/x-www-form-urlencoded|"), (
+            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with Content-Type "
+            "text/plain")
 
     def start(self):
         within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")
@@ -185,8 +192,7 @@ class OwnTask(Task):
         with call.stages("decode"):
             inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]
         with call.stages("inference"):
-            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else \
-                [output for one in inputs for output in self.predicted([one])]
+            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else self.one_by_one(inputs, call)
         with call.stages("encode"):
             answers = [self.encoded(output, options) for output in outputs]
         return answers if isinstance(data, Instances) else answers[0], {}
@@ -215,6 +221,17 @@ class OwnTask(Task):
         except InvalidInput as e:
             raise ServiceError(400, "INVALID_PARAMETER", f"{e.name or field} {e}"[:1000]) from e
 
+    def one_by_one(self, inputs, call):
+        outputs, call_id = [], object()
+        self.due[call_id] = call.deadline.at
+        try:
+            for one in inputs:
+                call.deadline.check("inference")
+                outputs += self.predicted([one])
+        finally:
+            del self.due[call_id]
+        return outputs
+
     def predicted(self, batch):
         """What `predict` returns, checked. Raises TypeError."""
         outputs = self.predict(batch)
@@ -236,13 +253,18 @@ class OwnTask(Task):
     def identity(self):
         return [self.place.source.own, self.token]
 
+    def gauges(self):
+        return "own", "", ""
+
     def info(self):
         example = None if self.is_file else self.example
         return {"description": (type(self).__doc__ or "").strip().partition("\n")[0], "example": example,
                 "engine": "own", "class": self.place.source.own, "max_batch": self.max_batch}
 
     def hung_seconds(self):
-        return self.batcher.overdue_seconds() if self.batcher else 0.0
+        if self.batcher:
+            return self.batcher.overdue_seconds()
+        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def seen(self, image):
         return image
