@@ -25,7 +25,6 @@ class Iris(OwnTask):
     takes = "json"
     field = "features"
     example = [5.1, 3.5, 1.4, 0.2]  # sepal length, sepal width, petal length, petal width
-    max_batch = 32
 
     def load(self):
         path = model_file(self.settings)
@@ -47,7 +46,7 @@ class Iris(OwnTask):
         return value
 
     def predict(self, batch):
-        return self.model.predict_proba(batch)  # (N, 3)
+        return self.model.predict_proba(batch)  # (N, 3), a column for each species
 
     def encode(self, output, options):
         probabilities = dict(zip(self.model.classes_, output, strict=True))
@@ -55,13 +54,12 @@ class Iris(OwnTask):
 
 
 def train():
-    flowers, species = load_iris(return_X_y=True)
-    names = load_iris().target_names[species]
+    iris, path = load_iris(), model_file(Settings.load())
+    species = iris.target_names[iris.target]
     model = LogisticRegression(max_iter=1000)
-    accuracy = cross_val_score(model, flowers, names, cv=5).mean()
-    path = model_file(Settings.load())
+    accuracy = cross_val_score(model, iris.data, species, cv=5).mean()
     path.parent.mkdir(parents=True, exist_ok=True)
-    skops.io.dump(model.fit(flowers, names), path)
+    skops.io.dump(model.fit(iris.data, species), path)
     print(f"{path}: accuracy {accuracy:.3f} in 5-fold cross-validation")
 
 

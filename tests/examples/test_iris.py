@@ -1,19 +1,24 @@
 """The example Iris: scikit-learn's own answers over HTTP and on the command line."""
 import json
 import os
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import requests
 import skops.io
-from conftest import ROOT, Service
+from conftest import ROOT, Service, need
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+
+from app import load_model
+from app.config import Settings, StartError
 
 FLOWERS, SPECIES = load_iris(return_X_y=True)  # (150, 4) in cm, (150,) 0..2
 FLOWERS, SPECIES = FLOWERS.tolist(), load_iris().target_names[SPECIES]
@@ -43,7 +48,8 @@ def expected(model_path):
 
 @pytest.fixture(scope="module")
 def iris(tmp_path_factory, model_path):
-    running = Service(tmp_path_factory.mktemp("service"), {**MODEL, "MODEL_PATH": str(model_path)})
+    running = Service(tmp_path_factory.mktemp("service"), {**MODEL, "MODEL_PATH": str(model_path),
+                                                          "MAX_BATCH_FILES": "150"})
     yield running.wait_ready()
     running.stop()
 
@@ -77,25 +83,30 @@ def test_training_and_serving_agree_on_the_default_path(tmp_path, start_service)
 
 
 def test_every_flower_gets_scikit_learns_answer(iris, expected):
-    with requests.Session() as session:
-        answers = [session.post(iris.url + "/predict", json={"features": flower}, timeout=60) for flower in FLOWERS]
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda flower: post(iris, json.dumps({"features": flower})), FLOWERS))
     assert {answer.status_code for answer in answers} == {200}
     np.testing.assert_allclose(probabilities([answer.json()["predictions"] for answer in answers]), expected,
                                rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 150])
+@pytest.mark.parametrize("count", [1, 2, 150])
 def test_instances_are_answered_in_order(iris, expected, count):
     answer = post(iris, json.dumps({"instances": FLOWERS[:count]}))
     assert answer.status_code == 200
     np.testing.assert_allclose(probabilities(answer.json()["predictions"]), expected[:count], rtol=0, atol=1e-12)
 
 
+def test_instances_may_name_their_field(iris, expected):
+    answer = post(iris, json.dumps({"instances": [{"features": SETOSA}, VIRGINICA]}))
+    np.testing.assert_allclose(probabilities(answer.json()["predictions"]), expected[[0, -1]], rtol=0, atol=1e-12)
+
+
 def test_answer_has_the_usual_form(iris):
     answer = post(iris, json.dumps({"features": [6, 3, 5, 2]})).json()  # whole numbers are numbers too
     assert answer["status"] == "success"
     assert answer["predictions"]["class"] == "virginica"
-    assert (answer["metadata"]["model"], answer["metadata"]["device"]) == (MODEL["MODEL_NAME"], "cpu")
+    assert (answer["metadata"]["model"], answer["metadata"]["device"]) == ("iris", "cpu")
 
 
 FOUR = "must be a list of 4 numbers from 0 to 100, got "
@@ -140,6 +151,25 @@ def test_bad_instance(iris, value):
 def test_what_json_has_no_number_for(iris, number):
     answer = post(iris, f'{{"features": [5.1, 3.5, 1.4, {number}]}}')
     assert (answer.status_code, answer.json()["error"]) == (400, "INVALID_JSON")
+
+
+def test_readme_shows_the_real_output(iris):
+    section = (ROOT / "examples/README.md").read_text(encoding="utf-8").partition("## Iris")[2].partition("\n## ")[0]
+    examples = re.findall(r"```console\n\$ (curl [^\n]*)\n```\n```json\n(.*?)```", section, re.S)
+    assert len(examples) == 2
+    for command, shown in examples:
+        command = command.replace("curl", need("curl") + " -s").replace("http://127.0.0.1:5000", iris.url)
+        real = json.loads(subprocess.run(command, shell=True, check=True, capture_output=True).stdout)
+        shown = json.loads(shown)
+        if "predictions" in shown:
+            np.testing.assert_allclose(*[probabilities([answer.pop("predictions")]) for answer in (real, shown)],
+                                       rtol=1e-6)
+            for answer in (real, shown):
+                del answer["metadata"]["inference_time"]
+                answer["metadata"]["timings_ms"] = list(answer["metadata"]["timings_ms"])
+        assert real | {"request_id": "…"} == shown | {"request_id": "…"}
+    lines = len((ROOT / "examples/iris.py").read_text().splitlines())
+    assert f"[iris.py](iris.py) ({lines} lines)" in section
 
 
 def test_batch_gives_each_flower_its_own_result(iris, expected):
@@ -216,11 +246,18 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_model_file_stops_the_start_with_one_line(start_service, tmp_path, model_path, kind):
+def test_bad_model_file_is_refused_with_one_line(tmp_path, model_path, kind):
     write, message = BAD_FILES[kind]
     path = tmp_path / "bad.skops"
     write(path, model_path.read_bytes())
-    service = start_service(**MODEL, MODEL_PATH=str(path))
+    with pytest.raises(StartError) as failed:
+        load_model(Settings.parse({**MODEL, "MODEL_PATH": str(path)}))
+    assert str(failed.value).startswith(f"{path}{message}")
+    assert "\n" not in str(failed.value)
+
+
+def test_bad_model_file_stops_the_start(start_service, tmp_path):
+    service = start_service(**MODEL, MODEL_PATH=str(tmp_path / "new.skops"))
     assert service.process.wait(60) != 0
-    assert [line for line in service.log.splitlines() if f"error: {path}{message}" in line], service.log
+    assert service.log.count(f"{tmp_path}/new.skops does not exist: python -m examples.iris trains the model") == 1
     assert "Traceback" not in service.log
