@@ -53,7 +53,7 @@ def answers(loader, options, paths, crops=None):
     def work(path):
         def see(index, image):
             name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
-            model.task.seen(image).save(crops / f"{name}-{index}.png")
+            model.task.answer_kind().seen(image).save(crops / f"{name}-{index}.png")
 
         def answer():
             data = read_input(path, model.task, settings)

@@ -31,6 +31,7 @@ class Model:
         self.fallback_reason = source.fallback_reason
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
+        self.label = f"{self.name}@{version}" if version else self.name
         self.users, self.retired, self.broken, self.tested = 0, False, False, 0.0
         try:
             self.task.start()
@@ -46,7 +47,7 @@ class Model:
             self.task.self_test()
         except (ServiceError, RuntimeError, MemoryError, ModelError) as e:
             self.broken = True
-            raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
+            raise ModelError(f"{self.name} fails its self-test: {(str(e) or type(e).__name__).splitlines()[0]}") from e
         self.tested = time.monotonic()
 
     def answer(self, data, options, call):
@@ -65,11 +66,6 @@ class Model:
             **metadata, "inference_time": round(call.stages.timings_ms["inference"] / 1000, 6),
             "timings_ms": call.stages.timings_ms}}
 
-    @property
-    def label(self):
-        """cats, or cats@2."""
-        return f"{self.name}@{self.version}" if self.version else self.name
-
     @functools.cached_property
     def identity(self):
         """All that determines the model's answers, as bytes."""
@@ -77,11 +73,7 @@ class Model:
 
     def info(self):
         """The `model` object of GET /info."""
-        task = self.task
-        return {"name": self.name, **({"version": self.version} if self.version else {}), "task": task.kind,
-                "takes": task.takes, "field": task.field,
-                "media_types": task.media_types, "options": [option.info(self.settings) for option in task.options],
-                "device": task.device, **task.info(),
+        return {**self.task.declared(self.name, self.version), **self.task.info(),
                 "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
                 if self.fallback_reason else None}
 

@@ -6,6 +6,7 @@ from flask import current_app, g, jsonify, request
 
 from app.api import uploads
 from app.api.predict import client, client_watch, request_deadline
+from app.engine.batches import run_batch
 from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.server import counters
@@ -33,7 +34,7 @@ def predict_batch(name):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return files, loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
+                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline)
                                                       for file in files])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         files, outcomes = loader.when_loaded(answers, deadline)

@@ -49,6 +49,7 @@ class Task:
     is_file = True        # whether it is a file's bytes
     field = None          # of a JSON body that holds it, if it is none
     body_types = None     # a pattern of the Content-Types that a raw body may have
+    body_type = "image/jpeg"  # such as
     how_to_send = ""      # an input, in words
     options = ()          # options.Option
     checked_options = ()  # that it ignores, unless their values are bad
@@ -57,6 +58,12 @@ class Task:
 
     def __init__(self, place):
         self.settings, self.place, self.device = place.settings, place, place.plan.device
+
+    def declared(self, name, version):
+        """The members of GET /info's `model` that are known before it is loaded."""
+        return {"name": name, **({"version": version} if version else {}), "task": self.kind, "takes": self.takes,
+                "field": self.field, "media_types": self.media_types, "device": self.device,
+                "options": [option.info(self.settings) for option in self.options]}
 
     def answer_kind(self):
         from app.tasks import answers

@@ -31,6 +31,10 @@ class Anything:
         """A JSON Schema of `predictions`."""
         return getattr(self.task, "answer_schema", {})
 
+    def seen(self, image):
+        """The PIL image that the model sees of the one that Call.see was told of."""
+        return self.task.preprocessing.resize_and_crop(image) if hasattr(self.task, "preprocessing") else image
+
     def columns(self):
         """Titles of the columns of a table."""
         return ["answer"]

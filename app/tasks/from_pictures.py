@@ -136,10 +136,6 @@ class FromPictures(Task):
         for frame in video.timed_frames(data, self.settings, call, options["frames"], options["at"]):
             yield frame, frame.image.size
 
-    def seen(self, image):
-        """The PIL image that the network sees of what was cut out."""
-        return self.preprocessing.resize_and_crop(image)
-
     # --- what is served ---
 
     def identity(self):

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import threading
 import time
@@ -30,17 +31,23 @@ from PIL import Image
 
 from app.config import StartError
 from app.engine.batcher import Batcher
+from app.engine.batches import grow
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
+from app.model_settings import snake_case
 from app.server.counters import Stages
 from app.tasks import Call, ModelError, Task
-from app.tasks.options import AT, FRAMES, Option
+from app.tasks.options import AT, FRAMES, Option, choice, integer, number, yes_or_no
 
 FILES = ("picture", "video", "audio")
 KINDS = (*FILES, "text", "json")
+BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
+              "json": "application/json"}
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
 SELF_TEST_WITHIN_S = 60
+
+__all__ = ["InvalidInput", "Media", "OwnTask", "choice", "file", "integer", "number", "text", "yes_or_no"]
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +81,7 @@ class OwnTask(Task):
     takes: "json", "text", "audio", "picture", "video" or ("picture", "video"). `decode` gets a JSON value, a str, the
         bytes of an audio file, an upright RGB PIL image, or, if it may be a video, a list of these
     field: the member of a JSON body that holds the input; None: all members but the options
-    options: a tuple of what the functions of app.tasks.options make
+    options: a tuple of what choice, file, integer, number, text and yes_or_no make
     example: an input (a file: its bytes or Path), for the self-test and the documentation
     media_types: what the Media that `encode` returns may be
     answer_schema: a JSON Schema of what `encode` returns
@@ -112,7 +119,7 @@ class OwnTask(Task):
 
     def __init__(self, place):
         super().__init__(place)
-        self.name = self.kind = name_of(type(self).__name__)
+        self.name = self.kind = snake_case(type(self).__name__)
         self.token = place.source.token or os.urandom(8).hex()
         self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
             self.takes, tuple | list) else ()
@@ -127,6 +134,7 @@ class OwnTask(Task):
             own = [option.name for option in self.options]
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
+        self.body_type = BODY_TYPES[self.takes[0]]
         self.batcher, self.due = None, {}  # {a call of predict: when its request's time is up}
 
     def mistake(self):
@@ -137,7 +145,7 @@ class OwnTask(Task):
         if type(self).predict is OwnTask.predict:
             return "it has no method predict"
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
-            return "options must be a tuple of what the functions of app.tasks.options make"
+            return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
         names = [option.name for option in self.options]
         if {"help", "json", "labels", "save", "save_crop"} & set(names):
             return "help, json, labels, save and save_crop are taken: an option needs another name"
@@ -156,7 +164,8 @@ class OwnTask(Task):
             return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
                 "send one as multipart/form-data in the field 'file', as the raw body with its "
                 f"{' or '.join(f'{one}/…' for one in types)} Content-Type, or in base64 as JSON: {{\"file\": \"…\"}}")
-        body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
+        body = self.body = json.dumps({self.field: self.example} if self.field else self.example or {},
+                                      ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
         return re.compile("text/plain|application/x-www-form-urlencoded|"), (
@@ -167,7 +176,7 @@ class OwnTask(Task):
         within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")
         slots = self.place.slots
         if self.max_batch > 1:
-            slots.grow(min(MOST_SLOTS, 2 * self.max_batch))
+            grow(slots, min(MOST_SLOTS, 2 * self.max_batch))
         if self.max_batch > 1 or self.threads:
             threads = min(self.threads or self.place.plan.streams, slots.count)
             self.batcher = Batcher(self.predicted, threads, self.max_batch, self.batch_wait_ms / 1000)
@@ -253,6 +262,10 @@ class OwnTask(Task):
     def identity(self):
         return [self.place.source.own, self.token]
 
+    def curl_sample(self):
+        """curl's arguments that send the example, if it is no file."""
+        return f"-H 'Content-Type: application/json' -d {shlex.quote(self.body)}"
+
     def gauges(self):
         return "own", "", ""
 
@@ -266,14 +279,31 @@ class OwnTask(Task):
             return self.batcher.overdue_seconds()
         return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
-    def seen(self, image):
-        return image
-
     def end(self):
         """Stop the threads, then `close`."""
         if self.batcher:
             self.batcher.close()
         self.close()
+
+
+# --- further options ---
+
+def text(name, most=1000, **more):
+    def parse(text):
+        if len(text) > most:
+            raise ValueError
+        return text
+    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
+
+
+def file(name, most_bytes=10 * 2**20, **more):
+    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
+    def parse(data):
+        if len(data) > most_bytes:
+            raise ValueError
+        return data
+    return Option(name, f"a file of at most {most_bytes} bytes", parse, {"type": "string", "format": "binary"},
+                  is_file=True, **more)
 
 
 # --- from a name to a task ---
@@ -319,11 +349,6 @@ def digest_of(module):
         return hashlib.sha256(Path(module.__file__).read_bytes()).digest()
     except (OSError, TypeError, AttributeError):
         return None
-
-
-def name_of(class_name):
-    """VoiceCloning → voice_cloning."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()[:64]
 
 
 # --- what may go wrong ---

@@ -29,8 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.tasks.options import choice, file, integer, number, text, yes_or_no
-from app.tasks.own import InvalidInput, Media, OwnTask
+from app.tasks.own import InvalidInput, Media, OwnTask, choice, file, integer, number, text, yes_or_no
 """
 
 TOTAL = '''
@@ -262,9 +261,10 @@ class Kinds(OwnTask):
 
 @pytest.mark.parametrize(("returned", "why"), [
     ("[1, 2, 3]", "must return a list of as many outputs as it gets inputs: expected 1, got 3"),
-    ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "expected 1, got list_iterator"),
+    ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "got list_iterator"),
     ("[float('nan')]", "the answer has nan, which JSON lacks"), ("[{'a': [1, {2}]}]", "the answer['a'][1] has a set"),
-    ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"), ("1 / 0", "ZeroDivisionError"),
+    ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"),
+    ("1 / 0", "ZeroDivisionError"),
 ])
 def test_a_mistake_costs_its_request_a_clear_error(serve, caplog, returned, why):
     """The example is answered, another input is not."""
@@ -431,7 +431,7 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
     ("class A(OwnTask):\n    takes = ('text', 'json')", "A", "takes must be one of"),
     ("class A(OwnTask):\n    takes = 'text'", "A", "it has no method predict"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = ['x']\n    def predict(self, batch): ...", "A",
-     "options must be a tuple"),
+     "options must be a tuple of what choice, file"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = (text('model'),)\n    def predict(self, batch): ...", "A",
      "options need distinct names"),
     ("class A(OwnTask):\n    takes = 'text'\n    max_batch = 0\n    def predict(self, batch): ...", "A",
