@@ -69,7 +69,7 @@ class ModelRepository(ModelLoader):
     def load(self, sources):
         """At boot, load the default model, and with LOAD_MODELS=boot the others; on a reload, those that are loaded,
         one after the other. Raises StartError: the models that it names stay as they were."""
-        first = not self.sources
+        first = not self.by_key
         self.declared = {source.key: self.task_of(source) for source in sources}
         before, self.sources = self.sources, {source.key: source for source in sources}
         wanted = [key for key in self.each if key == self.default or key in self.by_key

@@ -47,8 +47,12 @@ def predict(name=None):
     with uploads.received(uploads.one_file_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         filename, found, is_hit = loader.when_loaded(
             answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
-    response = media(found) or jsonify({"status": "success", "predictions": found["predictions"],
-                                        "metadata": {"filename": filename, **found["metadata"]}})
+    response = None
+    if g.model.task.media_types:
+        from app.api import values  # with the first answer that may be a file
+        response = values.media_response(found)
+    response = response or jsonify({"status": "success", "predictions": found["predictions"],
+                                    "metadata": {"filename": filename, **found["metadata"]}})
     if is_hit is not None:
         response.headers["X-Cache"] = "hit" if is_hit else "miss"
     return response
@@ -59,14 +63,6 @@ def predict(name=None):
 def predict_batch(name=None):
     from app.api import batch
     return batch.predict_batch(name)
-
-
-def media(found):
-    """The response for an answer that is no JSON, else None."""
-    if not g.model.task.media_types:
-        return None
-    from app.api import values
-    return values.media_response(found)
 
 
 def client():
