@@ -26,7 +26,7 @@ def register(app, settings):
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
              allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
-             expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Request-ID"])
+             expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:
         from app.api.rate_limits import Counts
         counts = Counts(settings.rate_limit_storage)
