@@ -215,7 +215,7 @@ def test_a_model_in_use_is_unloaded_after_its_last_request(serve):
 
 
 def test_a_model_too_large_for_the_memory_is_refused(serve):
-    app = serve("m0=several_models:Large,lite=efficientnet_lite0", LOAD_MODELS="first_use", MODELS_MEMORY="50MiB")
+    app = serve("m0=several_models:Large,lite=efficientnet_lite0", LOAD_MODELS="first_use", MODELS_MEMORY="15MiB")
     response = app.test_client().post("/models/lite/predict", data=CAT, content_type="image/jpeg")
     assert (response.status_code, response.json["error"]) == (503, "OUT_OF_MEMORY")
     assert ask(app.test_client()) == 5
