@@ -28,6 +28,7 @@ def main():
 def add_predict_and_evaluate(commands):
     predict = commands.add_parser("predict", help="predict files and folders without a server")
     predict.add_argument("paths", nargs="+", type=Path, metavar="FILE|FOLDER")
+    predict.add_argument("--save", type=Path, metavar="DIR", help="save answers that are files, such as sound, to DIR")
     predict.add_argument("--save-crop", type=Path, metavar="DIR", help="save the pictures that the model sees to DIR")
     evaluate = commands.add_parser("evaluate", help="compare predictions with labels",
                                    description="Prints 1 - MAE per trait, or the top-1 and top-5 accuracy.")
@@ -37,8 +38,20 @@ def add_predict_and_evaluate(commands):
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
     for command in (predict, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON, one line per file or result")
-        for option in ALL:
+        for option in declared_options():
             command.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=option.meaning)
+
+
+def declared_options():
+    """The options of a model of one's own, else of all the others."""
+    try:
+        name = Settings.load().model_name
+        if ":" in name:
+            from app.tasks import own
+            return own.class_of(name).options
+    except StartError:
+        pass  # the command says so
+    return ALL
 
 
 def run_answering(arguments):
@@ -89,8 +102,9 @@ def run_prepare(arguments):
         plan = plan_of(settings)
         done = make(settings, plan.engine)
         if arguments.check:
+            from app.engine.slots import Slots
             from app.model_loader import Model
-            Model(done, settings, plan, lambda: True).engine.close()
+            Model(done, settings, plan, Slots(1, 1)).task.end()
     except StartError as e:
         print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
               file=sys.stdout if arguments.json else sys.stderr)

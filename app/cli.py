@@ -1,10 +1,13 @@
 """`python -m app predict` and `evaluate`: the API's answers without a server."""
+import base64
 import csv
 import dataclasses
 import json
+import logging
+import mimetypes
 import sys
+from pathlib import Path
 
-import numpy as np
 from gevent.pool import Pool
 from tqdm import tqdm
 
@@ -14,11 +17,11 @@ from app.config import Settings, StartError
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
 from app.server.counters import Stages
+from app.tasks import Call
 from app.tasks import options as task_options
-from app.tasks.options import TOP_K
 
-SUFFIXES = {f".{extension}" for extension in (*pictures.EXTENSIONS, *containers.EXTENSIONS)}
-TOP = 5  # for the top-5 accuracy
+SUFFIXES = {"picture": pictures.EXTENSIONS, "video": containers.EXTENSIONS, "text": ("txt",), "json": ("json",),
+            "audio": ("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac")}  # of the files that folders are searched for
 
 
 class CommandError(StartError):
@@ -30,7 +33,14 @@ def load(arguments):
     settings = dataclasses.replace(Settings.load(), workers=1, log_format="text")  # this process gets all cores
     loader = load_model(settings)
     model = loader.current
-    return loader, model, task_options.read(vars(arguments).get, loader.settings, model.task.options)
+
+    def option(name, is_file=False):
+        value = getattr(arguments, name, None)
+        try:
+            return Path(value).read_bytes() if is_file and value else value
+        except OSError as e:
+            raise CommandError(f"{value} cannot be read: {e.strerror}") from e
+    return loader, model, task_options.read(option, model.task)
 
 
 def answers(loader, options, paths, crops=None):
@@ -43,11 +53,11 @@ def answers(loader, options, paths, crops=None):
     def work(path):
         def see(index, image):
             name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
-            model.preprocessing.resize_and_crop(image).save(crops / f"{name}-{index}.png")
+            model.task.seen(image).save(crops / f"{name}-{index}.png")
 
         def answer():
-            data = Upload(path.read_bytes(), path.name, path.name).read(settings)
-            return model.task.answer(model, settings, data, options, deadline, stages, see if crops else None)
+            data = read_input(path, model.task, settings)
+            return model.answer(data, options, Call(deadline, stages, path.name, see if crops else None))
         deadline, stages = Deadline(settings.request_timeout), Stages()
         try:
             return loader.slots.run(answer, deadline, stages, admitted=True)
@@ -55,50 +65,77 @@ def answers(loader, options, paths, crops=None):
             return e
         except OSError as e:
             return ServiceError(400, "MISSING_FILE", f"The file cannot be read: {e.strerror}.")
+        except Exception as e:  # of a model of one's own
+            logging.getLogger(__name__).debug("%s", path, exc_info=e)
+            return ServiceError(500, "INTERNAL_ERROR", f"{type(e).__name__}: {e}".splitlines()[0])
     progress = tqdm(Pool(loader.slots.count).imap(work, paths), total=len(paths), unit="file", leave=False,
                     disable=len(paths) < 2 or not sys.stderr.isatty())
     yield from zip(paths, progress, strict=True)
 
 
-def find_files(paths):
-    """Yield files as they are, and all pictures and videos below folders, sorted by path."""
+def read_input(path, task, settings):
+    """What the task takes, from a file. Raises ServiceError, OSError."""
+    data = path.read_bytes()
+    if task.is_file:
+        return Upload(data, path.name, path.name).read(settings)
+    try:
+        if "text" in task.takes:
+            return data.decode("utf-8-sig").strip()
+        value = json.loads(data)
+    except ValueError as e:
+        raise ServiceError(400, "INVALID_JSON", f"The file is no {task.takes[0]} in UTF-8.") from e
+    return value[task.field] if isinstance(value, dict) and task.field in value else value
+
+
+def find_files(paths, takes):
+    """Yield files as they are, and all that the task takes below folders, sorted by path."""
+    suffixes = {f".{suffix}" for kind in takes for suffix in SUFFIXES[kind]}
     for path in paths:
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
         else:
             yield path
 
 
 def predict(arguments):
-    paths = list(find_files(arguments.paths))
-    if not paths:
-        raise CommandError("there are no pictures or videos in " + ", ".join(map(str, arguments.paths)))
-    try:
-        if arguments.save_crop:
-            arguments.save_crop.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise CommandError(f"{arguments.save_crop} cannot be made: {e.strerror}") from e
+    for folder in filter(None, (arguments.save_crop, arguments.save)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise CommandError(f"{folder} cannot be made: {e.strerror}") from e
     loader, model, options = load(arguments)
-    classifies = TOP_K in model.task.options
+    paths = list(find_files(arguments.paths, model.task.takes))
+    if not paths:
+        raise CommandError(f"there is nothing to predict in {', '.join(map(str, arguments.paths))}: {model.name} takes "
+                           f"{' or '.join(model.task.takes)}")
     width = max(4, *(len(str(path)) for path in paths))
     if not arguments.json:
-        print_row("file", width, ["classes"] if classifies else model.labels)
+        print_row("file", width, model.task.columns())
     failed = 0
     for path, answer in answers(loader, options, paths, arguments.save_crop):
         is_error = isinstance(answer, ServiceError)
         failed += is_error
+        if not is_error and arguments.save:
+            save_media(answer, arguments.save / path.name)
         if arguments.json:
             body = answer.body() if is_error else {"status": "success", **answer}
             tqdm.write(json.dumps({"file": str(path), **body}, ensure_ascii=False))
         elif is_error:
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
-        elif classifies:
-            print_row(path, width, [f"{p['class']} {p['confidence']:.1%}" for p in answer["predictions"]])
         else:
-            print_row(path, width, [f"{answer['predictions'][trait]:.3f}".rjust(len(trait)) for trait in model.labels])
+            print_row(path, width, model.task.row(answer["predictions"]))
     if failed and len(paths) > 1:
         print(f"{failed} of {len(paths)} files failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def save_media(answer, path):
+    """Write an answer that is media beside its input's name, and replace it by the path."""
+    predictions = answer["predictions"]
+    if isinstance(predictions, dict) and set(predictions) == {"media_type", "b64"}:
+        path = path.with_name(path.name + (mimetypes.guess_extension(predictions["media_type"]) or ".bin"))
+        path.write_bytes(base64.b64decode(predictions["b64"]))
+        answer["predictions"] = {"media_type": predictions["media_type"], "path": str(path)}
 
 
 def print_row(path, width, columns):
@@ -108,24 +145,25 @@ def print_row(path, width, columns):
 def evaluate(arguments):
     header, rows = read_csv(arguments.labels)
     loader, model, options = load(arguments)
-    classifies = TOP_K in model.task.options
-    read_labels, measure = (class_labels, accuracy) if classifies else (trait_labels, closeness)
-    if classifies:
-        options["top_k"] = TOP
-    expected = [read_labels(model, header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
+    evaluation = model.task.evaluation()()
+    options |= evaluation.options
+    expected = [evaluation.label(model.task, header, row, f"line {i} of {arguments.labels}")
+                for i, row in enumerate(rows, 2)]
     paths, pairs = [arguments.folder / row[0] for row in rows], []
-    for (path, answer), labels in zip(answers(loader, options, paths), expected, strict=True):
+    for (path, answer), label in zip(answers(loader, options, paths), expected, strict=True):
         if isinstance(answer, ServiceError):
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
         else:
-            pairs.append((answer["predictions"], labels))
+            pairs.append((answer["predictions"], label))
     if not pairs:
         raise CommandError(f"none of the {len(paths)} files could be answered")
-    result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measure(model, pairs)}
+    measured = evaluation.measure(model.task, pairs)
+    result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measured}
     if arguments.json:
         print(json.dumps(result))
     else:
-        print_result(result)
+        print(*evaluation.lines(measured), sep="\n")
+        print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))
     return 1 if result["failed"] else 0
 
 
@@ -142,52 +180,3 @@ def read_csv(path):
     if not rows or len(header) < 2:
         raise CommandError(f"{path} has no labels: expected a header, then a line for each file")
     return [name.strip().lower() for name in header], rows
-
-
-def trait_labels(model, header, row, where):
-    """(K,) labels of the traits in the model's order, from the columns named after them. Raises CommandError."""
-    try:
-        return [float(row[header.index(trait.lower())]) for trait in model.labels]
-    except ValueError as e:
-        raise CommandError(f"{where}: expected the columns {', '.join(model.labels)} with numbers, found "
-                           f"{', '.join(header[1:])} with {', '.join(row[1:])}"[:300]) from e
-
-
-def closeness(model, pairs):
-    """1 - mean absolute error per trait and on average, and the same for always predicting the mean label."""
-    predicted = np.array([[predictions[trait] for trait in model.labels] for predictions, _ in pairs])  # (N, K)
-    labels = np.array([labels for _, labels in pairs])
-    scores = 1 - np.abs(predicted - labels).mean(axis=0)
-    constant = 1 - np.abs(labels - labels.mean(axis=0)).mean(axis=0)
-    return {"one_minus_mae": {**dict(zip(model.labels, scores.tolist(), strict=True)), "mean": float(scores.mean())},
-            "always_the_mean": {**dict(zip(model.labels, constant.tolist(), strict=True)),
-                                "mean": float(constant.mean())}}
-
-
-def class_labels(model, header, row, where):
-    """The class_id of a row's label, in the column `label` or else the second one. Raises CommandError."""
-    text = row[header.index("label") if "label" in header else 1].strip()
-    if text in model.labels:
-        return model.labels.index(text)
-    if text.isdecimal() and int(text) < len(model.labels):
-        return int(text)
-    raise CommandError(f"{where}: {text[:60]!r} is neither a class name nor a class_id of {model.name}")
-
-
-def accuracy(model, pairs):
-    """Share of files whose label is the top-1 class, or among the top five."""
-    ranks = [[p["class_id"] for p in predictions] for predictions, _ in pairs]
-    labels = [label for _, label in pairs]
-    return {f"top_{k}": float(np.mean([label in rank[:k] for label, rank in zip(labels, ranks, strict=True)]))
-            for k in (1, TOP)}
-
-
-def print_result(result):
-    if "top_1" in result:
-        print(f"top-1  {result['top_1']:.4f}\ntop-{TOP}  {result[f'top_{TOP}']:.4f}")
-    else:
-        width = max(map(len, result["one_minus_mae"]))
-        print(f"{'':{width}}  1 - MAE  always the mean")
-        for trait, score in result["one_minus_mae"].items():
-            print(f"{trait:{width}}  {score:7.4f}  {result['always_the_mean'][trait]:15.4f}")
-    print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))

@@ -81,8 +81,8 @@ def yes_or_no(text):
 
 
 def name_of_model(text):
-    if not re.fullmatch(r"[a-z0-9_]{1,64}", text):
-        raise ValueError("a model's name such as resnet50 or mobilenet_v2")
+    if not re.fullmatch(r"[a-z0-9_]{1,64}|[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise ValueError("a model's name such as resnet50 or mobilenet_v2, or package.module:Class")
     return text
 
 

@@ -6,107 +6,91 @@ import logging
 import threading
 import time
 
-import numpy as np
-
-from app import engine, tasks
+from app import tasks
 from app.config import StartError
-from app.engine import bundle
-from app.engine.preprocess import Preprocessing, self_test_input
 from app.engine.slots import Slots
-from app.errors import Deadline, ServiceError
+from app.errors import ServiceError
 from app.server import counters
+from app.tasks import ModelError, Place
 
 log = logging.getLogger(__name__)
 
-# How far a self-test output may be off from torch's at fp32 (int8: from the int8 network's at export), relative to the
-# largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
-SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
-SELF_TEST_TIMEOUT_S = 60
 HUNG_AFTER_S = 10         # past the deadline, for an inference
 SLOT_HUNG_AFTER_S = 30    # likewise for decoding and face detection, which rarely check the deadline
-
-
-class ModelError(StartError):
-    """A model that does not load or gives wrong answers; the message is one line."""
+RETEST_AFTER_S = 10       # a model that fails is tested again, but not for each of its failures
 
 
 class Model:
-    """A loaded bundle: name, task, labels, preprocessing, device, engine, infer()."""
+    """A task that has been loaded and tested, and the name under which it answers."""
 
-    def __init__(self, source, settings, plan, is_alone):
-        """source: a bundle.Prepared; is_alone(): whether nothing else needs the processor. Raises StartError."""
+    def __init__(self, source, settings, plan, slots, name=None, version=None):
+        """source: a bundle.Prepared; slots: engine.Slots; name: if not the task's. Raises StartError."""
         started = time.monotonic()
-        self.device, self.is_alone, self.fallback_reason = plan.device, is_alone, source.fallback_reason
-        self.requested = settings.model_name
-        self.manifest = bundle.read(source.folder)
-        if self.manifest is None:
-            raise ModelError(f"{source.folder} holds no model that this version can serve")
-        self.name, self.labels = self.manifest.name, self.manifest.labels
-        self.task = tasks.create(self.manifest)
-        self.preprocessing = Preprocessing(**self.manifest.preprocessing)
-        self.engine = engine.create(self.manifest, source.folder, plan.streams, settings, self.device, rebuild)
-        self.users, self.retired, self.broken = 0, False, False
+        self.settings, self.fallback_reason, self.version = settings, source.fallback_reason, version
+        self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
+        self.name = self.task.name if name is None or self.fallback_reason else name
+        self.users, self.retired, self.broken, self.tested = 0, False, False, 0.0
         try:
+            self.task.start()
             self.self_test()
-        except ModelError:
-            self.engine.close()
+        except StartError:
+            self.task.end()
             raise
         self.load_seconds = time.monotonic() - started
 
     def self_test(self):
-        """Run a warm-up inference and compare its output with the torch network's. Raises ModelError."""
-        expected = np.array([self.manifest.self_test["outputs"]], np.float32)
+        """Raises ModelError, and says so to supervisors, if the model no longer answers as it should."""
         try:
-            outputs = np.concatenate([self.engine.infer(self_test_input(self.preprocessing),
-                                                        Deadline(SELF_TEST_TIMEOUT_S), alone)
-                                      for alone in (False, True)])  # (2, K)
-            error = np.abs(outputs - expected).max() / np.abs(expected).max()
-        except (ServiceError, RuntimeError, MemoryError) as e:
+            self.task.self_test()
+        except (ServiceError, RuntimeError, MemoryError, ModelError) as e:
             self.broken = True
             raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
-        if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
-            self.broken = True
-            raise ModelError(f"{self.name} fails its self-test: the outputs are off by {error:.2g} of the largest")
+        self.tested = time.monotonic()
 
-    def infer(self, batch, deadline):
-        """float32 (N, 3, H, W), preprocessed → float32 (N, K), the network's outputs. Raises DeadlineExceeded,
-        MemoryError; ModelError if the network fails and then fails its self-test too."""
+    def answer(self, data, options, call):
+        """The answer to one input: {"predictions": …, "metadata": …}. Raises ServiceError, MemoryError; ModelError if
+        the model fails and then fails its self-test too."""
         try:
-            return self.engine.infer(batch, deadline, self.is_alone())
+            predictions, metadata = self.task.answer(data, options, call)
         except (ServiceError, MemoryError):
             raise
-        except Exception:  # the network itself failed: does it still work?
-            self.self_test()
+        except Exception:  # does the model still work?
+            if time.monotonic() > self.tested + RETEST_AFTER_S:
+                self.self_test()
             raise
+        return {"predictions": predictions, "metadata": {
+            "model": self.name, **({"version": self.version} if self.version else {}), "device": self.task.device,
+            **metadata, "inference_time": round(call.stages.timings_ms["inference"] / 1000, 6),
+            "timings_ms": call.stages.timings_ms}}
+
+    @property
+    def label(self):
+        """cats, or cats@2."""
+        return f"{self.name}@{self.version}" if self.version else self.name
 
     @functools.cached_property
     def identity(self):
         """All that determines the model's answers, as bytes."""
-        manifest = self.manifest
-        return json.dumps([manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
-                           manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
-                           self.device.partition(":")[0]], sort_keys=True).encode()
+        return json.dumps([self.name, self.version, self.task.identity()], sort_keys=True).encode()
 
     def info(self):
         """The `model` object of GET /info."""
-        size = self.preprocessing.crop
-        return {"name": self.name, "task": self.task.kind, "device": self.device, "engine": self.manifest.engine,
-                "precision": self.engine.precision, "framework": self.engine.framework, "input_size": [size, size],
-                "preprocessing": self.manifest.preprocessing,
-                "num_classes": len(self.labels), "total_parameters": self.manifest.total_parameters,
-                "weights": {"source": self.manifest.weights["source"], "sha256": self.manifest.weights["sha256"]},
-                "quantization": self.manifest.quantization,
-                "fallback": {"requested": self.requested, "reason": self.fallback_reason}
-                if self.fallback_reason else None, **self.task.info()}
+        task = self.task
+        return {"name": self.name, **({"version": self.version} if self.version else {}), "task": task.kind,
+                "takes": task.takes, "field": task.field,
+                "media_types": task.media_types, "options": [option.info(self.settings) for option in task.options],
+                "device": task.device, **task.info(),
+                "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
+                if self.fallback_reason else None}
 
 
 class ModelLoader:
-    """A worker's models by name, the current one of which serves requests, and the slots that they share."""
+    """A worker's model, and the slots that all requests share. With MODELS set, ModelRepository has several."""
 
     def __init__(self, settings, plan):
         self.settings, self.plan = settings, plan
         self.slots = Slots(plan.slots, plan.queue)
-        self.models, self.current = {}, None
+        self.current = None
         self.generation = 0  # of the published model that is current
         self.started = time.monotonic()
         self.lock = threading.Lock()  # guards who uses which model
@@ -120,30 +104,57 @@ class ModelLoader:
     def ready(self):
         return self.state is None
 
-    def load(self, source):
-        """Load a bundle (a Prepared), self-test it and make it the current model; the previous one finishes what it has
-        begun. Runs in any native thread. Raises StartError, and then changes nothing."""
-        model, before = Model(source, self.settings, self.plan, self.slots.is_alone), self.current
-        with self.lock:
-            self.current = model
-            self.models = {model.name: model}
-            if before is not None:
-                before.retired = True
-        counters.note_model(model, before)
-        self.close_unused(before)
-        if model.fallback_reason:
-            log.warning("MODEL_FALLBACK is in use: serving %s instead of %s (%s)", model.name, self.settings.model_name,
-                        model.fallback_reason)
-        log.info("model ready", extra={"model": model.name, "device": model.device, "engine": model.manifest.engine,
-                                       "precision": model.engine.precision, "seconds": round(model.load_seconds, 2),
-                                       "weights": (model.manifest.weights["sha256"] or "")[:12]})
+    def models(self):
+        """The models that are loaded, the default one first."""
+        return [] if self.current is None else [self.current]
+
+    def load(self, sources):
+        """Load a model (a list of one Prepared), self-test it and make it the current one; the previous one finishes
+        what it has begun. Runs in any native thread. Raises StartError, and then changes nothing."""
+        model, before = Model(sources[0], self.settings, self.plan, self.slots), self.current
+        self.current = model
+        self.replaced(before, model)
         return self
 
+    def replaced(self, before, model):
+        """Note and log a new model; free the one that it replaces, if any, once that is unused."""
+        if before is not None:
+            counters.note_model(before, 0)
+            with self.lock:
+                before.retired = True
+            self.close_unused(before)
+        counters.note_model(model)
+        engine, precision, weights = model.task.gauges()
+        if model.fallback_reason:
+            log.warning("MODEL_FALLBACK is in use: serving %s instead of %s (%s)", model.name,
+                        model.settings.model_name, model.fallback_reason)
+        log.info("model ready", extra={"model": model.label, "device": model.task.device, "engine": engine,
+                                       "precision": precision, "seconds": round(model.load_seconds, 2),
+                                       "weights": weights})
+
+    def find(self, name, client=None):
+        """The Model for a name that a request gives, or none. Raises ServiceError NOT_FOUND."""
+        if name and name != self.current.name:
+            raise no_such_model(name)
+        return self.current
+
+    def when_loaded(self, call, deadline):
+        """Make a call that may raise what `lease` does for a model that must be loaded first: none here."""
+        return call()
+
+    def tasks(self, name):
+        """The tasks that may answer a request with this name."""
+        return [self.find(name).task]
+
+    def answered(self, model, data, options, answer):
+        """Told of each answer."""
+
     @contextlib.contextmanager
-    def lease(self):
-        """The current Model, which stays usable until the end of the block even if another one is loaded meanwhile."""
+    def lease(self, name=None, client=None):
+        """The Model for a request, which stays usable until the end of the block even if it is replaced meanwhile.
+        name: what the request calls it; client(): who asks. Raises ServiceError."""
         with self.lock:
-            model = self.current
+            model = self.find(name, client)
             model.users += 1
         try:
             yield model
@@ -155,20 +166,25 @@ class ModelLoader:
     def close_unused(self, model):
         """Free a retired model once it is unused, in a thread of its own, as this may take a while."""
         with self.lock:
-            if model is None or not model.retired or model.users:
+            if not model.retired or model.users:
                 return
             model.retired = False
-        threading.Thread(target=model.engine.close, name="close-model").start()
+        threading.Thread(target=model.task.end, name="close-model").start()
 
     def needs_restart(self):
         """Why this process must be replaced, as a phrase for the log, or None."""
-        if self.state == "self_test_failed":
-            return "the model failed its self-test"
-        if self.ready and self.current.engine.hung_seconds() > HUNG_AFTER_S:
-            return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
+        for model in self.models():
+            if model.broken:
+                return "the model failed its self-test"
+            if model.task.hung_seconds() > HUNG_AFTER_S:
+                return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
         if self.slots.overdue_seconds() > SLOT_HUNG_AFTER_S:
             return f"a slot has been hanging for more than {SLOT_HUNG_AFTER_S} s past a deadline"
         return None
+
+
+def no_such_model(name):
+    return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists those that there are.")
 
 
 def rebuild(**arguments):

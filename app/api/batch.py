@@ -1,33 +1,45 @@
 """POST /predict/batch: several files, one result per file, in order."""
 import functools
 
-from flask import Blueprint, current_app, g, jsonify
+from flask import Blueprint, current_app, g, jsonify, request
 
 from app.api import uploads
-from app.api.predict import client_watch, request_deadline
+from app.api.predict import client, client_watch, request_deadline
 from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.server import counters
-from app.tasks import options
+from app.tasks import Call, options
 
 bp = Blueprint("batch", __name__)
 
 
 @bp.post("/predict/batch")
-def predict_batch():
+@bp.post("/models/<name>/predict/batch")
+def predict_batch(name=None):
     loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     loader.slots.check_room()
-    with uploads.received(uploads.batch_limit(settings), deadline), loader.lease() as model:
-        def read():
-            with g.stages("read"):
-                files, option = uploads.batch_of_files(settings)
-                return files, options.read(option, settings, model.task.options)
-        files, chosen = loader.slots.run(read, deadline, g.stages, client_watch())
-        current_app.extensions["count_batch"](len(files))
-        with g.stages("files"):
-            outcomes = loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
-                                               for file in files])
+    request.max_form_parts = 2 * settings.max_batch_files + 64
+
+    def sent_options():
+        with g.stages("read"):
+            return uploads.sent_options()
+
+    def read(option, model):
+        with g.stages("read"):
+            g.model = model
+            return uploads.batch_of_files(model.task, settings), options.read(option, model.task)
+
+    def answers():
+        option = loader.slots.run(sent_options, deadline, g.stages, client_watch())
+        with loader.lease(name or option("model"), client) as model:
+            files, chosen = in_native_thread(read, option, model)
+            current_app.extensions["count_batch"](len(files))
+            with g.stages("files"):
+                return files, loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
+                                                      for file in files])
+    with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
+        files, outcomes = loader.when_loaded(answers, deadline)
     for o in outcomes:
         counters.count("batch_files", o.code if isinstance(o, ServiceError) else "")
     failures = [o for o in outcomes if isinstance(o, ServiceError)]
@@ -49,7 +61,8 @@ def outcome(model, file, chosen, deadline):
             return file.read(settings)
 
     def in_slot(data):
-        return loader.slots.run(lambda: model.task.answer(model, settings, data or read(), chosen, deadline, stages),
+        return loader.slots.run(lambda: model.answer(read() if data is None else data, chosen,
+                                                     Call(deadline, stages, file.field)),
                                 deadline, stages, admitted=True)
     try:
         if cache is None:

@@ -12,7 +12,8 @@ bp = Blueprint("health", __name__)
 @bp.get("/health")
 @bp.get("/ready")
 def health():
-    loader, model = current_app.extensions["model"], current_app.extensions["model"].current
+    loader = current_app.extensions["model"]
+    model = loader.current
     reason = "draining" if board.is_draining() else loader.state
     body = {"status": "unhealthy" if reason else "healthy",
             "model": model.name if loader.ready else loader.settings.model_name,

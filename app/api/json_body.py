@@ -4,29 +4,36 @@ import binascii
 import json
 import re
 
-from flask import request
+from flask import g, request
 
 from app.api import uploads
 from app.errors import ServiceError, invalid_parameter
 from app.media.containers import MEDIA_TYPE
 
 LARGE, PIECE = 2**20, 2**18
-MOST_PARTS = 10_000  # lists, objects and members of a body; base64 has none
 DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
 URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
 
 
-def parse(text):
-    """The members of the JSON object in a body's bytes, as a dict. Raises ServiceError INVALID_JSON."""
+def members():
+    """The members of the JSON object in the received body, as a dict. Raises ServiceError INVALID_JSON."""
+    if "json_members" not in g:
+        g.json_members = parse(request.get_data(cache=False), request.max_json_parts)
+    return g.json_members
+
+
+def parse(text, most_parts):
+    """The members of the JSON object in a body's bytes. most_parts: lists, objects and members; parsing these takes a
+    hundred times their size. Raises ServiceError INVALID_JSON."""
     if len(text) > LARGE and b"\0" not in text[:4]:  # nor UTF-16
         # Without white space, of which base64 needs none; piece by piece, as each holds the GIL.
         text = b"".join(text[i:i + PIECE].translate(None, WHITE_SPACE) for i in range(0, len(text), PIECE))
-    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_PARTS:  # parsing these takes a hundred times their size
-        raise ServiceError(400, "INVALID_JSON", f"The body has more than {MOST_PARTS} lists, objects and members.")
+    if sum(map(text.count, (b",", b"[", b"{"))) > most_parts:
+        raise ServiceError(400, "INVALID_JSON", f"The body has more than {most_parts} lists, objects and members.")
     try:
-        body = json.loads(text, object_pairs_hook=unique_members)
+        body = json.loads(text, object_pairs_hook=unique_members, parse_constant=no_constant)
     except (ValueError, RecursionError) as e:
-        why = e.args[0] if isinstance(e, RepeatedMember) else "it cannot be parsed"
+        why = e.args[0] if isinstance(e, NotJSON) else "it cannot be parsed"
         raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
     if not isinstance(body, dict):
         raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
@@ -34,35 +41,42 @@ def parse(text):
     return body
 
 
-def files(fields):
-    """(list of uploads.Upload, the object's other members as {name: [value]})."""
-    body = parse(request.get_data(cache=False))
+def files(fields, task):
+    """[uploads.Upload] of the object's files."""
+    body = members()
     found = [name for name in (*fields, uploads.INSTANCES) if body.get(name) is not None]
     if len(found) > 1:
         raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
-    sent = {name: [value] for name, value in body.items() if name not in found and value is not None}
     if not found:
-        return [], sent
+        return []
     name, value = found[0], body[found[0]]
     if name != uploads.INSTANCES:
-        return [uploads.Upload(value, None, name)], sent
+        return [uploads.Upload(value, None, name)]
+    return [uploads.Upload(one, None, field) for one, field in instances(value, "{\"b64\": \"…\"}")]
+
+
+def instances(value, of):
+    """[(instance, its name in messages)] of a body's member `instances`. of: what it lists, in words."""
     if not isinstance(value, list):
-        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {{\"b64\": \"…\"}}, got "
-                                                f"{json_type(value)}.")
+        raise ServiceError(400, "INVALID_JSON", f"instances must be a list of {of}, got {json_type(value)}.")
     if not value:
         raise uploads.missing_file("the list instances is empty")
-    return [uploads.Upload(instance, None, f"instances[{i}]") for i, instance in enumerate(value)], sent
+    return [(instance, f"instances[{i}]") for i, instance in enumerate(value)]
 
 
-class RepeatedMember(ValueError):
-    pass
+class NotJSON(ValueError):
+    """The message is for the caller."""
+
+
+def no_constant(name):
+    raise NotJSON(f"it has {name}, which JSON lacks")
 
 
 def unique_members(pairs):
     members = {}
     for name, value in pairs:
         if name in members:
-            raise RepeatedMember(f"the member {name[:40]!r} is repeated")
+            raise NotJSON(f"the member {name[:40]!r} is repeated")
         members[name] = value
     return members
 
@@ -72,10 +86,11 @@ def json_type(value):
         type(value), "a number")
 
 
-def from_base64(value, field):
+def from_base64(value, field, media_type=MEDIA_TYPE):
     """Decode base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
 
-    White space, the URL-safe alphabet and missing padding are accepted. Raises ServiceError.
+    White space, the URL-safe alphabet and missing padding are accepted. media_type: a pattern of what a data: URL may
+    hold; None: anything. Raises ServiceError.
     """
     for _ in range(2):
         if isinstance(value, dict) and len(value) == 1:
@@ -85,7 +100,8 @@ def from_base64(value, field):
         raise invalid_parameter(field, takes, json_type(value))
     url = DATA_URL.match(value)
     if url:
-        if not MEDIA_TYPE.fullmatch(url["type"].lower()) or not url["type"] and not url["parameters"]:
+        if media_type and (not media_type.fullmatch(url["type"].lower())
+                           or not url["type"] and not url["parameters"]):
             raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"The data: URL in {field} holds "
                                f"{url['type'][:40] or 'text/plain'}; send one that holds image/… or video/….")
         if not url["parameters"].lower().endswith(";base64"):

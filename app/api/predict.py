@@ -1,4 +1,4 @@
-"""POST /predict: one file, one answer."""
+"""POST /predict and /models/NAME/predict: one input, one answer."""
 import select
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -6,45 +6,67 @@ from flask import Blueprint, current_app, g, jsonify, request
 from app.api import uploads
 from app.engine.slots import in_native_thread
 from app.errors import Deadline, invalid_parameter
-from app.tasks import options
+from app.tasks import Call, options
 
 bp = Blueprint("predict", __name__)
 
 
 @bp.route("/predict", methods=["POST", "PUT"])  # PUT is what `curl -T photo.jpg` sends
-def predict():
+@bp.route("/models/<name>/predict", methods=["POST", "PUT"])
+def predict(name=None):
     loader, settings, cache = (current_app.extensions[name] for name in ("model", "settings", "cache"))
-    deadline = request_deadline(settings)
+    deadline, client_is_there = request_deadline(settings), client_watch()
     loader.slots.check_room()  # before the body is read
-    with uploads.received(uploads.one_file_limit(settings), deadline), loader.lease() as model:
-        client_is_there = client_watch()
 
-        def read():
-            with g.stages("read"):
-                data, filename, option = uploads.one_file(settings)
-                return data, filename, options.read(option, settings, model.task.options)
+    def read(option, model):
+        with g.stages("read"):
+            g.model = model
+            upload = uploads.one_file(model.task, settings)
+            chosen = options.read(option, model.task)
+            return upload.filename, upload.read(settings), chosen, Call(deadline, g.stages, upload.field)
 
-        def answer(data, chosen):
-            return model.task.answer(model, settings, data, chosen, deadline, g.stages)
+    def in_slot(call):
+        return loader.slots.run(call, deadline, g.stages, client_is_there)
 
-        def read_and_answer():
-            data, filename, chosen = read()
-            return filename, answer(data, chosen)
+    def answer_in_slot():
+        with g.stages("read"):
+            option = uploads.sent_options()
+        with loader.lease(name or option("model"), client) as model:
+            filename, data, chosen, call = read(option, model)
+            found = model.answer(data, chosen, call)
+            loader.answered(model, data, chosen, found)
+            return filename, found, None
 
-        def in_slot(call):
-            return loader.slots.run(call, deadline, g.stages, client_is_there)
-        is_hit = None
-        if cache is None:
-            filename, found = in_slot(read_and_answer)
-        else:  # a cached answer needs no slot
-            data, filename, chosen = in_native_thread(read)
-            found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: answer(data, chosen)), deadline,
-                                        g.stages)
-    response = jsonify({"status": "success", "predictions": found["predictions"],
-                        "metadata": {"filename": filename, **found["metadata"]}})
+    def answer_from_cache():  # which needs no slot
+        option = in_native_thread(uploads.sent_options)
+        with loader.lease(name or option("model"), client) as model:
+            filename, data, chosen, call = in_native_thread(read, option, model)
+            found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: model.answer(data, chosen, call)),
+                                        deadline, g.stages)
+            return filename, found, is_hit
+    with uploads.received(uploads.one_file_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
+        filename, found, is_hit = loader.when_loaded(
+            answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
+    response = media(found) or jsonify({"status": "success", "predictions": found["predictions"],
+                                        "metadata": {"filename": filename, **found["metadata"]}})
     if is_hit is not None:
         response.headers["X-Cache"] = "hit" if is_hit else "miss"
     return response
+
+
+def media(found):
+    """The response for an answer that is no JSON, else None."""
+    if not g.model.task.media_types:
+        return None
+    from app.api import values
+    return values.media_response(found)
+
+
+def client():
+    """Who asks, for versions that are chosen by client: an ID in the header SPLIT_HEADER, a key, or an address."""
+    from app.api import access
+    header = current_app.extensions["settings"].split_header
+    return header and request.headers.get(header) or g.get("client") or access.client_address()
 
 
 def request_deadline(settings):

@@ -31,12 +31,17 @@ def after_request(response):
     g.stages.count()
     counters.count_answer(endpoint, request.method, response.status_code, error)
     counters.observe("request_duration_seconds", seconds, endpoint)
+    model = g.get("model")
+    if model:
+        counters.count("model_requests", model.name, model.version or "", str(response.status_code), error)
+        counters.observe("model_duration_seconds", seconds, model.name, model.version or "")
     response.headers["X-Request-ID"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"  # an uploader's text in a JSON answer never becomes a page
     if timings:
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
     extra = {"method": request.method, "path": request.path, "status": response.status_code,
-             "duration_ms": round(1000 * seconds, 2), **({"error": error} if error else {}),
+             "duration_ms": round(1000 * seconds, 2), **({"model": model.label} if model else {}),
+             **({"error": error} if error else {}),
              **({"timings_ms": timings} if timings else {})}
     probe = request.blueprint == "health" and response.status_code == 200
     log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)

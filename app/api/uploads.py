@@ -1,4 +1,4 @@
-"""From an HTTP request to files and options: multipart, raw body and JSON through one path.
+"""From an HTTP request to inputs and options: multipart, raw body and JSON through one path.
 
 The body is received in the event loop, in large pieces and within a limit for all bodies together; it is parsed where
 the caller chooses, in a native thread.
@@ -16,7 +16,7 @@ from flask import Request, current_app, g, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
-from app.media.containers import MEDIA_TYPE, is_video
+from app.media.containers import is_video
 from app.server import counters
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
@@ -24,14 +24,14 @@ BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
 SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
+MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
-HOW_TO_SEND = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
-               "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
 
 
 class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
     max_form_parts = 64
+    max_json_parts = 10_000  # lists, objects and members; base64 has none
 
     @functools.cached_property
     def file_streams(self):
@@ -110,12 +110,15 @@ class Bodies:
 
 
 @contextlib.contextmanager
-def received(max_bytes, deadline):
-    """Receive the current request's body and keep it until the end of the block. max_bytes: of its files.
+def received(max_bytes, deadline, tasks):
+    """Receive the current request's body and keep it until the end of the block. max_bytes: of its files; tasks: those
+    that may answer it, if that is known.
 
     Raises ServiceError for a body that is too large (as HTTPException 413), cut off, or too slow.
     """
-    check_media_type()
+    check_media_type(tasks)
+    if not all(task.is_file for task in tasks):
+        request.max_json_parts = MOST_VALUES
     most = (max_bytes * 4 // 3 if request.is_json else max_bytes) + FORM_OVERHEAD  # base64 turns 3 bytes into 4
     bodies = current_app.extensions["bodies"]
     with bodies.one() as key:
@@ -130,15 +133,19 @@ def received(max_bytes, deadline):
             request.stream = io.BytesIO()
 
 
-def check_media_type():
-    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE if, by its headers, the body cannot hold a file, or is compressed."""
+def check_media_type(tasks):
+    """Raises ServiceError UNSUPPORTED_MEDIA_TYPE if, by its headers, the body cannot hold an input of one of these
+    tasks, or is compressed."""
     mimetype, encoding = request.mimetype, request.headers.get("Content-Encoding", "")
     if encoding.lower() not in ("", "identity"):
         raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
                                                           "send the body uncompressed.")
-    if mimetype != "multipart/form-data" and not request.is_json and not MEDIA_TYPE.fullmatch(mimetype):
-        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
-                           f"{HOW_TO_SEND}. With curl --data-binary add -H 'Content-Type: image/jpeg'.")
+    if request.is_json or not tasks or any(
+            task.body_types.fullmatch(mimetype) or mimetype == "multipart/form-data" and "json" not in task.takes
+            for task in tasks):
+        return
+    raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
+                       f"{tasks[0].how_to_send}. With curl --data-binary add -H 'Content-Type: …'.")
 
 
 def receive(most, deadline, bodies, key):
@@ -179,26 +186,29 @@ def cut_off():
     return ServiceError(400, "BAD_REQUEST", "The connection ended before the request was complete.")
 
 
-def one_file(settings):
-    """The only file of the received body: (its bytes, its base name or None, option).
-
-    option(name) is that option's text, or None if it was not sent; see `option_reader`. Raises ServiceError.
-    """
-    files, option = parse_body(FILE_FIELDS)
+def one_file(task, settings):
+    """The only input of the received body, after sent_options. Raises ServiceError."""
+    if not task.is_file:
+        from app.api import values
+        return values.one(task, settings)
+    files = parse_body(FILE_FIELDS, task)
     if len(files) > 1:
         raise ServiceError(400, "TOO_MANY_FILES", f"This path accepts one file, found {len(files)} "
                            f"({', '.join(f.field for f in files[:4])}); send one, or all of them to /predict/batch.")
-    return files[0].read(settings), files[0].filename, option
+    return files[0]
 
 
-def batch_of_files(settings):
-    """All files of the received body, unchecked: (list of Upload in the body's order, option)."""
-    request.max_form_parts = 2 * settings.max_batch_files + 64
-    files, option = parse_body(BATCH_FIELDS)
+def batch_of_files(task, settings):
+    """All inputs of the received body, unchecked, in the body's order, after sent_options. Raises ServiceError."""
+    if task.is_file:
+        files = parse_body(BATCH_FIELDS, task)
+    else:
+        from app.api import values
+        files = values.several(task)
     if len(files) > settings.max_batch_files:
         raise ServiceError(400, "TOO_MANY_FILES", f"A batch may have at most {settings.max_batch_files} files, "
                            f"found {len(files)}; send the others in a second batch.")
-    return files, option
+    return files
 
 
 def one_file_limit(settings):
@@ -211,24 +221,54 @@ def batch_limit(settings):
     return max(BATCH_BODY_FILES * settings.max_file_size, settings.max_video_size)
 
 
-def parse_body(fields):
-    """(at least one Upload, option) from any type of request. Raises ServiceError."""
-    mimetype = request.mimetype
-    if mimetype == "multipart/form-data":
+def sent_options():
+    """option(name, is_file=False): what the body or else the query has under that name, as text, or a file's bytes;
+    None if it was not sent. Raises ServiceError for a form or JSON that cannot be parsed.
+
+    option raises ServiceError if it is repeated within either, or is a list or an object in JSON.
+    """
+    sent = {}
+    if request.mimetype == "multipart/form-data":
         body = request.stream.getvalue()
         if b"filename=" not in body[:body.find(b"\r\n\r\n")]:  # nor, probably, in the further parts
             from app.api import nameless_parts  # rarely needed
             nameless_parts.name_them()
-        files, sent = files_of_form(fields), request.form.to_dict(flat=False)
+        sent = request.form.to_dict(flat=False)
+    elif request.mimetype == "application/x-www-form-urlencoded":
+        sent = request.form.to_dict(flat=False)
     elif request.is_json:
         from app.api import json_body  # with the first JSON body
-        files, sent = json_body.files(fields)
+        sent = {name: [value] for name, value in json_body.members().items() if value is not None}
+
+    def option(name, is_file=False):
+        values = sent.get(name) or request.args.getlist(name)
+        if is_file:
+            from app.api import values as of_values
+            return of_values.option_file(name, request.files.getlist(name) + values)
+        if len(values) > 1:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
+        value = values[0] if values else None
+        if isinstance(value, dict | list):
+            raise invalid_parameter(name, "a single value", "a list" if isinstance(value, list) else "an object")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # 3.0 is an integer in JSON
+        return value if value is None or isinstance(value, str) else json.dumps(value)
+    return option
+
+
+def parse_body(fields, task):
+    """At least one Upload from any type of request, after sent_options. Raises ServiceError."""
+    if request.mimetype == "multipart/form-data":
+        files = files_of_form(fields)
+    elif request.is_json:
+        from app.api import json_body
+        files = json_body.files(fields, task)
     else:
         body = request.get_data(cache=False)
-        files, sent = [Upload(body, None, "the body")] if body or mimetype else [], {}
+        files = [Upload(body, None, "the body")] if body or request.mimetype else []
     if not files:
-        raise missing_file()
-    return files, option_reader(sent)
+        raise missing_file(task.how_to_send)
+    return files
 
 
 def files_of_form(fields):
@@ -248,28 +288,9 @@ def files_of_form(fields):
     return files
 
 
-def option_reader(sent):
-    """option(name): an option's text from the body or else from the query, None if it was not sent.
-
-    sent: {name: list of values} of the form's fields or the JSON object's members. The body wins over the query.
-    option raises ServiceError if the option is repeated within either, or is a list or an object in JSON.
-    """
-    def option(name):
-        values = sent.get(name) or request.args.getlist(name)
-        if len(values) > 1:
-            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
-        value = values[0] if values else None
-        if isinstance(value, dict | list):
-            raise invalid_parameter(name, "a single value", "a list" if isinstance(value, list) else "an object")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # 3.0 is an integer in JSON
-        return value if value is None or isinstance(value, str) else json.dumps(value)
-    return option
-
-
 def base_name(filename):
     return os.path.basename((filename or "").replace("\\", "/")) or None
 
 
-def missing_file(why=None):
-    return ServiceError(400, "MISSING_FILE", f"No file provided: {why or HOW_TO_SEND}.")
+def missing_file(why):
+    return ServiceError(400, "MISSING_FILE", f"No file provided: {why}.")

@@ -20,21 +20,21 @@ class Batcher:
 
     def __init__(self, run, threads, max_batch, wait_s):
         self.call, self.max_batch, self.wait_s = run, max_batch, wait_s
-        self.jobs = queue.SimpleQueue()  # (array (n, …), Future, Deadline), or None to stop
+        self.jobs = queue.SimpleQueue()  # (array (n, …) or list of n, Future, Deadline), or None to stop
         self.due = {}  # thread name → the last deadline in the batch that it is running
         self.threads = [threading.Thread(target=self.work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
         for thread in self.threads:
             thread.start()
 
     def run(self, batch, deadline):
-        """float32 (n, …) → the rows' outputs. Raises DeadlineExceeded, or what the network raised."""
+        """float32 (n, …) or a list of n inputs → their outputs. Raises DeadlineExceeded, or what the call raised."""
         futures = []
         for start in range(0, len(batch), self.max_batch):
             future = Future()
             futures.append(future)
             self.jobs.put((batch[start:start + self.max_batch], future, deadline))
         try:
-            return np.concatenate([f.result(max(0, deadline.remaining())) for f in futures])
+            return joined([f.result(max(0, deadline.remaining())) for f in futures])
         except FutureTimeout:
             for future in futures:
                 future.cancel()
@@ -72,8 +72,8 @@ class Batcher:
         name = threading.current_thread().name
         self.due[name] = max(deadline.at for _, _, deadline in batch)
         try:
-            outputs = self.call(np.concatenate([rows for rows, _, _ in batch]) if len(batch) > 1 else batch[0][0])
-        except Exception as e:  # what the network raises is for the callers, not for this thread
+            outputs = self.call(joined([rows for rows, _, _ in batch]))
+        except BaseException as e:  # whatever is raised is for the callers, not for this thread
             for _, future, _ in batch:
                 future.set_exception(e)
             return
@@ -93,3 +93,12 @@ class Batcher:
             self.jobs.put(None)
         for thread in self.threads:
             thread.join()
+
+
+def joined(batches):
+    """Arrays (n, …) or lists, one after the other."""
+    if len(batches) == 1:
+        return batches[0]
+    if isinstance(batches[0], np.ndarray):
+        return np.concatenate(batches)
+    return [one for batch in batches for one in batch]

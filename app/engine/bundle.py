@@ -19,8 +19,11 @@ FORMAT = 1  # incremented whenever older bundles would be misread
 @dataclass(frozen=True)
 class Prepared:
     """The bundle to serve. fallback_reason: why MODEL_FALLBACK is served, else None."""
-    folder: Path
+    folder: Path | None
     fallback_reason: str | None = None
+    key: str = ""
+    own: str | None = None
+    token: str = ""
 
     @classmethod
     def of(cls, published):

@@ -81,6 +81,12 @@ class Slots:
         counters.own.set(counters.key("slots"), count)
         counters.own.set(counters.key("queue_limit"), max_queue)
 
+    def grow(self, count):
+        """Have at least this many, for tasks that collect batches from the calls in slots. Before the first call."""
+        self.count = max(self.count, count)
+        self.lanes = BoundedSemaphore(self.count)
+        counters.own.set(counters.key("slots"), self.count)
+
     def start(self):
         """Start the threads, which a process must not have before it forks."""
         with self.changed:

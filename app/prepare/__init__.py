@@ -36,6 +36,8 @@ def prepared(settings, engine):
 
 def find(settings, engine):
     """The verified bundle for MODEL_NAME if it exists, else None. Raises StartError."""
+    if ":" in settings.model_name:
+        return Prepared(None, own=settings.model_name)
     folder = bundles.find(settings, settings.model_name, engine)
     try:
         return Prepared(folder) if folder and bundles.verify(folder) else None

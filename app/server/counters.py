@@ -53,9 +53,14 @@ MEASURES = {
     "slots_in_use": Measure("gauge", "Busy slots."),
     "slots": Measure("gauge", "Requests that may be decoded or inferred at once."),
     "workers_ready": Measure("gauge", "Workers that have loaded their model and serve requests."),
-    "model_load_seconds": Measure("gauge", "How long the model took to load and pass its self-test.", ("worker",)),
-    "model_info": Measure("gauge", "The model being served; weights is the start of their SHA-256.",
-                          ("model", "engine", "precision", "device", "weights"), join=max),
+    "model_load_seconds": Measure("gauge", "How long a model took to load and pass its self-test.",
+                                  ("model", "version", "worker")),
+    "model_info": Measure("gauge", "The models being served; weights is the start of their SHA-256.",
+                          ("model", "version", "engine", "precision", "device", "weights"), join=max),
+    "model_requests": Measure("counter", "Requests that a model was asked to answer, as in requests.",
+                              ("model", "version", "status", "error")),
+    "model_duration_seconds": Measure("histogram", "From a request's headers to its answer, by model.",
+                                      ("model", "version"), SECONDS),
     "info": Measure("gauge", "Versions of the service and of Python.", ("version", "python"), join=max),
     "draining": Measure("gauge", "1 while the service is stopping and waits for load balancers."),
 }
@@ -247,14 +252,12 @@ def count_answer(endpoint, method, status, error):
         count("deadline_exceeded")
 
 
-def note_model(model, before=None):
-    """Set the gauges that describe this worker's model; before: the model that it replaces."""
-    worker = str(regions.index(own)) if own in regions else "-"
-    for one, value in ((before, 0), (model, 1)):
-        if one is not None:
-            own.set(key("model_info", one.name, one.manifest.engine, one.engine.precision, one.device,
-                        (one.manifest.weights["sha256"] or "")[:12]), value)
-    own.set(key("model_load_seconds", worker), model.load_seconds)
+def note_model(model, value=1):
+    """Set the gauges that describe one of this worker's models; value: 0 for one that it no longer has."""
+    worker, name, version = str(regions.index(own)) if own in regions else "-", model.name, model.version or ""
+    engine, precision, weights = model.task.gauges()
+    own.set(key("model_info", name, version, engine, precision, model.task.device, weights), value)
+    own.set(key("model_load_seconds", name, version, worker), model.load_seconds * value)
 
 
 class Stages:

@@ -9,6 +9,10 @@ from app.tasks.options import AT, FRAMES, TOP_K
 class Classify(FromPictures):
     kind = "classification"
     options = (TOP_K, FRAMES, AT)
+    answer_schema = {"type": "array", "description": "Highest first.", "minItems": 1, "maxItems": 10, "items": {
+        "type": "object", "required": ["class", "class_id", "confidence"], "properties": {
+            "class": {"type": "string"}, "class_id": {"type": "integer", "minimum": 0},
+            "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "Softmax probability."}}}}
 
     def scores(self, outputs):
         return softmax(outputs)
@@ -18,8 +22,21 @@ class Classify(FromPictures):
         best = np.argsort(-scores, kind="stable")[:options["top_k"]]
         return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
 
-    def metadata(self, shots, counted, scores, options, of_video):
-        return {"frames": shots} if of_video else {}
+    def metadata(self, views, scores, options):
+        return {"frames": views.shots} if views.of_video else {}
+
+    def agrees(self, predictions, others):
+        return predictions[0]["class"] == others[0]["class"]
+
+    def columns(self):
+        return ["classes"]
+
+    def row(self, predictions):
+        return [f"{p['class']} {p['confidence']:.1%}" for p in predictions]
+
+    def evaluation(self):
+        from app.tasks.evaluation import Accuracy
+        return Accuracy
 
     def info(self):
-        return {"labels": self.labels}
+        return {**super().info(), "labels": self.labels}

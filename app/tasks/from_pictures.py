@@ -1,21 +1,64 @@
-"""Shared by the tasks on pictures and videos: from one file to one answer, decode → crop → preprocess → infer."""
+"""Shared by the tasks that run a bundle's network on pictures and videos: decode → crop → preprocess → infer."""
+from dataclasses import dataclass
+
 import numpy as np
 
-from app.media import pictures
+from app import engine
+from app.engine.preprocess import Preprocessing, self_test_input
+from app.errors import Deadline
+from app.media import containers, pictures
 from app.media.containers import Frame, is_video
+from app.tasks import ModelError, Task
+from app.tasks.options import ALL
+
+# How far a self-test output may be off from torch's at fp32 (int8: from the int8 network's at export), relative to the
+# largest. Measured: fp32 1e-6; bf16 0.004 (ResNet-50) to 0.13 (EfficientNet-Lite0); two classes swapped 1.
+SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
+SELF_TEST_TIMEOUT_S = 60
 
 
-class FromPictures:
+@dataclass
+class Views:
+    """What the network sees of one file: inputs, (3, H, W) float32 each, all views of the first frame that counts, then
+    of the next; and what the answer says of it: an entry for each of its frames, and for each that counts."""
+    inputs: list
+    shots: list
+    counted: list
+    image_size: list | None
+    of_video: bool
+
+
+class FromPictures(Task):
     """A task whose input is a picture or the chosen frames of a video.
 
     Subclasses define how a frame is cropped, which views of it the network sees, and what its outputs mean.
     """
-    kind = None        # the task's name, for /info
-    options = ()       # those of options.ALL that it uses
-    full_size = False  # whether pictures are decoded at full size, not at one that suffices for the network
+    takes = ("picture", "video")
+    body_types = containers.MEDIA_TYPE
+    how_to_send = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
+                   "Content-Type, or in base64 as JSON: {\"image\": \"…\"}")
+    checked_options = ALL  # those of the others are ignored, but a bad value is an error
+    full_size = False      # whether pictures are decoded at full size, not at one that suffices for the network
 
-    def __init__(self, manifest):
-        self.labels, self.network = manifest.labels, manifest.network
+    def __init__(self, place, manifest):
+        super().__init__(place)
+        self.manifest, self.name, self.labels, self.network = manifest, manifest.name, manifest.labels, manifest.network
+        self.preprocessing = Preprocessing(**manifest.preprocessing)
+
+    def start(self):
+        self.engine = engine.create(self.manifest, self.place.source.folder, self.place.plan.streams, self.settings,
+                                    self.device, self.place.rebuild)
+
+    def self_test(self):
+        """Run a warm-up inference and compare its output with the torch network's."""
+        expected = np.array([self.manifest.self_test["outputs"]], np.float32)
+        outputs = np.concatenate([self.engine.infer(self_test_input(self.preprocessing), Deadline(SELF_TEST_TIMEOUT_S),
+                                                    alone) for alone in (False, True)])  # (2, K)
+        error = np.abs(outputs - expected).max() / np.abs(expected).max()
+        if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
+            raise ModelError(f"the outputs are off by {error:.2g} of the largest")
+
+    # --- for subclasses ---
 
     def cut(self, image, shot, options, deadline, stages):
         """The RGB PIL image to analyse; None if this frame does not count. shot: the frame's entry in the answer."""
@@ -37,61 +80,87 @@ class FromPictures:
         """(K,) scores in the form that answers use."""
         raise NotImplementedError
 
-    def metadata(self, shots, counted, scores, options, of_video):
-        """Additional members of the answer's metadata. shots: of all frames; counted: of those that count."""
+    def metadata(self, views, scores, options):
+        """Additional members of the answer's metadata. scores: (frames that count, views, K)."""
         return {}
 
-    def answer(self, model, settings, data, options, deadline, stages, see=None):
-        """The answer to one file's bytes: {"predictions": …, "metadata": …}.
+    # --- steps ---
 
-        options: {name: value} of self.options; stages: counters.Stages, whose timings become part of the metadata; see:
-        called with (frame's number, RGB PIL image) for each picture right before preprocessing. Raises ServiceError.
-        """
-        of_video = is_video(data)
-        shots, counted, inputs, image_size = [], [], [], None
-        for frame, size in self.read_frames(model, settings, data, of_video, options, deadline, stages):
-            image_size = image_size or list(size)
-            shots.append({"index": frame.index, "time_s": frame.time_s})
-            image = self.cut(frame.image, shots[-1], options, deadline, stages)
-            deadline.check("face")
+    def answer(self, data, options, call):
+        views = self.prepare(data, options, call)
+        with call.stages("inference"):
+            scores = self.infer(views, call)
+        by_frame = scores.mean(axis=1)
+        for shot, scores_of_frame in zip(views.counted, by_frame, strict=True):
+            shot["predictions"] = self.predictions(scores_of_frame, options)
+        return self.predictions(by_frame.mean(axis=0), options), {
+            "media_type": "video" if views.of_video else "image", "image_size": views.image_size,
+            **self.metadata(views, scores, options)}
+
+    def prepare(self, data, options, call):
+        """A file's bytes → Views."""
+        views = Views([], [], [], None, is_video(data))
+        for frame, size in self.read_frames(data, views.of_video, options, call):
+            views.image_size = views.image_size or list(size)
+            shot = {"index": frame.index, "time_s": frame.time_s}
+            views.shots.append(shot)
+            image = self.cut(frame.image, shot, options, call.deadline, call.stages)
+            call.deadline.check("face")
             if image is None:
                 continue
-            counted.append(shots[-1])
-            if see:
-                see(frame.index, image)
-            with stages("preprocess"):
-                inputs += self.views(model.preprocessing(image, frame.box), options)
-        if not inputs:
+            views.counted.append(shot)
+            if call.see:
+                call.see(frame.index, image)
+            with call.stages("preprocess"):
+                views.inputs += self.views(self.preprocessing(image, frame.box), options)
+        if not views.inputs:
             raise self.nothing_counts()
-        with stages("inference"):
-            scores = self.scores(model.infer(np.stack(inputs), deadline))  # (frames that count × views, K)
-        by_frame = scores.reshape(len(counted), -1, scores.shape[1]).mean(axis=1)
-        for shot, scores_of_frame in zip(counted, by_frame, strict=True):
-            shot["predictions"] = self.predictions(scores_of_frame, options)
-        return {"predictions": self.predictions(by_frame.mean(axis=0), options),
-                "metadata": {"media_type": "video" if of_video else "image", "model": model.name,
-                             "device": model.device, "image_size": image_size,
-                             **self.metadata(shots, counted, scores, options, of_video),
-                             "inference_time": round(stages.timings_ms["inference"] / 1000, 6),
-                             "timings_ms": stages.timings_ms}}
+        return views
 
-    def read_frames(self, model, settings, data, of_video, options, deadline, stages):
+    def infer(self, views, call):
+        """Views → scores (frames that count, views, K)."""
+        outputs = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone())
+        scores = self.scores(outputs)
+        return scores.reshape(len(views.counted), -1, scores.shape[1])
+
+    def read_frames(self, data, of_video, options, call):
         """Yield (Frame, upright (width, height)) for a picture or for the chosen frames of a video."""
         if not of_video:
-            with stages("decode"):
-                picture = pictures.read_image(data, settings.max_image_pixels,
-                                              None if self.full_size else model.preprocessing.resize)
-            deadline.check("decode")
+            with call.stages("decode"):
+                picture = pictures.read_image(data, self.settings.max_image_pixels,
+                                              None if self.full_size else self.preprocessing.resize)
+            call.deadline.check("decode")
             yield Frame(0, 0.0, picture.image, picture.box), picture.size
             return
         from app.media import video  # only once there is a video
-        frames = video.frames(data, settings, deadline, options["frames"], options["at"])
-        try:
-            while True:
-                with stages("decode"):
-                    frame = next(frames, None)
-                if frame is None:
-                    return
-                yield frame, frame.image.size
-        finally:
-            frames.close()
+        for frame in video.timed_frames(data, self.settings, call, options["frames"], options["at"]):
+            yield frame, frame.image.size
+
+    def seen(self, image):
+        """The PIL image that the network sees of what was cut out."""
+        return self.preprocessing.resize_and_crop(image)
+
+    # --- what is served ---
+
+    def identity(self):
+        manifest = self.manifest
+        return [manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
+                manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
+                self.device.partition(":")[0]]
+
+    def gauges(self):
+        return self.manifest.engine, self.engine.precision, (self.manifest.weights["sha256"] or "")[:12]
+
+    def info(self):
+        manifest, size = self.manifest, self.preprocessing.crop
+        return {"engine": manifest.engine, "precision": self.engine.precision, "framework": self.engine.framework,
+                "input_size": [size, size], "preprocessing": manifest.preprocessing, "num_classes": len(self.labels),
+                "total_parameters": manifest.total_parameters,
+                "weights": {"source": manifest.weights["source"], "sha256": manifest.weights["sha256"]},
+                "quantization": manifest.quantization}
+
+    def hung_seconds(self):
+        return self.engine.hung_seconds()
+
+    def end(self):
+        self.engine.close()

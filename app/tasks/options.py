@@ -4,6 +4,7 @@ the result cache derive from this.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from app.config import FACE_METHODS, MOST_FRAMES, YES_OR_NO
 from app.errors import invalid_parameter
@@ -13,29 +14,39 @@ LATEST_S = 1_000_000
 
 @dataclass(frozen=True)
 class Option:
-    """takes: the valid values in words; parse: text → value, raises ValueError; schema: a JSON Schema; meaning: a
-    sentence; setting: its name if one holds the default, else None; aliases: other names, tried in turn."""
+    """takes: the valid values in words; parse: text, or a file's bytes → value, raises ValueError; schema: a JSON
+    Schema; meaning: a sentence; setting: the name of the setting that holds the default, if one does; aliases: other
+    names, tried in turn; is_file: whether the value is a file's bytes."""
     name: str
     takes: str
     parse: Callable
     schema: dict
-    meaning: str
+    meaning: str = ""
+    default: Any = None
     setting: str | None = None
     aliases: tuple = ()
+    is_file: bool = False
 
-    def default(self, settings):
-        return getattr(settings, self.setting) if self.setting else None
+    def default_of(self, settings):
+        return getattr(settings, self.setting) if self.setting else self.default
 
     def value(self, option, settings):
-        """The value from what the caller sent. option: name → text, or None. Raises ServiceError INVALID_PARAMETER."""
+        """The value from what the caller sent. option(name, is_file) → text or a file's bytes, or None. Raises
+        ServiceError INVALID_PARAMETER."""
         for name in (self.name, *self.aliases):
-            text = option(name)
-            if text is not None and text != "":
+            sent = option(name, self.is_file)
+            if sent:
                 try:
-                    return self.parse(text)
+                    return self.parse(sent)
                 except ValueError as e:
-                    raise invalid_parameter(name, self.takes, text[:40]) from e
-        return self.default(settings)
+                    got = f"a file of {len(sent)} bytes" if self.is_file else sent[:40]
+                    raise invalid_parameter(name, self.takes, got) from e
+        return self.default_of(settings)
+
+    def info(self, settings):
+        """The option as JSON types, for GET /info."""
+        return {"name": self.name, "schema": self.schema, "default": self.default_of(settings), "takes": self.takes,
+                "meaning": self.meaning, "is_file": self.is_file}
 
 
 def integer(name, low, high, **more):
@@ -47,21 +58,22 @@ def integer(name, low, high, **more):
                   {"type": "integer", "minimum": low, "maximum": high}, **more)
 
 
-def seconds(name, **more):
+def number(name, low, high, unit="", **more):
     def parse(text):
-        if not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?", text) or not 0 <= float(text) <= LATEST_S:
+        if not re.fullmatch(r"-?[0-9]{1,9}(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?", text) or not low <= float(text) <= high:
             raise ValueError
         return float(text)
-    return Option(name, f"a number of seconds from 0 to {LATEST_S}", parse,
-                  {"type": "number", "minimum": 0, "maximum": LATEST_S}, **more)
+    return Option(name, f"a number {unit}from {low} to {high}", parse,
+                  {"type": "number", "minimum": low, "maximum": high}, **more)
 
 
 def choice(name, choices, **more):
     def parse(text):
         value = text.lower().replace(" ", "+")  # a + in a query means a space
-        if value not in choices:
-            raise ValueError
-        return value
+        for one in choices:
+            if value == one.lower().replace(" ", "+"):
+                return one
+        raise ValueError
     return Option(name, "one of " + ", ".join(choices), parse, {"type": "string", "enum": list(choices)}, **more)
 
 
@@ -73,6 +85,24 @@ def yes_or_no(name, **more):
     return Option(name, "true or false", parse, {"enum": [True, False, 1, 0, *YES_OR_NO]}, **more)
 
 
+def text(name, most=1000, **more):
+    def parse(text):
+        if len(text) > most:
+            raise ValueError
+        return text
+    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
+
+
+def file(name, most_bytes=10 * 2**20, **more):
+    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
+    def parse(data):
+        if len(data) > most_bytes:
+            raise ValueError
+        return data
+    return Option(name, f"a file of at most {most_bytes} bytes", parse, {"type": "string", "format": "binary"},
+                  is_file=True, **more)
+
+
 TOP_K = integer("top_k", 1, 10, setting="top_k", meaning="How many classes a classifier returns.")
 METHOD = choice("method", FACE_METHODS, setting="face_method",
                 meaning="What ocean analyses: the largest face, or 422; the whole picture; or the face or, if there "
@@ -82,15 +112,17 @@ TTA = yes_or_no("tta", setting="tta", aliases=("use_tta",),
 FRAMES = integer("frames", 1, MOST_FRAMES, setting="video_frames",
                  meaning="How many frames of a video the answer averages: the middle one of each of that many equal "
                          "segments.")
-AT = seconds("at", meaning="The second of a video whose frame is analysed, instead of `frames`.")
+AT = number("at", 0, LATEST_S, unit="of seconds ",
+            meaning="The second of a video whose frame is analysed, instead of `frames`.")
 
 ALL = (TOP_K, METHOD, TTA, FRAMES, AT)
 
 
-def read(option, settings, used):
-    """{name: value} of the options in `used`, from what the caller sent. option: name → text, or None.
-
-    Raises ServiceError INVALID_PARAMETER, which names the option, even one that the model does not use.
-    """
-    values = {declared.name: declared.value(option, settings) for declared in ALL}
-    return {declared.name: values[declared.name] for declared in used}
+def read(option, task):
+    """{name: value} of a task's options, from what the caller sent. option: see Option.value. Raises ServiceError
+    INVALID_PARAMETER, which names the option, even for some that the task does not use."""
+    used = {declared.name: declared.value(option, task.settings) for declared in task.options}
+    for declared in task.checked_options:
+        if declared.name not in used:
+            declared.value(option, task.settings)
+    return used

@@ -1,0 +1,381 @@
+"""The base of models of one's own: subclass OwnTask, and serve it with MODEL_NAME=package.module:Class.
+
+    class Shout(OwnTask):
+        takes = "text"
+
+        def predict(self, batch):
+            return [text.upper() for text in batch]
+
+Each worker calls load once, and decode, predict and encode for each request. They run in native threads.
+"""
+import base64
+import hashlib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import re
+import sys
+import threading
+import traceback
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from app.config import StartError
+from app.engine.batcher import Batcher
+from app.errors import Deadline, ServiceError
+from app.media import containers, pictures
+from app.server.counters import Stages
+from app.tasks import Call, ModelError, Task
+from app.tasks.options import AT, FRAMES, Option
+
+FILES = ("picture", "video", "audio")
+KINDS = (*FILES, "text", "json")
+MOST_SLOTS = 64  # native threads, for tasks that collect batches
+LOAD_WITHIN_S = 600
+SELF_TEST_WITHIN_S = 60
+
+log = logging.getLogger(__name__)
+
+
+class InvalidInput(ValueError):
+    """What `decode` raises for an input that it cannot use. The message goes on after the name of what was sent:
+    "must be a list of 4 numbers" becomes 400 INVALID_PARAMETER "features must be a list of 4 numbers".
+
+    name: of an option, if that is what cannot be used.
+    """
+
+    def __init__(self, message, name=None):
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Media:
+    """An answer that is a file. media_type: its Content-Type, such as audio/wav."""
+    data: bytes
+    media_type: str
+
+
+class Instances(list):
+    """The inputs of one request: (value, where it was found)."""
+
+
+class OwnTask(Task):
+    """One model: what it takes, and how it answers.
+
+    takes: "json", "text", "audio", "picture", "video" or ("picture", "video"). `decode` gets a JSON value, a str, the
+        bytes of an audio file, an upright RGB PIL image, or, if it may be a video, a list of these
+    field: the member of a JSON body that holds the input; None: all members but the options
+    options: a tuple of what the functions of app.tasks.options make
+    example: an input (a file: its bytes or Path), for the self-test and the documentation
+    media_types: what the Media that `encode` returns may be
+    answer_schema: a JSON Schema of what `encode` returns
+    max_batch: how many inputs, of concurrent requests too, `predict` gets at most
+    batch_wait_ms: how long an incomplete batch waits for more
+    threads: how many calls of `predict` may run at once; None: as many as the service calculates at once
+    """
+    max_batch = 1
+    batch_wait_ms = 2
+    threads = None
+
+    # --- the four steps ---
+
+    def load(self):
+        """Get ready. self.settings has the settings (app.config.Settings), self.device is "cpu" or "cuda:0"."""
+
+    def decode(self, value, options):
+        """One input → what `predict` takes. Raises InvalidInput."""
+        return value
+
+    def predict(self, batch):
+        """A list of what `decode` returned → a list with an output for each."""
+        raise NotImplementedError
+
+    def encode(self, output, options):
+        """One output → JSON types (NumPy's are converted), or Media."""
+        return output
+
+    def close(self):
+        """Free what `load` took, when the model is replaced."""
+
+    # --- around them ---
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.name = self.kind = name_of(type(self).__name__)
+        self.token = place.source.token or os.urandom(8).hex()
+        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes)
+        error = self.mistake()
+        if error:
+            raise ModelError(f"{place.source.own} cannot be served: {error}")
+        self.is_file = self.takes[0] in FILES
+        self.has_example = self.example is not None
+        if self.takes == ("text",):
+            self.field, self.example = self.field or "text", self.example or "Hello."
+        if "video" in self.takes:
+            own = [option.name for option in self.options]
+            self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
+        self.body_types, self.how_to_send = self.accepted()
+        self.batcher = None
+
+    def mistake(self):
+        """What is wrong with the class's attributes, or None."""
+        if not self.takes or not set(self.takes) <= set(KINDS) or len(self.takes) > 1 and not set(self.takes) <= set(
+                FILES):
+            return f"takes must be one of {', '.join(KINDS)}, or several of the first three"
+        if type(self).predict is OwnTask.predict:
+            return "it has no method predict"
+        if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
+            return "options must be a tuple of what the functions of app.tasks.options make"
+        names = [option.name for option in self.options]
+        if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
+            return "options need distinct names, other than model, instances and the field"
+        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least or name == "threads" and value is None):
+                return f"{name} must be an integer of at least {least}"
+        return None
+
+    def accepted(self):
+        """(pattern of the Content-Types of raw bodies, how to send an input)."""
+        if self.is_file:
+            types = ["image" if kind == "picture" else kind for kind in self.takes]
+            return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
+                "send one as multipart/form-data in the field 'file', as the raw body with its "
+                f"{' or '.join(f'{one}/…' for one in types)} Content-Type, or in base64 as JSON: {{\"file\": \"…\"}}")
+        body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
+        if self.takes == ("json",):
+            return re.compile("application/json"), f"send it as JSON, such as {body}"
+        return re.compile("text/plain|application/x-www-form-urlencoded|"), (f"send it as JSON, such as {body}, as the form field '{self.field}', or as "
+                                           "the raw body with the Content-Type text/plain")
+
+    def start(self):
+        within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")
+        slots = self.place.slots
+        if self.max_batch > 1:
+            slots.grow(min(MOST_SLOTS, 2 * self.max_batch))
+        if self.max_batch > 1 or self.threads:
+            threads = min(self.threads or self.place.plan.streams, slots.count)
+            self.batcher = Batcher(self.predicted, threads, self.max_batch, self.batch_wait_ms / 1000)
+
+    def self_test(self):
+        """Answer the example. An own one must be answered; the default one may be refused, but nothing else."""
+        options = {option.name: option.default_of(self.settings) for option in self.options}
+
+        def test():
+            data = example_of(self)
+            if data is None:
+                return
+            try:
+                self.answer(data, options, Call(Deadline(SELF_TEST_WITHIN_S), Stages(), self.field or "the example"))
+            except ServiceError as e:
+                if self.has_example or e.status >= 500:
+                    raise
+        within(SELF_TEST_WITHIN_S, test, f"{type(self).__name__}'s self-test")
+
+    def answer(self, data, options, call):
+        sent = data if isinstance(data, Instances) else [(data, call.field)]
+        with call.stages("decode"):
+            inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]
+        with call.stages("inference"):
+            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else \
+                [output for one in inputs for output in self.predicted([one])]
+        with call.stages("encode"):
+            answers = [self.encoded(output, options) for output in outputs]
+        return answers if isinstance(data, Instances) else answers[0], {}
+
+    def value(self, data, options, call):
+        """What `decode` gets of an upload."""
+        if not self.is_file:
+            return data
+        if "audio" in self.takes and is_audio(data):
+            return data
+        if "video" in self.takes and containers.is_video(data):
+            from app.media import video
+            return [frame.image for frame in video.timed_frames(data, self.settings, call, options["frames"],
+                                                                options["at"])]
+        if "picture" not in self.takes:
+            kind = self.takes[0]
+            raise ServiceError(400, f"INVALID_{kind.upper()}", f"The file is no {kind} in a format that is known here.")
+        picture = pictures.read_image(data, self.settings.max_image_pixels, None)
+        if call.see:
+            call.see(0, picture.image)
+        return [picture.image] if "video" in self.takes else picture.image
+
+    def decoded(self, value, options, field):
+        try:
+            return self.decode(value, options)
+        except InvalidInput as e:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{e.name or field} {e}"[:1000]) from e
+
+    def predicted(self, batch):
+        """What `predict` returns, checked. Raises TypeError."""
+        outputs = self.predict(batch)
+        if not hasattr(outputs, "__len__") or isinstance(outputs, str | bytes | dict) or len(outputs) != len(batch):
+            got = f"{len(outputs)}" if isinstance(outputs, list | tuple | np.ndarray) else type(outputs).__name__
+            raise TypeError(f"{type(self).__name__}.predict must return a list of as many outputs as it gets inputs: "
+                            f"expected {len(batch)}, got {got}")
+        return list(outputs)
+
+    def encoded(self, output, options):
+        """What `encode` returns, checked, as JSON types. Raises TypeError, ValueError."""
+        answer = self.encode(output, options)
+        if isinstance(answer, Media):
+            if answer.media_type not in self.media_types:
+                raise ValueError(f"{type(self).__name__}.encode returned {answer.media_type}, which media_types lacks")
+            return {"media_type": answer.media_type, "b64": base64.b64encode(answer.data).decode()}
+        return plain(answer)
+
+    def identity(self):
+        return [self.place.source.own, self.token]
+
+    def info(self):
+        example = None if self.is_file else self.example
+        return {"description": (type(self).__doc__ or "").strip().partition("\n")[0], "example": example,
+                "engine": "own", "class": self.place.source.own, "max_batch": self.max_batch}
+
+    def hung_seconds(self):
+        return self.batcher.overdue_seconds() if self.batcher else 0.0
+
+    def seen(self, image):
+        return image
+
+    def end(self):
+        """Stop the threads, then `close`."""
+        if self.batcher:
+            self.batcher.close()
+        self.close()
+
+
+# --- from a name to a task ---
+
+imported = {}  # {module's name: SHA-256 of its file when it was imported}
+
+
+def create(place):
+    """The task of a place whose source is a class of one's own. Raises ModelError."""
+    return class_of(place.source.own)(place)
+
+
+def class_of(name):
+    """The OwnTask in package.module:Class. Raises ModelError."""
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = import_fresh(module_name)
+    except BaseException as e:  # SystemExit too: a module that cannot be imported must not end the process
+        if isinstance(e, ModuleNotFoundError) and e.name and f"{module_name}.".startswith(f"{e.name}."):
+            raise ModelError(f"{name} cannot be served: there is no module {e.name} in {os.getcwd()} or on "
+                             "Python's path") from e
+        raise ModelError(f"{name} cannot be served: importing it failed: {one_line(e)}") from e
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, OwnTask)):
+        raise ModelError(f"{name} cannot be served: {class_name} is "
+                         f"{'not in ' + module_name if found is None else 'no subclass of app.tasks.own.OwnTask'}")
+    return found
+
+
+def import_fresh(name):
+    """Import a module, again if its file has changed since: a reload serves new code."""
+    before = sys.modules.get(name)
+    if before is not None and name in imported and imported[name] != digest_of(before):
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    imported[name] = digest_of(module)
+    return module
+
+
+def digest_of(module):
+    try:
+        return hashlib.sha256(Path(module.__file__).read_bytes()).digest()
+    except (OSError, TypeError, AttributeError):
+        return None
+
+
+def name_of(class_name):
+    """VoiceCloning → voice_cloning."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()[:64]
+
+
+# --- what may go wrong ---
+
+def within(seconds, call, what):
+    """Make a call in a thread of its own. Raises ModelError, in one line, if it fails or takes longer."""
+    errors = []
+
+    def run():
+        try:
+            call()
+        except BaseException as e:
+            errors.append(e)
+    thread = threading.Thread(target=run, name=what, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ModelError(f"{what} did not end within {seconds} s")
+    if errors:
+        if isinstance(errors[0], StartError):
+            raise errors[0]
+        log.debug("%s failed", what, exc_info=errors[0])
+        raise ModelError(f"{what} failed: {one_line(errors[0])}") from errors[0]
+
+
+def one_line(e):
+    """An exception, and where in its own code it was raised."""
+    frames = [frame for frame in traceback.extract_tb(e.__traceback__) if "importlib" not in frame.filename]
+    where = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    place = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
+    text = str(e).strip().partition("\n")[0]
+    return f"{type(e).__name__}{': ' + text if text else ''}"[:400] + place
+
+
+def plain(value, within="the answer"):
+    """JSON types, from JSON types and NumPy's. Raises TypeError, ValueError."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{within} has {value}, which JSON lacks")
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(one, f"{within}[{str(key)!r}]") for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one, f"{within}[{i}]") for i, one in enumerate(value)]
+    raise TypeError(f"{within} has a {type(value).__name__}, which JSON lacks; encode must return JSON types or Media")
+
+
+# --- inputs ---
+
+def is_audio(data):
+    """Whether a file's first bytes are those of WAV, FLAC, Ogg, MP3, AAC or M4A."""
+    return (data[:4] == b"RIFF" and data[8:12] == b"WAVE" or data[:4] in (b"fLaC", b"OggS") or data[:3] == b"ID3"
+            or data[:1] == b"\xff" and data[1:2] >= b"\xe0" or data[4:11] == b"ftypM4A")
+
+
+def example_of(task):
+    """An input for the self-test: the task's own, else a grey ramp, or a second of 440 Hz; None for a video or JSON."""
+    if isinstance(task.example, Path):
+        return task.example.read_bytes()
+    if task.example is not None or not task.is_file:
+        return task.example
+    file = io.BytesIO()
+    if "picture" in task.takes:
+        Image.linear_gradient("L").convert("RGB").save(file, "PNG")
+        return file.getvalue()
+    if "audio" in task.takes:
+        with wave.open(file, "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(16_000)
+            out.writeframes((8000 * np.sin(440 * 2 * np.pi * np.arange(16_000) / 16_000)).astype("<i2").tobytes())
+        return file.getvalue()
+    return None
