@@ -54,7 +54,7 @@ logconfig_dict = logging_config(settings)
 
 OURS = {"worker_class_str": worker_class, "threads": 1, "preload_app": False}
 OPTIONS = {"worker_class_str": "-k/--worker-class", "threads": "--threads", "preload_app": "--preload"}
-held = []  # the files of bundles.hold
+held = []  # of each publishing, the files of bundles.hold
 
 
 def nworkers_changed(server, new, old):
@@ -86,24 +86,32 @@ def on_starting(server):
     most = 2 * plan.workers + 64  # SIGTTIN adds more
     counters.share(board.create(counters.bytes_for(most)))
     board.own.write(plan=dataclasses.asdict(plan))
-    publish_first(ready)
+    try:
+        if settings.models:
+            from app.server import traffic
+            traffic.start(traffic.of(board.own), settings)
+        board.own.publish(ready)
+    except StartError as e:
+        sys.exit(f"error: {e}")
+    held[:] = [hold_all(ready)]
     server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
                                        "streams": plan.streams, "slots": plan.slots, "queue": plan.queue,
-                                       "model": str(ready.folder.name)})
+                                       "model": lifecycle.titles(ready)})
 
 
-def publish_first(ready):
-    board.own.publish(ready.folder.resolve(), ready.fallback_reason)
-    held[:] = [hold(ready.folder)]
+def hold_all(ready):
+    return [hold(model.folder) for model in ready if model.folder]
 
 
 def when_ready(server):
     def outcome(process):
         ready = outcome_of(process)
-        verify(ready.folder)
-        held.append(hold(ready.folder))
-        del held[:-2]  # keep the previous one while workers still load
-        return ready.folder, ready.fallback_reason
+        for model in ready:
+            if model.folder:
+                verify(model.folder)
+        held.append(hold_all(ready))
+        del held[:-2]  # keep the previous ones while workers still load
+        return ready
     lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
 
 

@@ -20,7 +20,7 @@ def create_app(settings=None, loader=None):
     app.config["MAX_CONTENT_LENGTH"] = uploads.FORM_OVERHEAD  # endpoints that accept files raise it
     app.extensions["settings"] = settings
     app.extensions["model"] = loader or load_model(settings)
-    app.extensions["replace"] = lambda published: app.extensions["model"].load([Prepared.of(published)])
+    app.extensions["replace"] = lambda models: app.extensions["model"].load([Prepared.of(one) for one in models])
     app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
     app.extensions["cache"] = None
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
@@ -40,7 +40,10 @@ def create_app(settings=None, loader=None):
 def load_model(settings):
     """A ModelLoader with the model that the master has published, else that of the settings. Raises StartError."""
     from app.config import Plan
-    from app.model_loader import ModelLoader
+    if settings.models:
+        from app.model_repository import ModelRepository as ModelLoader
+    else:
+        from app.model_loader import ModelLoader
     from app.server import board
     if board.own:
         plan = Plan(**board.own.read()["plan"] | {"devices": (settings.device,)})
@@ -48,7 +51,7 @@ def load_model(settings):
     from app.prepare import prepared
     from app.server import machine
     plan = machine.plan(settings)
-    return ModelLoader(settings, plan).load([prepared(settings, plan.engine)])
+    return ModelLoader(settings, plan).load(prepared(settings, plan.engine))
 
 
 def load_published(loader, on_board):
@@ -56,12 +59,12 @@ def load_published(loader, on_board):
     from app.engine.bundle import Prepared
     published, previous = on_board["published"], on_board["previous"]
     try:
-        loader.load([Prepared.of(published)])
+        loader.load([Prepared.of(one) for one in published["models"]])
     except StartError as e:
         if not previous:
             raise
         logging.getLogger(__name__).error("the published model cannot be loaded: %s", e)
         published = previous
-        loader.load([Prepared.of(published)])
+        loader.load([Prepared.of(one) for one in published["models"]])
     loader.generation = published["generation"]
     return loader

@@ -1,4 +1,4 @@
-"""The command line: python -m app prepare | reload | health | predict | evaluate."""
+"""The command line: python -m app prepare | reload | traffic | health | predict | evaluate."""
 import argparse
 import dataclasses
 import json
@@ -18,11 +18,17 @@ def main():
     prepare.add_argument("--check", action="store_true", help="also load the model and check its output")
     reload = commands.add_parser("reload", help="reload the running service's model without downtime")
     reload.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
+    traffic = commands.add_parser("traffic", help="show or switch which version of a model answers",
+                                  description="Without SPLIT and --shadow it shows what holds.")
+    traffic.add_argument("name", nargs="?", metavar="NAME", help="a model with versions, see MODELS")
+    traffic.add_argument("split", nargs="?", metavar="SPLIT", help="such as 1:90,2:10, or the version that gets all")
+    traffic.add_argument("--shadow", metavar="VERSION", help="the version that answers too, unseen, or none")
+    traffic.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
     commands.add_parser("health", help="check whether the service at HOST and PORT is ready")
     add_predict_and_evaluate(commands)
     arguments = parser.parse_args()
-    return {"prepare": run_prepare, "reload": run_reload, "health": run_health, "predict": run_answering,
-            "evaluate": run_answering}[arguments.command](arguments)
+    return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "health": run_health,
+            "predict": run_answering, "evaluate": run_answering}[arguments.command](arguments)
 
 
 def add_predict_and_evaluate(commands):
@@ -39,16 +45,17 @@ def add_predict_and_evaluate(commands):
     for command in (predict, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON, one line per file or result")
         for option in declared_options():
-            command.add_argument("--" + option.name.replace("_", "-"), metavar="VALUE", help=option.meaning)
+            command.add_argument("--" + option.name.replace("_", "-"), dest=f"option:{option.name}",
+                                 metavar="FILE" if option.is_file else "VALUE", help=option.meaning)
 
 
 def declared_options():
     """The options of a model of one's own, else of all the others."""
     try:
-        name = Settings.load().model_name
-        if ":" in name:
+        settings = next(iter(Settings.load().each().values()))
+        if ":" in settings.model_name:
             from app.tasks import own
-            return own.class_of(name).options
+            return own.class_of(settings.model_name).options
     except StartError:
         pass  # the command says so
     return ALL
@@ -74,6 +81,20 @@ def run_reload(arguments):
     return 0 if worked else 1
 
 
+def run_traffic(arguments):
+    from app.server import traffic
+    try:
+        if arguments.shadow is not None and not arguments.name:
+            raise StartError("--shadow needs the NAME of a model")
+        lines = traffic.switch(arguments.name, arguments.split, arguments.shadow, arguments.pid) \
+            if arguments.split or arguments.shadow is not None else traffic.show(arguments.name, arguments.pid)
+    except StartError as e:
+        print(e, file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
 def run_health(arguments):
     """For HEALTHCHECK: 0 if the service on this machine is ready. Proxy settings are ignored."""
     import http.client
@@ -91,7 +112,7 @@ def run_health(arguments):
 
 
 def run_prepare(arguments):
-    from app.prepare import make
+    from app.prepare import make, naming
     from app.server.logs import logging_config
     from app.server.machine import plan as plan_of
     try:
@@ -100,17 +121,22 @@ def run_prepare(arguments):
             settings = dataclasses.replace(settings, log_format="text")
         logging.config.dictConfig(logging_config(settings))
         plan = plan_of(settings)
-        done = make(settings, plan.engine)
+        made = make(settings, plan.engine)
         if arguments.check:
             from app.engine.slots import Slots
             from app.model_loader import Model
-            Model(done, settings, plan, Slots(1, 1)).task.end()
+            for done, one in zip(made, settings.each().values(), strict=True):
+                with naming(done.key, settings):
+                    Model(done, one, plan, Slots(1, 1)).task.end()
     except StartError as e:
         print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
               file=sys.stdout if arguments.json else sys.stderr)
         return 1
-    answer = {"folder": str(done.folder.resolve()), "fallback_reason": done.fallback_reason}
-    print(json.dumps(answer) if arguments.json else f"ready: {answer['folder']}")
+    if arguments.json:
+        print(json.dumps({"models": [done.as_json() for done in made]}))
+    else:
+        for done in made:
+            print(f"ready: {done.folder.resolve() if done.folder else done.own}")
     return 0
 
 

@@ -35,7 +35,7 @@ def load(arguments):
     model = loader.current
 
     def option(name, is_file=False):
-        value = getattr(arguments, name, None)
+        value = vars(arguments).get(f"option:{name}")
         try:
             return Path(value).read_bytes() if is_file and value else value
         except OSError as e:

@@ -15,6 +15,11 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb":
 YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
+HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by Settings.variables
+
+BUILT_IN = r"[a-z0-9_]{1,64}"
+OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
+ENTRY = rf"(?!\w*__){BUILT_IN}(@[a-z0-9_.]{{1,32}})?(={BUILT_IN}|={OWN_CLASS})?"
 
 
 class StartError(Exception):
@@ -70,6 +75,14 @@ def one_of(*choices):
     return parse
 
 
+def matching(pattern, takes):
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise ValueError(takes)
+        return text
+    return parse
+
+
 def path(text):
     return Path(text).expanduser().absolute()  # the same file for processes with another working directory
 
@@ -78,12 +91,6 @@ def yes_or_no(text):
     if text.lower() not in YES_OR_NO:
         raise ValueError("true or false")
     return YES_OR_NO[text.lower()]
-
-
-def name_of_model(text):
-    if not re.fullmatch(r"[a-z0-9_]{1,64}|[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
-        raise ValueError("a model's name such as resnet50 or mobilenet_v2, or package.module:Class")
-    return text
 
 
 def device_name(text):
@@ -125,25 +132,40 @@ def listed(part, takes):
     return parse
 
 
-def setting(parse, default, secret=False):
-    """secret: the value is never shown, not even in an error message."""
-    return dataclasses.field(default=default, repr=not secret, metadata={"parse": parse, "secret": secret})
+def setting(parse, default, secret=False, each=False):
+    """secret: the value is never shown, not even in an error message; each: of several models, each may have its own,
+    in the variable NAME__SETTING."""
+    return dataclasses.field(default=default, repr=not secret,
+                             metadata={"parse": parse, "secret": secret, "each": each})
+
+
+def parsed(field, variable, text):
+    try:
+        return field.metadata["parse"](text)
+    except ValueError as e:
+        got = "something else" if field.metadata["secret"] else repr(text)
+        raise SettingsError(f"{variable} must be {e}, got {got}") from e
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
-    model_name: str = setting(name_of_model, "resnet50")
-    model_path: Path | None = setting(path, None)
-    labels_path: Path | None = setting(path, None)
-    preprocessing: str | None = setting(preprocessing, None)
-    model_fallback: str | None = setting(name_of_model, None)
+    model_name: str = setting(matching(f"{BUILT_IN}|{OWN_CLASS}", "a model's name such as resnet50 or "
+                                       "mobilenet_v2, or your class as package.module:Class"), "resnet50")
+    model_path: Path | None = setting(path, None, each=True)
+    labels_path: Path | None = setting(path, None, each=True)
+    preprocessing: str | None = setting(preprocessing, None, each=True)
+    model_fallback: str | None = setting(matching(BUILT_IN, "a model's name such as resnet50"), None, each=True)
+    models: tuple | None = setting(listed(ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"), None)
+    split_header: str | None = setting(matching("[A-Za-z0-9-]{1,64}", "a header's name such as X-User"), None)
+    load_models: str = setting(one_of("boot", "first_use"), "boot")
+    models_memory: int | None = setting(byte_size, None)
     model_dir: Path = setting(path, Path("models"))
     weights_mirror: str | None = setting(str, None)
     device: str = setting(device_name, "auto")
     engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
-    precision: str = setting(one_of("fp32", "bf16", "fp16", "int8", "auto"), "fp32")
-    calibration_dir: Path | None = setting(path, None)
+    precision: str = setting(one_of("fp32", "bf16", "fp16", "int8", "auto"), "fp32", each=True)
+    calibration_dir: Path | None = setting(path, None, each=True)
     host: str = setting(str, "0.0.0.0")
     port: int = setting(integer(1, 65535), 5000)
     workers: int | None = setting(integer(1, 256), None)
@@ -160,10 +182,10 @@ class Settings:
     max_body_memory: int = setting(byte_size, 512 * 2**20)
     cache_url: str | None = setting(store_url("redis", "rediss", "unix"), None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
-    top_k: int = setting(integer(1, 10), 5)
-    face_method: str = setting(one_of(*FACE_METHODS), "face+middle")
-    tta: bool = setting(yes_or_no, True)
-    video_frames: int = setting(integer(1, MOST_FRAMES), 1)
+    top_k: int = setting(integer(1, 10), 5, each=True)
+    face_method: str = setting(one_of(*FACE_METHODS), "face+middle", each=True)
+    tta: bool = setting(yes_or_no, True, each=True)
+    video_frames: int = setting(integer(1, MOST_FRAMES), 1, each=True)
     api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
                                      None, secret=True)
     rate_limit: str | None = setting(rate_limit, None)
@@ -174,6 +196,7 @@ class Settings:
                                          None)
     log_level: str = setting(level, "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
+    of_models: tuple = ()  # of the models in `models`: (NAME__VARIABLE, text) of those that are set
 
     def __post_init__(self):
         object.__setattr__(self, "model_dir", self.model_dir.absolute())
@@ -181,29 +204,42 @@ class Settings:
     @classmethod
     def load(cls, env_file=".env"):
         """Settings from the environment, then from env_file, then the defaults. Raises SettingsError."""
-        return cls.parse({**dotenv_values(env_file), **os.environ})
+        return cls.parse({**({} if HANDED_DOWN in os.environ else dotenv_values(env_file)), **os.environ})
 
     @classmethod
     def parse(cls, variables):
         """Settings from a mapping of variables to strings; an empty string counts as unset. Raises SettingsError."""
-        values = {}
-        for field in dataclasses.fields(cls):
-            variable = field.name.upper()
-            text = (variables.get(variable) or "").strip()
-            if not text:
-                continue
-            try:
-                values[field.name] = field.metadata["parse"](text)
-            except ValueError as e:
-                got = "something else" if field.metadata["secret"] else repr(text)
-                raise SettingsError(f"{variable} must be {e}, got {got}") from e
-        return cls(**values)
+        texts = {variable: text.strip() for variable, text in variables.items() if text and text.strip()}
+        settings = cls(**{field.name: parsed(field, field.name.upper(), texts[field.name.upper()])
+                          for field in SETTINGS if field.name.upper() in texts})
+        if settings.models:
+            from app import model_settings
+            settings = dataclasses.replace(settings, of_models=model_settings.of_models(settings.models, texts))
+            settings.each()
+        return settings
+
+    def each(self):
+        """{key: the Settings of that model}, the default first. The key is NAME or NAME@VERSION of MODELS, else
+        MODEL_NAME, or the name of the class in snake_case."""
+        if not self.models:
+            name = self.model_name.rpartition(":")[2]
+            return {re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower(): self}
+        from app import model_settings
+        try:
+            return {key: dataclasses.replace(self, models=None, of_models=(), **{
+                        field.name: parsed(field, *own[field.name]) for field in SETTINGS if field.name in own})
+                    for key, own in model_settings.read(self, [f.name for f in SETTINGS if f.metadata["each"]]).items()}
+        except ValueError as e:
+            raise SettingsError(str(e)) from e
 
     def variables(self):
-        """The mapping from which parse() makes the same Settings in another process."""
-        texts = {field.name.upper(): getattr(self, field.name) for field in dataclasses.fields(self)}
+        """The mapping from which parse() makes the same Settings in another process, which then reads no `.env`."""
+        texts = {field.name.upper(): getattr(self, field.name) for field in SETTINGS}
         return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
-                for name, value in texts.items()}
+                for name, value in texts.items()} | dict(self.of_models) | {HANDED_DOWN: "1"}
+
+
+SETTINGS = [field for field in dataclasses.fields(Settings) if field.metadata]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ class Model:
     def __init__(self, source, settings, plan, slots, name=None, version=None):
         """source: a bundle.Prepared; slots: engine.Slots; name: if not the task's. Raises StartError."""
         started = time.monotonic()
-        self.settings, self.fallback_reason, self.version = settings, source.fallback_reason, version
+        self.settings, self.key, self.version = settings, source.key, version
+        self.fallback_reason = source.fallback_reason
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
         self.users, self.retired, self.broken, self.tested = 0, False, False, 0.0
@@ -107,6 +108,15 @@ class ModelLoader:
     def models(self):
         """The models that are loaded, the default one first."""
         return [] if self.current is None else [self.current]
+
+    def states(self):
+        """What GET /models says of each model."""
+        return [{"name": self.current.name, "default": True, "loaded": True}]
+
+    def info(self, name):
+        """The `model` object of GET /info."""
+        with self.lease(name) as model:
+            return model.info()
 
     def load(self, sources):
         """Load a model (a list of one Prepared), self-test it and make it the current one; the previous one finishes

@@ -30,9 +30,9 @@ def compare(model_dir):
     probabilities = {}
     for precision in ("fp32", "bf16"):
         model = load_model(Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": model_dir,
-                                           "DEVICE": "cpu", "PRECISION": precision})).current
-        probabilities[precision] = model.task.scores(np.concatenate(
-            [model.infer(model.preprocessing(image)[None], Deadline(60)) for image in pictures()]))  # (pictures, 1000)
+                                           "DEVICE": "cpu", "PRECISION": precision})).current.task
+        probabilities[precision] = model.scores(np.concatenate([  # (pictures, 1000)
+            model.engine.infer(model.preprocessing(image)[None], Deadline(60)) for image in pictures()]))
     fp32, bf16 = probabilities["fp32"], probabilities["bf16"]
     best = fp32.argmax(1)
     rows = np.arange(len(fp32))

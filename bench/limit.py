@@ -21,7 +21,7 @@ from bench.load import percentiles
 def work(number, spec, barrier, results):
     # as many workers as processes: each plans for one core
     settings = Settings.parse({**spec["variables"], "WORKERS": str(spec["processes"])})
-    model = load_model(settings).current
+    model = load_model(settings).current.task
     for name, files, expected, tolerance, at_work, warm_s, seconds in spec["phases"]:
         contents = [Path(file).read_bytes() for file in files]
         barrier.wait()

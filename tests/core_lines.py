@@ -26,10 +26,11 @@ def main():
     sys.path.insert(0, str(ROOT))
     subprocess.run([sys.executable, "-m", "app", "prepare"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     from app.config import Settings
+    from app.engine.bundle import Prepared
     from app.server import board, counters
     counters.share(board.create(counters.bytes_for(1)))
     folder = next(Path(Settings.load().model_dir).glob("bundles/efficientnet_lite0-*-openvino"))
-    board.own.publish(folder, None)
+    board.own.publish([Prepared(folder)])
     board.own.write(plan={"engine": "openvino", "devices": ["cpu"], "workers": 1, "streams": 1, "slots": 2,
                           "queue": 16})
 

@@ -144,7 +144,7 @@ def test_bad_options_are_refused_in_one_line(run, folder, arguments, message):
 
 
 def test_empty_folder_and_missing_checkpoint(run, tmp_path):
-    assert run("predict", tmp_path)[2].startswith("error: there are no pictures or videos in ")
+    assert run("predict", tmp_path)[2].startswith("error: there is nothing to predict in ")
     code, _, err = run("predict", __file__, MODEL_PATH="")
     assert (code, err) == (1, "error: ocean needs MODEL_PATH, your own checkpoint: there are no published weights "
                               "for it\n")

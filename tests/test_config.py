@@ -6,10 +6,10 @@ import pytest
 from conftest import ROOT
 from dotenv import dotenv_values
 
-from app.config import Settings, SettingsError
+from app.config import SETTINGS, Settings, SettingsError
 
 EXAMPLE = ROOT / ".env.example"
-NAMES = [field.name.upper() for field in dataclasses.fields(Settings)]
+NAMES = [field.name.upper() for field in SETTINGS]
 
 
 def test_example_file_has_every_setting_and_no_other():

@@ -16,7 +16,8 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 @bp.get("/openapi.json")
 def openapi():
     from app.api.openapi import document  # only needed here
-    return jsonify(document(current_app.extensions["settings"], current_app.extensions["model"].current.task.kind))
+    return jsonify(document(current_app.extensions["settings"],
+                            [model.task for model in current_app.extensions["model"].models()]))
 
 
 @bp.get("/docs")

@@ -14,6 +14,7 @@ ENDPOINTS = {
     "/": "this list; in a browser, a page to try it",
     "/predict": "POST a picture or a video, get its prediction",
     "/predict/batch": "POST several pictures or videos, get one result for each",
+    "/models": "the models; each has /models/NAME/predict and /models/NAME/predict/batch too",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",
@@ -44,12 +45,17 @@ def index():
     return response
 
 
+@bp.get("/models")
+def models():
+    return jsonify({"status": "success", "models": current_app.extensions["model"].states()})
+
+
 @bp.get("/info")
 def info():
-    settings, model = current_app.extensions["settings"], current_app.extensions["model"].current
+    settings, loader = current_app.extensions["settings"], current_app.extensions["model"]
     return jsonify({
         "status": "success",
-        "model": model.info(),
+        "model": loader.info(request.args.get("model")),
         "config": {"max_file_size": settings.max_file_size, "max_image_pixels": settings.max_image_pixels,
                    "max_video_size": settings.max_video_size, "max_video_seconds": settings.max_video_seconds,
                    "allowed_extensions": [*pictures.EXTENSIONS, *containers.EXTENSIONS],

@@ -1,33 +1,38 @@
 """The service's OpenAPI 3.1 document."""
 from app.api.uploads import FILE_FIELDS, batch_limit
 from app.config import FACE_METHODS, NAME, VERSION
-from app.tasks.options import ALL
+from app.tasks.from_pictures import FromPictures
 
 # A red square of 8 × 8 pixels, small enough for an example.
 PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
 
 
-def document(settings, task):
-    """The OpenAPI 3.1 document for these settings and a task's kind, as JSON types."""
+def document(settings, tasks):
+    """The OpenAPI 3.1 document for these settings and the tasks that answer, as JSON types."""
     return {
         "openapi": "3.1.0",
-        "info": {"title": NAME, "version": VERSION, "summary": "One vision model behind HTTP.",
-                 "description": "Send a picture or a video in any common form and get what the model sees in it. "
+        "info": {"title": NAME, "version": VERSION, "summary": "Models behind HTTP.",
+                 "description": "Send an input in any common form and get the model's answer. "
                                 "Options go in the body or in the query; the body wins, and a repeated option is "
                                 "refused. Options that the model does not use are ignored.\n\nAll errors have the same "
                                 "form: a stable code in `error`, and what to change in `message`."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
-        "paths": tagged(paths(settings), settings),
-        "components": {"schemas": schemas(settings, task), "headers": HEADERS,
+        "paths": tagged(paths(settings, tasks), settings),
+        "components": {"schemas": schemas(settings, tasks), "headers": HEADERS,
                        "securitySchemes": SECURITY,
                        "responses": {status: error_response(status, settings) for status in ERRORS}}}
 
 
-def options(settings):
-    """{name: (what it does, its schema)} of a prediction's options."""
-    return {option.name: (option.meaning, option.schema | ({"default": option.default(settings)} if option.setting
-                                                           else {})) for option in ALL}
+def options(tasks):
+    """{name: (what it does, its schema)} of a prediction's options that are no files, and of those that are."""
+    plain, files = {}, {}
+    for task in tasks:
+        for option in (*task.options, *task.checked_options):
+            default = option.default_of(task.settings)
+            schema = option.schema if default is None or option.is_file else option.schema | {"default": default}
+            (files if option.is_file else plain).setdefault(option.name, (option.meaning, schema))
+    return plain, files
 
 
 def or_null(schema):
@@ -36,13 +41,17 @@ def or_null(schema):
     return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
 
 
+MEDIA = {"type": "object", "required": ["media_type", "b64"], "properties": {
+    "media_type": {"type": "string"}, "b64": {"type": "string", "contentEncoding": "base64"}}}
+
 ERRORS = {
     "400": ("The request or the file cannot be used.",
-            ["MISSING_FILE", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_PARAMETER", "INVALID_JSON",
-             "TOO_MANY_FILES", "BAD_REQUEST"], "top_k must be an integer from 1 to 10, got 20"),
+            ["MISSING_FILE", "MISSING_INPUT", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_AUDIO",
+             "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES", "BAD_REQUEST"],
+            "top_k must be an integer from 1 to 10, got 20"),
     "401": ("API_KEYS is set, and the request carries no valid key.", ["UNAUTHORIZED"],
             "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
-    "404": ("There is nothing at this path.", ["NOT_FOUND"],
+    "404": ("There is nothing at this path, or no such model.", ["NOT_FOUND"],
             "There is nothing at this path; GET / lists the endpoints."),
     "405": ("This path does not allow this method.", ["METHOD_NOT_ALLOWED"],
             "This path does not allow this method; the Allow header lists those it does."),
@@ -63,8 +72,9 @@ ERRORS = {
             "The time allowed for this request ran out (during queue)."),
 }
 EVERYWHERE = ("405", "500")
-OF_A_PREDICTION = ("400", "401", "413", "415", "429", "503", "504", *EVERYWHERE)
-KEY_NEEDED = ("/predict", "/predict/batch", "/info", "/metrics")
+OF_A_PREDICTION = ("400", "401", "404", "413", "415", "429", "503", "504", *EVERYWHERE)
+KEY_NEEDED = ("/predict", "/predict/batch", "/models", "/models/{name}/predict",
+              "/models/{name}/predict/batch", "/info", "/metrics")
 
 HEADERS = {
     "X-Request-ID": {"description": "The request's ID, which is in its log lines: yours, if you sent one of 1 to "
@@ -116,15 +126,16 @@ def errors(*statuses):
     return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
 
 
-def get(summary, schema, example=None, further=None, description=None):
-    operation = {"summary": summary, "responses": {"200": success(summary, schema, example=example), **(further or {}),
+def get(summary, schema, example=None, further=None, description=None, parameters=()):
+    operation = {"summary": summary, **({"parameters": list(parameters)} if parameters else {}),
+                 "responses": {"200": success(summary, schema, example=example), **(further or {}),
                                                    **errors(*EVERYWHERE)}}
     return {"get": operation if description is None else {**operation, "description": description}}
 
 
 def tagged(paths, settings):
     for path, operations in paths.items():
-        tag = "Predict" if path.startswith("/predict") else "Documentation" if path in DOCUMENTATION else "Status"
+        tag = "Predict" if "/predict" in path else "Documentation" if path in DOCUMENTATION else "Status"
         for operation in operations.values():
             operation["tags"] = [tag]
             if path in KEY_NEEDED and settings.api_keys:
@@ -135,33 +146,78 @@ def tagged(paths, settings):
 DOCUMENTATION = ("/", "/openapi.json", "/docs")
 
 
-def paths(settings):
-    parameters = [{"name": name, "in": "query", "description": description, "schema": schema, "allowEmptyValue": True}
-                  for name, (description, schema) in options(settings).items()]
-    parameters.append({"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
-                       "description": "Seconds after which you no longer want the answer, if fewer than "
-                                      f"{settings.request_timeout:g}."})
-    fields = {name: {**schema, "description": description} for name, (description, schema) in options(settings).items()}
+def inputs(settings, tasks):
+    """({media type: its schema} of a request for one prediction, the same of a batch, of PUT)."""
+    plain, files = options(tasks)
+    fields = {name: {**schema, "description": meaning} for name, (meaning, schema) in (plain | files).items()}
     members = {name: or_null(schema) for name, schema in fields.items()}
     raw = {"schema": {"type": "string", "format": "binary"}}
-    raws = {"image/*": raw, "video/*": raw, "application/octet-stream": raw}
-    one_file = {"multipart/form-data": {"schema": {
-        "type": "object", "properties": {"file": {
-            "type": "string", "format": "binary",
-            "description": f"The picture or video. The names {', '.join(FILE_FIELDS[1:])} are accepted too."},
-            **fields},
-        "required": ["file"]}}}
-    as_json = {"application/json": {
-        "schema": {"anyOf": [
-            {"type": "object", "properties": {"image": ref("Base64"), **members}, "required": ["image"],
-             "not": {"required": ["instances"]}},
-            {"type": "object", "required": ["instances"], "not": {"required": ["image"]}, "properties": {
-                "instances": {"type": "array", "items": ref("Instance"), "minItems": 1, "maxItems": 1}, **members}}]},
-        "examples": {"base64": {"value": {"image": PNG_BASE64, "top_k": 3}},
-                     "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
-                     "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}}}
+    form, json_body, raws, several = {}, [], {}, []
+    examples = {}
+    for task in tasks:
+        if task.is_file:
+            form["file"] = {"type": "string", "format": "binary", "description": f"The {' or '.join(task.takes)}. The "
+                            f"names {', '.join(FILE_FIELDS[1:])} are accepted too."}
+            raws |= {"application/octet-stream": raw, **{f"{'image' if kind == 'picture' else kind}/*": raw
+                                                         for kind in task.takes}}
+            json_body.append(("image", ref("Base64")))
+            several.append(ref("Instance"))
+            if "picture" in task.takes:
+                examples |= {"base64": {"value": {"image": PNG_BASE64}},
+                             "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
+                             "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}
+        else:
+            schema = {"type": "string", "minLength": 1} if "text" in task.takes else {}
+            if "text" in task.takes:
+                form[task.field] = schema
+                raws["text/plain"] = {"schema": schema}
+            json_body.append((task.field, schema))
+            several.append(schema)
+            if task.example is not None:
+                examples["example"] = {"value": {task.field: task.example} if task.field else task.example}
+                examples["instances"] = {"value": {"instances": [task.example]}}
+    most = 1 if all(task.is_file for task in tasks) else settings.max_batch_files
+    one_of = [{"type": "object", "properties": {name: schema, **members}, "required": [name],
+               "not": {"required": ["instances"]}} if name else {"type": "object", "properties": members}
+              for name, schema in json_body]
+    instances = {"type": "object", "required": ["instances"], "properties": {
+        "instances": {"type": "array", "items": {"anyOf": several} if len(several) > 1 else several[0], "minItems": 1,
+                      "maxItems": most}, **members}}
+    if most == 1:
+        instances["not"] = {"required": [json_body[0][0]]}
+    content = {"application/json": {"schema": {"anyOf": [*one_of, instances]}, "examples": examples}, **raws}
+    batch = {"application/json": {"schema": {**instances, "properties": {
+        **instances["properties"], "instances": {**instances["properties"]["instances"],
+                                                 "maxItems": settings.max_batch_files}}}}}
+    batch["application/json"]["schema"].pop("not", None)
+    if form:
+        required = {"required": list(form)} if len(tasks) == 1 else {}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {**form, **fields}, **required}}
+    if "file" in form:
+        batch["multipart/form-data"] = {"schema": {"type": "object", "required": ["files"], "properties": {
+            "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
+                      "maxItems": settings.max_batch_files}, **fields}}}
+        batch["application/json"]["example"] = {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}]}
+    return content, batch, raws
+
+
+def paths(settings, tasks):
+    parameters = [{"name": name, "in": "query", "description": description, "schema": schema, "allowEmptyValue": True}
+                  for name, (description, schema) in options(tasks)[0].items()]
+    parameters += [
+        {"name": "model", "in": "query", "schema": {"type": "string"}, "allowEmptyValue": True,
+         "description": "Which model answers, if there are several: a name, or a name and a version, such as cats@2."},
+        {"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
+         "description": "Seconds after which you no longer want the answer, if fewer than "
+                        f"{settings.request_timeout:g}."}]
+    content, batch, raws = inputs(settings, tasks)
+    media = {media_type: {"schema": {"type": "string", "format": "binary"}} for task in tasks
+             for media_type in task.media_types}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"},
+            "description": "A name, or a name and a version, such as cats@2."}
     answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
                 **errors(*OF_A_PREDICTION, "422")}
+    answered["200"]["content"] |= media
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
@@ -171,38 +227,39 @@ def paths(settings):
                                               "text/html": {"schema": {"type": "string"}}}},
                           **errors(*EVERYWHERE)}}},
         "/predict": {
-            "post": {"summary": "One picture or video in, one prediction out", "operationId": "predict",
-                     "parameters": parameters,
-                     "requestBody": {"required": True, "content": {**one_file, **raws, **as_json}},
+            "post": {"summary": "One input in, one prediction out", "operationId": "predict",
+                     "parameters": parameters, "requestBody": {"required": True, "content": content},
                      "responses": answered},
             "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
-                    "parameters": parameters, "requestBody": {"required": True, "content": raws},
+                    "parameters": parameters, "requestBody": {"required": True, "content": raws or content},
                     "responses": answered}},
-        "/predict/batch": {"post": {
-            "summary": "Several pictures or videos in, one result per file, in order", "operationId": "predictBatch",
-            "description": f"At most {settings.max_batch_files} files, together at most "
-                           f"{batch_limit(settings)} bytes. A bad file does not affect the others.",
-            "parameters": parameters,
-            "requestBody": {"required": True, "content": {
-                "multipart/form-data": {
-                    "schema": {"type": "object", "required": ["files"], "properties": {
-                        "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
-                                  "maxItems": settings.max_batch_files}, **fields}}},
-                "application/json": {
-                    "schema": {"type": "object", "required": ["instances"], "properties": {
-                        "instances": {"type": "array", "items": ref("Instance"), "minItems": 1,
-                                      "maxItems": settings.max_batch_files}, **members}},
-                    "example": {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}], "top_k": 1}}}},
-            "responses": {"200": success("At least one file was answered.", ref("BatchAnswer"), "Server-Timing",
+        "/predict/batch": {"post": (in_batches := {
+            "summary": "Several inputs in, one result for each, in order", "operationId": "predictBatch",
+            "description": f"At most {settings.max_batch_files} inputs, together at most "
+                           f"{batch_limit(settings)} bytes. A bad one does not affect the others.",
+            "parameters": parameters, "requestBody": {"required": True, "content": batch},
+            "responses": {"200": success("At least one input was answered.", ref("BatchAnswer"), "Server-Timing",
                                          "X-Cache"),
-                          "422": success("No file was answered: ALL_FAILED.", ref("BatchError"), "Server-Timing"),
-                          **errors(*OF_A_PREDICTION)}}},
+                          "422": success("None was answered: ALL_FAILED.", ref("BatchError"), "Server-Timing"),
+                          **errors(*OF_A_PREDICTION)}})},
+        "/models": get("The models", ref("Models"), further=errors("401", "429")),
+        "/models/{name}/predict": {
+            "post": {"summary": "A prediction of one of several models", "operationId": "predictWithModel",
+                     "parameters": [name, *parameters], "requestBody": {"required": True, "content": content},
+                     "responses": answered},
+            "put": {"summary": "The same for a raw body", "operationId": "predictWithModelByPut",
+                    "parameters": [name, *parameters], "requestBody": {"required": True, "content": raws or content},
+                    "responses": answered}},
+        "/models/{name}/predict/batch": {"post": {**in_batches, "operationId": "predictBatchWithModel",
+                                                  "parameters": [name, *parameters]}},
         "/health": get("Readiness, for load balancers", ref("Health"), further=health,
                        description="200 when a prediction would be answered, else 503 with `reason`."),
         "/ready": get("The same as /health", ref("Health"), further=health),
         "/live": get("Liveness: 200 as long as the process answers", ref("Live"),
                      {"status": "alive", "version": VERSION, "timestamp": 1767225600.5}),
-        "/info": get("The model, the limits and the versions", ref("Info"), further=errors("401", "429")),
+        "/info": get("A model, the limits and the versions", ref("Info"), further=errors("401", "404", "429"),
+                     parameters=[{"name": "model", "in": "query", "schema": {"type": "string"},
+                                  "allowEmptyValue": True, "description": "Which, if there are several."}]),
         "/metrics": {"get": {
             "summary": "Counts and times of all workers, for Prometheus",
             "responses": {"200": {"description": "Prometheus' text format, or OpenMetrics if that is preferred.",
@@ -217,7 +274,7 @@ def paths(settings):
     }
 
 
-def schemas(settings, task):
+def schemas(settings, tasks):
     def record(required, further=None, **description):
         return {"type": "object", "properties": {**required, **(further or {})}, "required": list(required),
                 **description}
@@ -225,12 +282,14 @@ def schemas(settings, task):
     text, number, milliseconds = {"type": "string"}, {"type": "number"}, {"type": "number", "minimum": 0}
     wording = {"description": "What to change, as a sentence.", "type": "string", "minLength": 1}
     some = {"type": "integer", "minimum": 0}
-    classes = {"type": "array", "description": "Highest first.", "minItems": 1, "maxItems": 10, "items": record({
-        "class": text, "class_id": some,
-        "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "Softmax probability."}})}
-    traits = {"type": "object", "additionalProperties": number,
-              "description": "The regression's raw score of each trait, about 0 to 1."}
-    predictions = classes if task == "classification" else traits
+    answers = [schema for task in tasks for schema in (
+        task.answer_schema, *([MEDIA] if task.media_types else []))]
+    answers = [schema for i, schema in enumerate(answers) if schema not in answers[:i]]
+    if not all(task.is_file for task in tasks):
+        answers = [{"anyOf": [*answers, {"type": "array", "description": "Of a request with instances."}]}]
+    predictions = answers[0] if len(answers) == 1 else {"anyOf": answers}
+    traits = {"type": "object", "additionalProperties": number}
+    of_pictures = ["media_type", "image_size"] if all(isinstance(task, FromPictures) for task in tasks) else []
     shot = record({"index": {**some, "description": "Number of the frame in display order, from 0."},
                    "time_s": milliseconds},
                   {"predictions": {**predictions, "description": "For this frame; missing if it does not count."},
@@ -238,18 +297,21 @@ def schemas(settings, task):
                    "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
                                 "description": "[x, y, width, height] of the crop, in pixels; null for no crop."}})
     metadata = record({
-        "media_type": {"enum": ["image", "video"]}, "model": text, "device": text,
-        "image_size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2,
-                       "description": "[width, height] of the picture when upright."},
+        "model": text, "device": text,
         "inference_time": {**milliseconds, "description": "Seconds in the model; 0 for an answer from the cache."},
         "timings_ms": {"type": "object", "additionalProperties": milliseconds,
                        "description": "Milliseconds in each stage."}},
-        {"filename": {"type": ["string", "null"], "description": "The base name; null if none was sent."},
+        {"version": {**text, "description": "If the model has several."},
+         "media_type": {"enum": ["image", "video"]},
+         "image_size": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2,
+                        "description": "[width, height] of the picture when upright."},
+         "filename": {"type": ["string", "null"], "description": "The base name; null if none was sent."},
          "frames": {"type": "array", "items": shot, "minItems": 1,
                     "description": "The frames analysed: for videos with any model, for pictures with ocean."},
          "backbone": text, "method": {"enum": list(FACE_METHODS)}, "tta": {"type": "boolean"},
          "face_detected": {"type": "boolean", "description": "Whether every frame that counts was cropped to a face."},
          "spread": {**traits, "description": "Standard deviation over frames and mirror images."}})
+    metadata["required"] += of_pictures
     prediction = {"predictions": predictions, "metadata": ref("Metadata")}
     success_word, error_word = {"const": "success"}, {"const": "error"}
     position = {"index": some, "filename": {"type": ["string", "null"]}}
@@ -284,10 +346,18 @@ def schemas(settings, task):
         "Live": record({"status": {"const": "alive"}, "version": text, "timestamp": number}),
         "Index": record({"name": text, "version": text, "status": {"const": "running"},
                          "endpoints": {"type": "object", "additionalProperties": text}}),
+        "Models": record({"status": success_word, "models": {"type": "array", "minItems": 1,
+                                                             "items": ref("ModelState")}}),
+        "ModelState": record({"name": text, "default": {"type": "boolean"}, "loaded": {"type": "boolean"}}, {
+            "version": text, "memory_bytes": some,
+            "share": {**number, "description": "Percentage of the requests for this name without a version."},
+            "shadow": {"type": "boolean", "description": "Whether it answers too, unseen."}}),
         "Info": record({
             "status": success_word,
-            "model": record({"name": text, "task": text, "device": text, "engine": text, "precision": text,
-                             "input_size": {"type": "array", "items": some},
+            "model": record({"name": text, "task": text, "device": text, "engine": text,
+                             "takes": {"type": "array", "items": text}, "options": {"type": "array", "items": {
+                                 "type": "object"}}},
+                            {"precision": text, "input_size": {"type": "array", "items": some},
                              "preprocessing": record({"resize": some, "crop": some, "interpolation": text,
                                                       "mean": {"type": "array", "items": number},
                                                       "std": {"type": "array", "items": number}}),

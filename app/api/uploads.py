@@ -22,6 +22,8 @@ from app.server import counters
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
 SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
+CONTENT_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
+                 "json": "application/json"}  # examples
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
@@ -145,7 +147,8 @@ def check_media_type(tasks):
             for task in tasks):
         return
     raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
-                       f"{tasks[0].how_to_send}. With curl --data-binary add -H 'Content-Type: …'.")
+                       f"{tasks[0].how_to_send}. With curl --data-binary add -H 'Content-Type: "
+                       f"{CONTENT_TYPES[tasks[0].takes[0]]}'.")
 
 
 def receive(most, deadline, bodies, key):

@@ -18,7 +18,8 @@ FORMAT = 1  # incremented whenever older bundles would be misread
 
 @dataclass(frozen=True)
 class Prepared:
-    """The bundle to serve. fallback_reason: why MODEL_FALLBACK is served, else None."""
+    """A model to serve: a bundle, or a class of the user's. fallback_reason: why MODEL_FALLBACK is served, else None;
+    key: of Settings.each; own: "package.module:Class", which has no folder, and a random token per publishing."""
     folder: Path | None
     fallback_reason: str | None = None
     key: str = ""
@@ -27,8 +28,16 @@ class Prepared:
 
     @classmethod
     def of(cls, published):
-        """The bundle that a Board has published."""
-        return cls(Path(published["folder"]), published["fallback_reason"])
+        """From as_json."""
+        return cls(**published | {"folder": published["folder"] and Path(published["folder"])})
+
+    def as_json(self):
+        """For other processes, in another working directory."""
+        return vars(self) | {"folder": self.folder and str(self.folder.resolve())}
+
+    @property
+    def title(self):
+        return self.own or self.folder.name
 
 
 @dataclass(frozen=True)

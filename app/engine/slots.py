@@ -178,6 +178,9 @@ class Slots:
         if self.is_full():
             raise self.overloaded()
 
+    def is_idle(self):
+        return not self.running and not self.waiting and not self.batched
+
     def is_alone(self):
         """Whether calls come one at a time now, and no batch: one may use the whole processor."""
         return len(self.running) <= 1 and not self.batched and time.monotonic() > self.shared + ALONE_AFTER_S

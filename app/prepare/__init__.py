@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 from dataclasses import asdict
@@ -29,18 +30,36 @@ class PrepareError(StartError):
 
 
 def prepared(settings, engine):
-    """The verified bundle for these settings and this engine (openvino or torch), made in a subprocess if it does not
-    exist. Raises StartError."""
-    return find(settings, engine) or outcome_of(start_making(settings))
+    """[Prepared] of the models of these settings, verified, for this engine (openvino or torch). If any are missing, a
+    subprocess makes them. Raises StartError."""
+    found = []
+    for key, one in settings.each().items():
+        with naming(key, settings):
+            found.append(own(one, key) or find(one, engine, key))
+    return outcome_of(start_making(settings)) if None in found else found
 
 
-def find(settings, engine):
-    """The verified bundle for MODEL_NAME if it exists, else None. Raises StartError."""
+@contextlib.contextmanager
+def naming(key, settings):
+    """Of several models, the messages of StartErrors say which one they are about."""
+    try:
+        yield
+    except StartError as e:
+        raise PrepareError(f"{key}: {e}") if settings.models else e from e
+
+
+def own(settings, key):
+    """Prepared if MODEL_NAME is a class of the user's, which workers load themselves, else None."""
     if ":" in settings.model_name:
-        return Prepared(None, own=settings.model_name)
+        return Prepared(None, None, key, settings.model_name, secrets.token_hex(8))
+    return None
+
+
+def find(settings, engine, key):
+    """Prepared if the verified bundle of MODEL_NAME exists, else None. Raises StartError."""
     folder = bundles.find(settings, settings.model_name, engine)
     try:
-        return Prepared(folder) if folder and bundles.verify(folder) else None
+        return Prepared(folder, None, key) if folder and bundles.verify(folder) else None
     except bundles.BundleError as e:
         log.warning("%s: making it again", e)
         return None
@@ -53,7 +72,7 @@ def start_making(settings, *options):
 
 
 def outcome_of(process):
-    """Wait for a process of start_making to end. Returns Prepared; raises StartError."""
+    """Wait for a process of start_making to end. Returns [Prepared]; raises StartError."""
     try:
         with process.stdout as stdout:
             lines = stdout.read().splitlines()
@@ -69,12 +88,24 @@ def outcome_of(process):
                            + (f", with exit code {code}" if code else "")) from e
     if "error" in answer:
         raise PrepareError(answer["error"])
-    return Prepared(Path(answer["folder"]), answer["fallback_reason"])
+    return [Prepared.of(one) for one in answer["models"]]
 
 
 def make(settings, engine):
-    """Make the bundle for these settings in this process, or that of MODEL_FALLBACK if the weights of MODEL_NAME
-    cannot be downloaded. Imports torch. Returns Prepared; raises StartError."""
+    """Make what is missing of the models of these settings, in this process. Returns [Prepared]; raises StartError."""
+    made = []
+    with contextlib.ExitStack() as held:  # or making one might remove another
+        for key, one in settings.each().items():
+            with naming(key, settings):
+                made.append(own(one, key) or make_one(one, engine, key))
+            if made[-1].folder and (manifest := bundles.hold(made[-1].folder)):
+                held.enter_context(manifest)
+    return made
+
+
+def make_one(settings, engine, key):
+    """Make the bundle of one model, or that of MODEL_FALLBACK if the weights of MODEL_NAME cannot be downloaded.
+    Imports torch. Returns Prepared; raises StartError."""
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
@@ -82,13 +113,13 @@ def make(settings, engine):
         raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if found := find(settings, engine):  # another process made it meanwhile
+        if found := find(settings, engine, key):  # another process made it meanwhile
             return found
         if importlib.util.find_spec("torch") is None:
             raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing "
                                "it needs torch, which is not installed here")
         try:
-            return Prepared(make_bundle(settings, settings.model_name, engine))
+            return Prepared(make_bundle(settings, settings.model_name, engine), None, key)
         except DownloadError as e:
             if settings.model_fallback is None:
                 raise PrepareError(f"the weights of {settings.model_name} are not available: {e}; set MODEL_PATH "
@@ -97,8 +128,8 @@ def make(settings, engine):
         folder = bundles.find(settings, settings.model_fallback, engine)
         with contextlib.suppress(bundles.BundleError):
             if folder and bundles.verify(folder):
-                return Prepared(folder, reason)
-        return Prepared(make_bundle(settings, settings.model_fallback, engine), reason)
+                return Prepared(folder, reason, key)
+        return Prepared(make_bundle(settings, settings.model_fallback, engine), reason, key)
 
 
 def make_bundle(settings, name, engine):

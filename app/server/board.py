@@ -9,18 +9,22 @@ import json
 import mmap
 import os
 
+from app.config import StartError
+
 NAME = "model-server"
 BYTES = 64 * 1024
-MAGIC = 0x6D6F64656C763031
+TRAFFIC_AT = 48 * 1024  # from here to BYTES: which versions answer, see traffic.py
+MAGIC = 0x6D6F64656C763032
 MAGIC_AT, MASTER_AT, DRAINING_AT, TICKETS_AT, SEQUENCE_AT, LENGTH_AT, TEXT_AT = 0, 1, 2, 3, 4, 5, 64
-MOST_OUTCOMES = 16
+MOST_OUTCOMES, OUTCOME_BYTES = 16, 8 * 1024  # of one, at most
 
 
 class Board:
     """Only the master writes, except for the tickets of reload requests.
 
-    The text is JSON: `plan`; `published` and `previous` {"generation", "folder", "fallback_reason"}; and `reloads`,
-    the last outcomes, oldest first {"covers": the last ticket when it began, "worked", "message", "generation"}.
+    The text is JSON: `plan`; `published` and `previous` {"generation", "models": [Prepared.as_json(), …]}; and
+    `reloads`, the last outcomes, oldest first {"covers": the last ticket when it began, "worked", "message",
+    "generation"}.
     """
 
     def __init__(self, memory, descriptor=None):
@@ -62,10 +66,8 @@ class Board:
 
     def write(self, **changes):
         content = {**self.read(), **changes}
-        text = json.dumps(content, ensure_ascii=False).encode()
-        while len(text) > BYTES - TEXT_AT and content.get("reloads"):
-            content["reloads"] = content["reloads"][1:]
-            text = json.dumps(content, ensure_ascii=False).encode()
+        while len(text := json.dumps(content, ensure_ascii=False).encode()) > TRAFFIC_AT - TEXT_AT:
+            _, *content["reloads"] = content["reloads"]
         self.integers[SEQUENCE_AT] += 1
         self.bytes[TEXT_AT:TEXT_AT + len(text)] = text
         self.integers[LENGTH_AT] = len(text)
@@ -75,15 +77,22 @@ class Board:
         return self.read().get("published")
 
     def generation(self):
-        """How many models have been published; cheap enough to check ten times a second."""
+        """How often models have been published; cheap enough to check ten times a second."""
         return (self.published() or {}).get("generation", 0)
 
-    def publish(self, folder, fallback_reason):
-        """Set the bundle that workers serve from now on. Returns its generation."""
+    def publish(self, models):
+        """Set the models, a list of Prepared, that workers serve from now on. Returns their generation. Raises
+        StartError if there are too many."""
         before = self.published()
         generation = (before["generation"] if before else 0) + 1
-        self.write(previous=before, published={"generation": generation, "folder": str(folder),
-                                               "fallback_reason": fallback_reason and fallback_reason[:1000]})
+        published = {"generation": generation, "models": [
+            model.as_json() | {"fallback_reason": model.fallback_reason and model.fallback_reason[:1000]}
+            for model in models]}
+        # The next publishing has to fit too, whose `previous` this one is, and the outcome of its reload.
+        if 2 * len(json.dumps(published, ensure_ascii=False).encode()) > TRAFFIC_AT - TEXT_AT - OUTCOME_BYTES:
+            raise StartError(f"{len(models)} models are too many for one service: the names of their folders "
+                             f"take more than {(TRAFFIC_AT - TEXT_AT - OUTCOME_BYTES) // 2} bytes")
+        self.write(previous=before, published=published)
         return generation
 
     def add_outcome(self, covers, worked, message, generation=None):

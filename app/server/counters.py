@@ -38,6 +38,9 @@ MEASURES = {
     "batch_size": Measure("histogram", "Pictures in each batch that the engine ran, self-tests included.",
                           buckets=POWERS_OF_2),
     "cache_lookups": Measure("counter", "Result cache lookups, by result: hit or miss.", ("result",)),
+    "shadow_answers": Measure("counter", "Answers of a model's shadow version, by result: agree or disagree with the "
+                                         "one that was sent; skipped, as no slot was idle; failed.",
+                              ("model", "version", "result")),
     "batch_files": Measure("counter", "Files of batch requests; error is the code of the file's result, empty for a "
                                       "success.", ("error",)),
     "overloaded": Measure("counter", "Requests refused because the queue or the memory for uploads was full."),

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 def install(arbiter, drain_seconds, start_preparing, outcome_of):
     """Replace the master's handlers of SIGTERM, SIGHUP and SIGCHLD; called by gunicorn.conf.py in the master.
 
-    start_preparing() starts the process that prepares and checks the model; outcome_of(process), called when it has
-    ended, returns (folder, fallback_reason) of the bundle or raises StartError.
+    start_preparing() starts the process that prepares and checks the models; outcome_of(process), called when it has
+    ended, returns the list of Prepared or raises StartError.
     """
     stop, reap, own = arbiter.handle_term, arbiter.handle_chld, board.own
     reload = {"process": None, "covers": 0, "again": False}
@@ -60,12 +60,12 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
             return
         reload["process"] = None
         try:
-            folder, fallback_reason = outcome_of(process)
+            models = outcome_of(process)
+            generation = own.publish(models)
         except Exception as e:  # no error must end the service
             end_reload(reload["covers"], False, f"reload failed, the old model goes on serving: {e}")
         else:
-            generation = own.publish(folder, fallback_reason)
-            end_reload(reload["covers"], True, f"published {os.path.basename(folder)}", generation)
+            end_reload(reload["covers"], True, f"published {titles(models)}", generation)
         if reload["again"]:
             handle_hup()
 
@@ -75,6 +75,11 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
     arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
     arbiter.handle_chld = arbiter.handle_cld = handle_chld
+
+
+def titles(models):
+    """A list of Prepared, for people."""
+    return ", ".join(f"{model.key}={model.title}" if len(models) > 1 else model.title for model in models)
 
 
 def url_of(cfg):
@@ -108,9 +113,10 @@ def services():
             continue
         memory = memoryview(mmap.mmap(descriptor, 0))
         its_board, pid = board.Board(memory, descriptor), int(link.parts[2])
-        if its_board.integers[board.MAGIC_AT] == board.MAGIC and its_board.integers[board.MASTER_AT] == pid:
+        state = its_board.integers[board.MAGIC_AT], its_board.integers[board.MASTER_AT]
+        if state == (board.MAGIC, pid) and pid not in found:
             found[pid] = its_board, memory[board.BYTES:]
-        else:  # a worker's view of the same memory
+        else:  # a worker's view of the same memory, or the master's second one
             os.close(descriptor)
     return found
 

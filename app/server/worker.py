@@ -165,7 +165,7 @@ class Worker(GeventWorker):
 
         def replace():
             try:
-                self.wsgi.extensions["replace"](published)
+                self.wsgi.extensions["replace"](published["models"])
             except StartError as e:
                 self.log.error("this worker keeps the old model: %s", e)
                 counters.own.failed(published["generation"])
@@ -238,13 +238,14 @@ class Worker(GeventWorker):
         """Refuse a prediction at once if the queue is full. In the application a refusal would take a millisecond, a
         good part of a prediction's time, and under overload slow down everything else."""
         slots, headers = self.wsgi.extensions["model"].slots, dict(req.headers)
-        if req.path not in PREDICTIONS or req.method not in ("POST", "PUT") or not slots.is_full():
+        if not req.path.endswith(PREDICTIONS) or req.method not in ("POST", "PUT") or not slots.is_full():
             return
         if "ORIGIN" in headers and self.wsgi.extensions["settings"].cors_origins:
             return  # the application adds the headers that a browser needs to read the refusal
         started, error = time.monotonic(), slots.overloaded()
         request_id = logs.id_for(headers.get("X-REQUEST-ID"))
-        counters.count_answer(req.path, req.method, error.status, error.code)
+        endpoint = req.path if req.path in PREDICTIONS else "/models/<name>/predict"
+        counters.count_answer(endpoint, req.method, error.status, error.code)
         request_log.info("request", extra={
             "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
             "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})

@@ -43,7 +43,7 @@ class FromPictures(Task):
     def __init__(self, place, manifest):
         super().__init__(place)
         self.manifest, self.name, self.labels, self.network = manifest, manifest.name, manifest.labels, manifest.network
-        self.preprocessing = Preprocessing(**manifest.preprocessing)
+        self.preprocessing, self.engine = Preprocessing(**manifest.preprocessing), None
 
     def start(self):
         self.engine = engine.create(self.manifest, self.place.source.folder, self.place.plan.streams, self.settings,
@@ -163,4 +163,5 @@ class FromPictures(Task):
         return self.engine.hung_seconds()
 
     def end(self):
-        self.engine.close()
+        if self.engine:
+            self.engine.close()

@@ -135,6 +135,8 @@ class OwnTask(Task):
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what the functions of app.tasks.options make"
         names = [option.name for option in self.options]
+        if {"help", "json", "labels", "save", "save_crop"} & set(names):
+            return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
             return "options need distinct names, other than model, instances and the field"
         for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
@@ -153,8 +155,9 @@ class OwnTask(Task):
         body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
-        return re.compile("text/plain|application/x-www-form-urlencoded|"), (f"send it as JSON, such as {body}, as the form field '{self.field}', or as "
-                                           "the raw body with the Content-Type text/plain")
+        return re.compile("text/plain|application/x-www-form-urlencoded|"), (
+            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with the Content-Type "
+            "text/plain")
 
     def start(self):
         within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")

@@ -104,22 +104,22 @@ def test_a_bad_option_is_the_whole_batchs(client):
 
 
 def test_a_bug_met_by_one_file_is_that_files_alone(app, client, monkeypatch, caplog):
-    model = app.extensions["model"].current
-    infer, lock, calls = model.infer, threading.Lock(), []
+    engine = app.extensions["model"].current.task.engine
+    infer, lock, calls = engine.infer, threading.Lock(), []
 
-    def fails_once(batch, deadline):
+    def fails_once(*arguments):
         with lock:
             calls.append(1)
             if len(calls) == 1:
                 raise RuntimeError("secret")
-        return infer(batch, deadline)
-    monkeypatch.setattr(model, "infer", fails_once)
+        return infer(*arguments)
+    monkeypatch.setattr(engine, "infer", fails_once)
     response = post_files(client, ("a.jpg", CAT), ("b.jpg", CAT), ("c.jpg", CAT))
     assert (response.status_code, response.json["failed"]) == (200, 1)
     assert "secret" not in response.text
     assert "RuntimeError: secret" in caplog.text
     assert "in fails_once" in caplog.text  # the stack trace leads to where it was raised, in another thread
-    monkeypatch.setattr(model, "infer", lambda batch, deadline: 1 / 0)
+    monkeypatch.setattr(engine, "infer", lambda *arguments: 1 / 0)
     response = post_files(client, ("a.jpg", CAT))
     assert (response.status_code, response.json["error"]) == (500, "INTERNAL_ERROR")
 
@@ -200,13 +200,14 @@ def test_batches_that_wait_are_bounded():
 
 def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):
     loader, begun = app.extensions["model"], []
-    infer = loader.current.infer
+    engine = loader.current.task.engine
+    infer = engine.infer
 
-    def slow(batch, deadline):
+    def slow(*arguments):
         begun.append(1)
         time.sleep(0.6)
-        return infer(batch, deadline)
-    monkeypatch.setattr(loader.current, "infer", slow)
+        return infer(*arguments)
+    monkeypatch.setattr(engine, "infer", slow)
     monkeypatch.setattr(loader, "slots", Slots(1, max_queue=4))
     hasty = create_app(dataclasses.replace(settings, request_timeout=1.5), loader).test_client()
     started = time.monotonic()

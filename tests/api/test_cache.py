@@ -108,8 +108,9 @@ def test_another_file_other_options_or_another_model_miss(cached, url, app, monk
     assert x_cache(post(client, CAT + b"\0")) == "miss"
     assert x_cache(post(client, CAT)) == "hit"
     loader = app.extensions["model"]
-    other = copy.copy(loader.current)
-    other.manifest = dataclasses.replace(other.manifest, weights={**other.manifest.weights, "sha256": "0" * 64})
+    other, manifest = copy.copy(loader.current), loader.current.task.manifest
+    other.task = copy.copy(other.task)
+    other.task.manifest = dataclasses.replace(manifest, weights={**manifest.weights, "sha256": "0" * 64})
     other.__dict__.pop("identity", None)
     monkeypatch.setattr(loader, "current", other)
     assert x_cache(post(client, CAT)) == "miss"
@@ -152,15 +153,15 @@ def test_a_batch_uses_the_cache(cached):
 
 
 class Counting:
-    """model.infer that waits at a gate and counts its calls."""
+    """An engine's infer that waits at a gate and counts its calls."""
 
-    def __init__(self, model):
-        self.infer, self.gate, self.calls = model.infer, threading.Event(), []
+    def __init__(self, engine):
+        self.infer, self.gate, self.calls = engine.infer, threading.Event(), []
 
-    def __call__(self, batch, deadline):
+    def __call__(self, *arguments):
         self.calls.append(1)
         assert self.gate.wait(10)
-        return self.infer(batch, deadline)
+        return self.infer(*arguments)
 
 
 def at_once(client, count, data=CAT):
@@ -178,8 +179,8 @@ def wait_until(condition):
 
 def test_equal_requests_at_once_compute_once(cached, url, app, monkeypatch):
     loader = app.extensions["model"]
-    counting = Counting(loader.current)
-    monkeypatch.setattr(loader.current, "infer", counting)
+    counting = Counting(loader.current.task.engine)
+    monkeypatch.setattr(loader.current.task.engine, "infer", counting)
     client = cached(url)
     finish = at_once(client, 6)
     wait_until(lambda: loader.slots.onlookers == 5)
@@ -192,8 +193,8 @@ def test_equal_requests_at_once_compute_once(cached, url, app, monkeypatch):
 
 def test_who_waits_for_an_equal_request_stands_in_the_queue(cached, app, monkeypatch):
     loader = app.extensions["model"]
-    counting = Counting(loader.current)
-    monkeypatch.setattr(loader.current, "infer", counting)
+    counting = Counting(loader.current.task.engine)
+    monkeypatch.setattr(loader.current.task.engine, "infer", counting)
     monkeypatch.setattr(loader, "slots", Slots(1, max_queue=2))
     client = cached()
     finish = at_once(client, 5)
@@ -207,14 +208,14 @@ def test_who_waits_for_an_equal_request_stands_in_the_queue(cached, app, monkeyp
                                    ServiceError(499, "CLIENT_CLOSED_REQUEST", "The client left.")])
 def test_when_the_one_that_computes_fails_the_next_one_computes(cached, app, monkeypatch, error):
     loader = app.extensions["model"]
-    counting = Counting(loader.current)
+    counting = Counting(loader.current.task.engine)
 
-    def infer(batch, deadline):
-        scores = counting(batch, deadline)
+    def infer(*arguments):
+        scores = counting(*arguments)
         if len(counting.calls) == 1:
             raise error
         return scores
-    monkeypatch.setattr(loader.current, "infer", infer)
+    monkeypatch.setattr(loader.current.task.engine, "infer", infer)
     finish = at_once(cached(), 3)
     wait_until(lambda: loader.slots.onlookers == 2)
     counting.gate.set()

@@ -113,9 +113,9 @@ def test_stages_and_requests_have_histograms_in_seconds(client):
 def test_model_versions_and_process_are_described(client, app):
     Slots(3, max_queue=5)  # tells its size at once, not with the first prediction
     found = Scrape(client.get("/metrics").text)
-    model = app.extensions["model"].current
-    assert found("model_server_model_info", model="efficientnet_lite0", engine=model.manifest.engine, precision="fp32",
-                 device="cpu", weights=model.manifest.weights["sha256"][:12]) == 1
+    manifest = app.extensions["model"].current.task.manifest
+    assert found("model_server_model_info", model="efficientnet_lite0", engine=manifest.engine, precision="fp32",
+                 device="cpu", weights=manifest.weights["sha256"][:12]) == 1
     assert found("model_server_info") == 1
     assert (found("model_server_slots"), found("model_server_queue_limit")) == (3, 5)
     assert 0 < found("model_server_model_load_seconds") < 600

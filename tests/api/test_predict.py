@@ -85,7 +85,7 @@ def test_what_is_no_whole_picture(client, data):
 
 def test_too_many_pixels(app, settings):
     import dataclasses
-    small = create_app(dataclasses.replace(settings, max_image_pixels=1000), app.extensions["model"])
+    small = create_app(dataclasses.replace(settings, max_image_pixels=1000))
     assert error_of(post(small.test_client(), CAT)) == (413, "IMAGE_TOO_LARGE")
 
 

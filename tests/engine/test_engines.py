@@ -35,24 +35,24 @@ def images(n):
 
 
 def test_engines_agree_on_batches_of_any_size(loaded):
-    openvino, torch = loaded("openvino").current, loaded("torch").current
+    openvino, torch = loaded("openvino").current.task, loaded("torch").current.task
     for n in (1, 2, 7):
         batch = images(n)
-        a, b = openvino.infer(batch, Deadline(60)), torch.infer(batch, Deadline(60))
+        a, b = openvino.engine.infer(batch, Deadline(60)), torch.engine.infer(batch, Deadline(60))
         assert a.shape == (n, 1000)
         assert np.abs(a - b).max() < 1e-5 * np.abs(b).max()
-        assert np.abs(openvino.task.scores(a) - torch.task.scores(b)).max() < 1e-5
-        assert np.abs(a[-1] - openvino.infer(batch[-1:], Deadline(60))[0]).max() < 1e-6
+        assert np.abs(openvino.scores(a) - torch.scores(b)).max() < 1e-5
+        assert np.abs(a[-1] - openvino.engine.infer(batch[-1:], Deadline(60))[0]).max() < 1e-6
 
 
 def test_many_threads_get_their_own_answers(loaded):
-    model = loaded("openvino").current
+    engine = loaded("openvino").current.task.engine
     batch = images(8)
-    expected = model.infer(batch, Deadline(60))
+    expected = engine.infer(batch, Deadline(60))
     answers = {}
 
     def work(i):
-        answers[i] = [model.infer(batch[i:i + 1], Deadline(60))[0] for _ in range(5)]
+        answers[i] = [engine.infer(batch[i:i + 1], Deadline(60))[0] for _ in range(5)]
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
@@ -67,7 +67,7 @@ def two_streams(loaded):
     """An engine as on a machine of two cores; resnet18's weights are small enough for a second copy."""
     loader = loaded("openvino", WORKERS="1")
     folder = prepared(loader.settings, "openvino").folder
-    return engines.create(loader.current.manifest, folder, 2, loader.settings, "cpu", None), folder
+    return engines.create(loader.current.task.manifest, folder, 2, loader.settings, "cpu", None), folder
 
 
 def test_a_lone_picture_gets_all_cores(two_streams):
@@ -114,11 +114,11 @@ def test_the_weights_file_is_not_kept_in_memory(two_streams):
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 def test_inference_past_its_deadline_gives_its_place_back(loaded, engine):
     loader = loaded(engine)
-    model = loader.current
+    model = loader.current.task
     for _ in range(3):
         with pytest.raises(DeadlineExceeded):
-            model.infer(images(64), Deadline(0.02))
-    assert model.infer(images(1), Deadline(60)).shape == (1, 1000)
+            model.engine.infer(images(64), Deadline(0.02))
+    assert model.engine.infer(images(1), Deadline(60)).shape == (1, 1000)
     if engine == "openvino":
         assert model.engine.idle.qsize() + len(model.engine.overdue) == machine.plan(loader.settings).streams
 
@@ -129,9 +129,9 @@ def test_bf16_agrees_with_fp32_as_far_as_it_can(loaded):
         with pytest.raises(EngineError, match="does not support bf16"):
             loaded("openvino", PRECISION="bf16")
         return
-    a, b = loaded("openvino", PRECISION="bf16").current, loaded("openvino", PRECISION="fp32").current
+    a, b = (loaded("openvino", PRECISION=precision).current.task for precision in ("bf16", "fp32"))
     assert (a.engine.precision, b.engine.precision) == ("bf16", "fp32")
-    a, b = (model.task.scores(model.infer(images(2), Deadline(60))) for model in (a, b))
+    a, b = (task.scores(task.engine.infer(images(2), Deadline(60))) for task in (a, b))
     assert 0 < np.abs(a - b).max() < 0.05
 
 
@@ -144,8 +144,8 @@ def test_fp16_is_for_gpus(loaded, engine):
 def test_self_test_notices_a_wrong_answer(loaded):
     loader = loaded("openvino")
     with loader.lease() as model:
-        outputs = model.manifest.self_test["outputs"]
-        model.manifest = dataclasses.replace(model.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
+        task, outputs = model.task, model.task.manifest.self_test["outputs"]
+        task.manifest = dataclasses.replace(task.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
     with pytest.raises(ModelError, match="fails its self-test: the outputs are off"), loader.lease() as model:
         model.self_test()
     assert not loader.ready

@@ -14,6 +14,7 @@ from app.media.containers import is_video
 from app.media.pictures import read_image
 from app.media.video import is_cut_off
 from app.server.counters import Stages
+from app.tasks.classify import Classify
 
 MAX_PIXELS = 2_000_000  # 8 MB of pixels, so that much more memory is not the picture's own
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,7 +51,7 @@ def tell_container(data):
 
 def parse_json(data):
     with refusals_allowed():
-        for name, value in json_body.parse(data).items():
+        for name, value in json_body.parse(data, 10_000).items():
             with refusals_allowed():
                 assert isinstance(json_body.from_base64(value, name[:40]), bytes)
 
@@ -66,12 +67,11 @@ def parse_upload(data):
         with app.test_request_context(path, method="POST", data=body, environ_overrides={
                 "CONTENT_TYPE": content_type.decode("latin-1"), "QUERY_STRING": query.decode("latin-1")}):
             g.stages = Stages()
-            with refusals_allowed(), uploads.received(most(settings), Deadline(30)):
-                *found, option = read(settings)
-                if path == "/predict/batch":
-                    for upload in found[0]:
-                        with refusals_allowed():
-                            assert upload.read(settings)
+            with refusals_allowed(), uploads.received(most(settings), Deadline(30), [Classify]):
+                option, found = uploads.sent_options(), read(Classify, settings)
+                for upload in found if path == "/predict/batch" else [found]:
+                    with refusals_allowed():
+                        assert upload.read(settings)
                 for name in ("top_k", "frames", "tta", "x"):
                     with refusals_allowed():
                         assert isinstance(option(name), str | None)

@@ -1,9 +1,12 @@
 """Bundles in MODEL_DIR: found by what they were made of, written whole, kept while they are used, then removed."""
 import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -11,6 +14,7 @@ from conftest import ROOT
 from app import prepare
 from app.config import Settings
 from app.engine import bundle
+from app.engine.bundle import Prepared
 from app.prepare import bundles, prepared
 
 MANIFEST = bundle.Manifest(
@@ -114,10 +118,10 @@ def elsewhere(checkpoint, tmp_path, monkeypatch):
 
 
 def test_relative_paths_mean_the_same_from_another_folder(elsewhere, tmp_path):
-    made = prepared(elsewhere, "torch")
+    made, = prepared(elsewhere, "torch")
     assert made.folder.parent == tmp_path / "models/bundles"
     assert bundles.verify(made.folder).labels == ["cat", "dog", "fish"]
-    assert prepared(elsewhere, "torch") == made
+    assert prepared(elsewhere, "torch") == [made]
     assert os.listdir(tmp_path / "other") == []
 
 
@@ -127,3 +131,55 @@ def test_a_crop_that_the_network_cannot_take_stops_the_start_with_one_line(check
     with pytest.raises(prepare.PrepareError, match=r"cannot be exported for pictures of 10 × 10 pixels: "):
         prepare.make(settings, "openvino")
     assert list(tmp_path.glob("bundles/*")) == []
+
+
+@pytest.fixture
+def three_models(elsewhere, tmp_path):
+    """variables of three models: two versions of a network, and a class of one's own."""
+    (tmp_path / "other.txt").write_text("ant\nbee\nfly\n", encoding="utf-8")
+    return {"MODELS": "cats@1=mobilenet_v2,iris=nowhere.to_be_found:Iris,cats@2=mobilenet_v2", "ENGINE": "torch",
+            "MODEL_DIR": str(tmp_path / "models"), "CATS__MODEL_PATH": str(tmp_path / "weights.pt"), "DEVICE": "cpu",
+            "CATS__1__LABELS_PATH": str(tmp_path / "labels.txt"), "CATS__2__LABELS_PATH": str(tmp_path / "other.txt")}
+
+
+def test_all_that_is_missing_is_made_by_one_process_and_found_the_next_time(three_models, monkeypatch):
+    processes, start_making = [], prepare.start_making
+    monkeypatch.setattr(prepare, "start_making", lambda *a: processes.append(start_making(*a)) or processes[-1])
+    settings = Settings.parse(three_models)
+    made = prepared(settings, "torch")
+    assert [one.key for one in made] == ["cats@1", "iris", "cats@2"]
+    assert [bundles.verify(one.folder).labels for one in made if one.folder] == [["cat", "dog", "fish"],
+                                                                                ["ant", "bee", "fly"]]
+    assert (made[1].folder, made[1].own) == (None, "nowhere.to_be_found:Iris")  # workers import it
+    assert len(processes) == 1
+    again = prepared(settings, "torch")
+    assert [one.folder for one in again] == [one.folder for one in made]
+    assert again[1].token != made[1].token
+    assert len(processes) == 1
+    shutil.rmtree(made[2].folder)
+    assert [one.folder for one in prepared(settings, "torch")] == [one.folder for one in made]
+    assert len(processes) == 2
+
+
+def test_making_one_model_does_not_remove_another_of_the_same_service(three_models, monkeypatch):
+    monkeypatch.setattr(bundles, "KEPT", 1)
+    made = prepare.make(Settings.parse(three_models), "torch")
+    assert [one.folder.exists() for one in made if one.folder] == [True, True]
+
+
+@pytest.mark.parametrize(("text", "kept"), [(None, False), ("no checkpoint", True)])
+def test_a_problem_of_one_of_several_models_names_it(three_models, tmp_path, text, kept):
+    path = tmp_path / "broken.pt"
+    if text:
+        path.write_text(text)
+    settings = Settings.parse(three_models | {"CATS__2__MODEL_PATH": str(path)})
+    with pytest.raises(prepare.PrepareError, match=r"^cats@2: (MODEL_PATH )?\S*broken.pt (cannot|is not)"):
+        prepared(settings, "torch")
+    assert len(list(tmp_path.glob("models/bundles/*"))) == kept
+
+
+def test_what_is_prepared_survives_the_way_to_another_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for one in (Prepared(tmp_path / "a", "why", "cats@1"), Prepared(None, None, "iris", "examples.iris:Iris", "0a")):
+        assert Prepared.of(json.loads(json.dumps(one.as_json()))) == one
+    assert Prepared.of(Prepared(Path("a")).as_json()).folder == tmp_path / "a"

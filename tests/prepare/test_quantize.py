@@ -46,8 +46,8 @@ def test_int8_answers_nearly_as_fp32_and_says_how_nearly(int8, app, capfd):
     agreement = model.info()["quantization"]["agreement"]
     assert agreement["pictures"] == 2
     assert 0 < agreement["mean_dp_top1"] <= agreement["max_dp"] < 0.6
-    assert (model.engine.precision, fp32.info()["quantization"]) == ("int8", None)
-    picture = model.preprocessing(photo("coffee").convert("RGB"))[None]  # espresso 0.95: far from any other class
+    assert (model.task.engine.precision, fp32.info()["quantization"]) == ("int8", None)
+    picture = model.task.preprocessing(photo("coffee").convert("RGB"))[None]  # espresso 0.95: far from any other class
     a, b = (each.task.scores(each.infer(picture, Deadline(60)))[0] for each in (model, fp32))
     assert a.argmax() == b.argmax()
     assert 1e-6 < np.abs(a - b).max() < 0.3
@@ -85,8 +85,8 @@ def test_other_precisions_do_not_get_the_int8_network(int8, settings):
 
 def test_a_wrong_int8_network_fails_its_self_test(int8):
     model = int8().current
-    outputs = model.manifest.self_test["outputs"]
-    model.manifest = dataclasses.replace(model.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
+    task, outputs = model.task, model.task.manifest.self_test["outputs"]
+    task.manifest = dataclasses.replace(task.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
     with pytest.raises(ModelError, match="fails its self-test: the outputs are off"):
         model.self_test()
 

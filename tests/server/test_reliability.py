@@ -26,6 +26,7 @@ from mutations import mutated, pictures
 from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until, workers_ready
 
+from app.engine.bundle import Prepared
 from app.server import board, counters, machine
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
 
@@ -342,13 +343,13 @@ def test_the_board_survives_long_messages_and_a_writer_that_was_killed():
     counted = board.create(counters.bytes_for(1))
     try:
         assert len(counted) == counters.bytes_for(1)
-        board.own.publish("/a", "é" * 5000)
+        board.own.publish([Prepared(Path("/a"), "é" * 5000)])
         for i in range(40):
             board.own.add_outcome(i, False, "😀" * 5000)  # 4 kB each
         assert board.own.read()["reloads"][-1]["covers"] == 39
-        assert len(board.own.published()["fallback_reason"]) == 1000
+        assert len(board.own.published()["models"][0]["fallback_reason"]) == 1000
         board.own.integers[board.SEQUENCE_AT] += 1  # in the middle of writing
-        assert board.own.published()["folder"] == "/a"
+        assert board.own.published()["models"][0]["folder"] == "/a"
     finally:
         board.own = None
 

@@ -1,6 +1,7 @@
 """Reloads: models swapped in place under load, and what is served when a reload goes wrong."""
 import hashlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -105,6 +106,23 @@ def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_pa
     os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
     wait_until(lambda: service.log.count("model ready") == 2, 30)
     assert service.wait_ready().predict(CAT).status_code == 200
+
+
+def test_a_reload_of_several_models_is_all_or_nothing(start_service, checkpoint, tmp_path):
+    path = tmp_path / "model.pt"
+    shutil.copy(checkpoint("resnet18", seed=1), path)
+    service = start_service(MODELS="efficientnet_lite0,other@1=resnet18", OTHER__1__MODEL_PATH=str(path)).wait_ready()
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    (tmp_path / "broken.pt").replace(path)
+    command = reload(service)
+    assert "reload failed, the old model goes on serving: other@1: " in command.communicate(timeout=120)[1]
+    assert command.returncode == 1
+    shutil.copy(checkpoint("resnet18", seed=2), path)
+    command = reload(service)
+    assert re.fullmatch("reloaded: 1 worker serves efficientnet_lite0=efficientnet_lite0-[^ ,]+, "
+                        "other@1=resnet18-[^ ,]+\n", command.communicate(timeout=120)[0])
+    assert service.log.count("published ") == 1
+    assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
 
 
 def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):

@@ -25,6 +25,7 @@ from app.errors import Deadline, DeadlineExceeded
 from app.prepare import PrepareError, make, networks
 from app.prepare.networks import WeightsError, load_ocean, torchvision
 from app.server.counters import Stages
+from app.tasks import Call
 from app.tasks.options import read
 
 TOLERANCE = 1e-4
@@ -162,9 +163,9 @@ def test_plus_in_a_query_and_values_in_json(client):
     assert (answer["metadata"]["method"], answer["metadata"]["tta"]) == ("middle", False)
 
 
-def test_settings_are_the_defaults_of_the_options(ocean_app, ocean_settings, clip):
+def test_settings_are_the_defaults_of_the_options(ocean_settings, clip):
     settings = dataclasses.replace(ocean_settings, face_method="middle", tta=False, video_frames=3)
-    metadata = post(create_app(settings, ocean_app.extensions["model"]).test_client(), clip).json["metadata"]
+    metadata = post(create_app(settings).test_client(), clip).json["metadata"]
     assert (metadata["method"], metadata["tta"], len(metadata["frames"])) == ("middle", False, 3)
 
 
@@ -292,10 +293,10 @@ def test_the_search_for_a_face_ends_at_the_deadline(ocean_app, ocean_settings):
     loader = ocean_app.extensions["model"]
     noise = np.random.default_rng(0).integers(0, 255, (4000, 4000, 3), np.uint8)  # seven seconds for all sizes
     data, task = encoded(Image.fromarray(noise), "JPEG"), loader.current.task
-    chosen = read({"method": "face"}.get, ocean_settings, task.options)
+    chosen = read(lambda name, _: {"method": "face"}.get(name), task)
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="during face"):
-        task.answer(loader.current, ocean_settings, data, chosen, Deadline(1), Stages())
+        task.answer(data, chosen, Call(Deadline(1), Stages()))
     assert time.monotonic() - started < 4
 
 
