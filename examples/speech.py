@@ -21,8 +21,8 @@ from app.tasks.options import choice, number
 from app.tasks.own import InvalidInput, Media, OwnTask
 
 # One core of an AMD EPYC (Zen 5) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
-MAX_CHARACTERS = 800  # English: 830 to 1,000 phonemes
-MAX_PHONEMES = 1000   # 5 s of calculation, 10 s at speed 0.5; of longer clauses, espeak-ng drops the end
+MAX_CHARACTERS = 500  # English: 520 to 630 phonemes, 28 s of sound
+MAX_PHONEMES = 650    # 3 s of calculation, 6 s at speed 0.5; beyond 1,000, espeak-ng drops the end of a clause
 MAX_PIECE = 200       # time and memory grow with the square: 2,400 phonemes at once take 1.3 GB
 
 UNSPEAKABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]+")  # espeak-ng raises for NUL and surrogates
@@ -40,7 +40,7 @@ def pieces(sentence):
 
 
 class Speech(OwnTask):
-    """Reads English text aloud: up to 800 characters become a WAV file."""
+    """Reads English text aloud: up to 500 characters become a WAV file."""
     takes = "text"
     example = "The quick brown fox jumps over the lazy dog."
     media_types = ("audio/wav",)
