@@ -63,6 +63,19 @@ $(VENV)-fuzz/installed: tests/fuzz/requirements.txt $(VENV)/tests-installed  # s
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+$(VENV)-voice-cloning/installed: examples/requirements-voice-cloning.txt $(VENV)/tests-installed  # sees the tests' packages
+	$(BIN)/python -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/service.pth
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps voxcpm==2.0.3
+	@# Where torch is a CPU build and torchaudio is not, torchaudio runs without its compiled part, once that is gone.
+	@$(@D)/bin/python -c 'import torchaudio' 2>/dev/null || rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*.so
+	@touch $@
+
+test-voice-cloning: $(VENV)-voice-cloning/installed  ## Run examples/voice_cloning.py with VoxCPM and random weights
+	@env -u MODEL_FALLBACK $(VENV)-voice-cloning/bin/python -m pytest tests/examples/test_voice_cloning.py $(ARGS)
+
 SECONDS := 60
 
 fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; SECONDS=600 for longer
@@ -73,5 +86,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines audit bench bench-quick exam fuzz docker-build
+.PHONY: help run test lint lines audit bench bench-quick exam test-voice-cloning fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

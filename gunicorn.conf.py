@@ -8,10 +8,12 @@ import signal
 import sys
 
 from app.config import Settings, StartError
+from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle
-from app.server.logs import flush, logging_config
+from app.server import board, counters, lifecycle, shared_memory
+from app.server.log_config import logging_config
+from app.server.logs import flush
 from app.server.machine import plan as plan_of
 
 for descriptor in (0, 1, 2):  # one that is closed would become a socket, and logs would be written into it
@@ -25,7 +27,7 @@ try:
     plan = plan_of(settings)
 except StartError as e:
     sys.exit(f"error: {e}")
-os.environ.update(settings.variables())  # for future workers: editing .env later changes nothing
+os.environ.update(variables(settings))  # for future workers: editing .env later changes nothing
 
 # Set before any worker imports a library that reads them: one thread per inference, workers × streams = cores.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -83,8 +85,7 @@ def on_starting(server):
         ready = prepared(settings, plan.engine)
     except StartError as e:
         sys.exit(f"error: {e}")
-    most = 2 * plan.workers + 64  # SIGTTIN adds more
-    counters.share(board.create(counters.bytes_for(most)))
+    shared_memory.create(2 * plan.workers + 64)  # SIGTTIN adds more
     board.own.write(plan=dataclasses.asdict(plan))
     try:
         if settings.models:
@@ -125,7 +126,7 @@ def ssl_context(conf, default_ssl_context_factory):
 def pre_fork(server, worker):
     """Give each worker a device: of several GPUs, the one with the fewest workers."""
     used = [w.device for w in server.WORKERS.values()]
-    worker.region = counters.free_region(w.region for w in server.WORKERS.values())
+    worker.region = shared_memory.free_region(w.region for w in server.WORKERS.values())
     worker.device = min(plan.devices, key=used.count)
 
 
@@ -137,12 +138,15 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
-        picture = next(filter(os.path.exists, ("tests/images/chelsea.jpg", "app/api/static/cat.jpg")), "picture.jpg")
-        worker.log.info("serving", extra={"url": url, "try": f"curl -F file=@{picture} {url}/predict"})
+        task = worker.wsgi.extensions["model"].current.task
+        there = [path for path in ("tests/images/chelsea.jpg", "app/api/static/cat.jpg") if os.path.exists(path)]
+        file = there[0] if there and "picture" in task.takes else "your-file"
+        sample = f"-F file=@{file}" if task.is_file else task.curl_sample()
+        worker.log.info("serving", extra={"url": url, "try": f"curl {sample} {url}/predict"})
 
 
 def child_exit(server, worker):
-    counters.end_worker(worker.region)
+    shared_memory.end_worker(worker.region)
 
 
 def on_exit(server):

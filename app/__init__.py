@@ -9,7 +9,7 @@ def create_app(settings=None, loader=None):
     # Imported here to keep 10 MB out of the Gunicorn master, which imports this package too.
     from flask import Flask
 
-    from app.api import batch, docs, error_handlers, health, info, metrics, predict, requests, uploads
+    from app.api import docs, error_handlers, health, info, metrics, predict, requests, uploads
     from app.config import Settings
     from app.engine.bundle import Prepared
 
@@ -32,7 +32,7 @@ def create_app(settings=None, loader=None):
     if settings.api_keys or settings.rate_limit or settings.cors_origins or settings.trusted_proxies:
         from app.api import access
         access.register(app, settings)
-    for module in (predict, batch, health, info, metrics, docs):
+    for module in (predict, health, info, metrics, docs):
         app.register_blueprint(module.bp)
     return app
 

@@ -3,9 +3,11 @@ import argparse
 import dataclasses
 import json
 import logging.config
+import os
 import sys
 from pathlib import Path
 
+from app import model_settings
 from app.config import Settings, StartError
 from app.tasks.options import ALL
 
@@ -51,8 +53,10 @@ def add_predict_and_evaluate(commands):
 
 def declared_options():
     """The options of a model of one's own, else of all the others."""
+    if not {"predict", "evaluate"} & set(sys.argv):  # the other commands need no code of the user's
+        return ALL
     try:
-        settings = next(iter(Settings.load().each().values()))
+        settings = next(iter(model_settings.each(Settings.load()).values()))
         if ":" in settings.model_name:
             from app.tasks import own
             return own.class_of(settings.model_name).options
@@ -62,6 +66,7 @@ def declared_options():
 
 
 def run_answering(arguments):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for workers: each slot is one core
     from app import cli
     from app.errors import ServiceError
     try:
@@ -112,32 +117,44 @@ def run_health(arguments):
 
 
 def run_prepare(arguments):
-    from app.prepare import make, naming
-    from app.server.logs import logging_config
-    from app.server.machine import plan as plan_of
+    outcome = sys.stdout
+    if arguments.json:  # what a model of the user's prints must not be taken for it
+        outcome = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
     try:
-        settings = Settings.load()
-        if not arguments.json:
-            settings = dataclasses.replace(settings, log_format="text")
-        logging.config.dictConfig(logging_config(settings))
-        plan = plan_of(settings)
-        made = make(settings, plan.engine)
-        if arguments.check:
-            from app.engine.slots import Slots
-            from app.model_loader import Model
-            for done, one in zip(made, settings.each().values(), strict=True):
-                with naming(done.key, settings):
-                    Model(done, one, plan, Slots(1, 1)).task.end()
+        made = make_and_check(arguments)
     except StartError as e:
-        print(json.dumps({"error": str(e)}) if arguments.json else f"error: {e}",
-              file=sys.stdout if arguments.json else sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps({"models": [done.as_json() for done in made]}))
+        print(json.dumps({"error": str(e)[:5000]}) if arguments.json else f"error: {e}",
+              file=outcome if arguments.json else sys.stderr)
+        code = 1
     else:
-        for done in made:
-            print(f"ready: {done.folder.resolve() if done.folder else done.own}")
-    return 0
+        print(json.dumps({"models": [done.as_json() for done in made]}) if arguments.json else
+              "\n".join(f"ready: {done.own or done.folder.resolve()}" for done in made), file=outcome)
+        code = 0
+    if arguments.json:
+        outcome.close()
+        logging.shutdown()
+        os._exit(code)  # threads that a model of the user's has left behind are not waited for
+    return code
+
+
+def make_and_check(arguments):
+    from app.prepare import make, naming
+    from app.server.log_config import logging_config
+    from app.server.machine import plan as plan_of
+    settings = Settings.load()
+    if not arguments.json:
+        settings = dataclasses.replace(settings, log_format="text")
+    logging.config.dictConfig(logging_config(settings))
+    plan = plan_of(settings)
+    made = make(settings, plan.engine)
+    if arguments.check:
+        from app.engine.slots import Slots
+        from app.model_loader import Model
+        for done, one in zip(made, model_settings.each(settings).values(), strict=True):
+            with naming(done.key, settings):
+                Model(done, one, plan, Slots(1, 1)).task.end()
+    return made
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def answers(loader, options, paths, crops=None):
     def work(path):
         def see(index, image):
             name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
-            model.task.seen(image).save(crops / f"{name}-{index}.png")
+            model.task.answer_kind().seen(image).save(crops / f"{name}-{index}.png")
 
         def answer():
             data = read_input(path, model.task, settings)
@@ -110,7 +110,7 @@ def predict(arguments):
                            f"{' or '.join(model.task.takes)}")
     width = max(4, *(len(str(path)) for path in paths))
     if not arguments.json:
-        print_row("file", width, model.task.columns())
+        print_row("file", width, model.task.answer_kind().columns())
     failed = 0
     for path, answer in answers(loader, options, paths, arguments.save_crop):
         is_error = isinstance(answer, ServiceError)
@@ -123,7 +123,7 @@ def predict(arguments):
         elif is_error:
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
         else:
-            print_row(path, width, model.task.row(answer["predictions"]))
+            print_row(path, width, model.task.answer_kind().row(answer["predictions"]))
     if failed and len(paths) > 1:
         print(f"{failed} of {len(paths)} files failed", file=sys.stderr)
     return 1 if failed else 0
@@ -133,7 +133,8 @@ def save_media(answer, path):
     """Write an answer that is media beside its input's name, and replace it by the path."""
     predictions = answer["predictions"]
     if isinstance(predictions, dict) and set(predictions) == {"media_type", "b64"}:
-        path = path.with_name(path.name + (mimetypes.guess_extension(predictions["media_type"]) or ".bin"))
+        subtype = predictions["media_type"].partition("/")[2].removeprefix("x-")
+        path = path.with_name(path.name + (mimetypes.guess_extension(predictions["media_type"]) or f".{subtype}"))
         path.write_bytes(base64.b64decode(predictions["b64"]))
         answer["predictions"] = {"media_type": predictions["media_type"], "path": str(path)}
 
@@ -145,10 +146,9 @@ def print_row(path, width, columns):
 def evaluate(arguments):
     header, rows = read_csv(arguments.labels)
     loader, model, options = load(arguments)
-    evaluation = model.task.evaluation()()
-    options |= evaluation.options
-    expected = [evaluation.label(model.task, header, row, f"line {i} of {arguments.labels}")
-                for i, row in enumerate(rows, 2)]
+    kind = model.task.answer_kind()
+    options |= kind.evaluate_with
+    expected = [kind.label(header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
     paths, pairs = [arguments.folder / row[0] for row in rows], []
     for (path, answer), label in zip(answers(loader, options, paths), expected, strict=True):
         if isinstance(answer, ServiceError):
@@ -157,12 +157,12 @@ def evaluate(arguments):
             pairs.append((answer["predictions"], label))
     if not pairs:
         raise CommandError(f"none of the {len(paths)} files could be answered")
-    measured = evaluation.measure(model.task, pairs)
+    measured = kind.measure(pairs)
     result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measured}
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(*evaluation.lines(measured), sep="\n")
+        print(*kind.lines(measured), sep="\n")
         print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))
     return 1 if result["failed"] else 0
 

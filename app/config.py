@@ -1,4 +1,5 @@
 """The service's settings: read once from the environment and `.env`, validated, then frozen."""
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,7 +16,7 @@ UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb":
 YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
-HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by Settings.variables
+HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by handing_down.variables
 
 BUILT_IN = r"[a-z0-9_]{1,64}"
 OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -40,13 +41,10 @@ def integer(low, high):
 
 def seconds(low, high):
     def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise ValueError(f"a number of seconds from {low} to {high}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise ValueError(f"a number of seconds from {low} to {high}")
     return parse
 
 
@@ -67,19 +65,19 @@ def store_url(*schemes):
     return parse
 
 
-def one_of(*choices):
+def one_of(*choices, then=str.lower):
     def parse(text):
         if text.lower() not in choices:
             raise ValueError("one of " + ", ".join(choices))
-        return text.lower()
+        return then(text)
     return parse
 
 
-def matching(pattern, takes):
+def matching(pattern, takes, then=str):
     def parse(text):
         if not re.fullmatch(pattern, text):
             raise ValueError(takes)
-        return text
+        return then(text)
     return parse
 
 
@@ -93,24 +91,12 @@ def yes_or_no(text):
     return YES_OR_NO[text.lower()]
 
 
-def device_name(text):
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text.lower()):
-        raise ValueError("auto, cpu, cuda or cuda:N")
-    return text.lower()
-
-
-def level(text):
-    return one_of("debug", "info", "warning", "error", "critical")(text).upper()
-
-
 def rate_limit(text):
     import limits
-    try:
-        if not all(limit.amount for limit in limits.parse_many(text)):
-            raise ValueError
-    except ValueError:
-        raise ValueError("a limit such as 60/minute, or several separated by ;") from None
-    return text
+    with contextlib.suppress(ValueError):
+        if all(limit.amount for limit in limits.parse_many(text)):
+            return text
+    raise ValueError("a limit such as 60/minute, or several separated by ;")
 
 
 def preprocessing(text):
@@ -135,16 +121,12 @@ def listed(part, takes):
 def setting(parse, default, secret=False, each=False):
     """secret: the value is never shown, not even in an error message; each: of several models, each may have its own,
     in the variable NAME__SETTING."""
-    return dataclasses.field(default=default, repr=not secret,
-                             metadata={"parse": parse, "secret": secret, "each": each})
-
-
-def parsed(field, variable, text):
-    try:
-        return field.metadata["parse"](text)
-    except ValueError as e:
-        got = "something else" if field.metadata["secret"] else repr(text)
-        raise SettingsError(f"{variable} must be {e}, got {got}") from e
+    def read(variable, text):
+        try:
+            return parse(text)
+        except ValueError as e:
+            raise SettingsError(f"{variable} must be {e}, got {'something else' if secret else repr(text)}") from e
+    return dataclasses.field(default=default, repr=not secret, metadata={"read": read, "each": each})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +144,7 @@ class Settings:
     models_memory: int | None = setting(byte_size, None)
     model_dir: Path = setting(path, Path("models"))
     weights_mirror: str | None = setting(str, None)
-    device: str = setting(device_name, "auto")
+    device: str = setting(matching(r"(?i:auto|cpu|cuda(:\d{1,2})?)", "auto, cpu, cuda or cuda:N", str.lower), "auto")
     engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
     precision: str = setting(one_of("fp32", "bf16", "fp16", "int8", "auto"), "fp32", each=True)
     calibration_dir: Path | None = setting(path, None, each=True)
@@ -194,7 +176,7 @@ class Settings:
     cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
                                                 "* or comma-separated origins such as https://example.org"),
                                          None)
-    log_level: str = setting(level, "INFO")
+    log_level: str = setting(one_of("debug", "info", "warning", "error", "critical", then=str.upper), "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
     of_models: tuple = ()  # of the models in `models`: (NAME__VARIABLE, text) of those that are set
 
@@ -210,33 +192,15 @@ class Settings:
     def parse(cls, variables):
         """Settings from a mapping of variables to strings; an empty string counts as unset. Raises SettingsError."""
         texts = {variable: text.strip() for variable, text in variables.items() if text and text.strip()}
-        settings = cls(**{field.name: parsed(field, field.name.upper(), texts[field.name.upper()])
+        settings = cls(**{field.name: field.metadata["read"](field.name.upper(), texts[field.name.upper()])
                           for field in SETTINGS if field.name.upper() in texts})
         if settings.models:
             from app import model_settings
-            settings = dataclasses.replace(settings, of_models=model_settings.of_models(settings.models, texts))
-            settings.each()
+            try:
+                return model_settings.checked(settings, texts)
+            except ValueError as e:
+                raise SettingsError(str(e)) from e
         return settings
-
-    def each(self):
-        """{key: the Settings of that model}, the default first. The key is NAME or NAME@VERSION of MODELS, else
-        MODEL_NAME, or the name of the class in snake_case."""
-        if not self.models:
-            name = self.model_name.rpartition(":")[2]
-            return {re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower(): self}
-        from app import model_settings
-        try:
-            return {key: dataclasses.replace(self, models=None, of_models=(), **{
-                        field.name: parsed(field, *own[field.name]) for field in SETTINGS if field.name in own})
-                    for key, own in model_settings.read(self, [f.name for f in SETTINGS if f.metadata["each"]]).items()}
-        except ValueError as e:
-            raise SettingsError(str(e)) from e
-
-    def variables(self):
-        """The mapping from which parse() makes the same Settings in another process, which then reads no `.env`."""
-        texts = {field.name.upper(): getattr(self, field.name) for field in SETTINGS}
-        return {name: "" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
-                for name, value in texts.items()} | dict(self.of_models) | {HANDED_DOWN: "1"}
 
 
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.metadata]

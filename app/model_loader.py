@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 HUNG_AFTER_S = 10         # past the deadline, for an inference
 SLOT_HUNG_AFTER_S = 30    # likewise for decoding and face detection, which rarely check the deadline
+ALL_HUNG_AFTER_S = 3      # if this is so in all slots, so that nobody is served
 RETEST_AFTER_S = 10       # a model that fails is tested again, but not for each of its failures
 
 
@@ -30,6 +31,7 @@ class Model:
         self.fallback_reason = source.fallback_reason
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
+        self.label = f"{self.name}@{version}" if version else self.name
         self.users, self.retired, self.broken, self.tested = 0, False, False, 0.0
         try:
             self.task.start()
@@ -45,7 +47,7 @@ class Model:
             self.task.self_test()
         except (ServiceError, RuntimeError, MemoryError, ModelError) as e:
             self.broken = True
-            raise ModelError(f"{self.name} fails its self-test: {str(e).splitlines()[0]}") from e
+            raise ModelError(f"{self.name} fails its self-test: {(str(e) or type(e).__name__).splitlines()[0]}") from e
         self.tested = time.monotonic()
 
     def answer(self, data, options, call):
@@ -64,11 +66,6 @@ class Model:
             **metadata, "inference_time": round(call.stages.timings_ms["inference"] / 1000, 6),
             "timings_ms": call.stages.timings_ms}}
 
-    @property
-    def label(self):
-        """cats, or cats@2."""
-        return f"{self.name}@{self.version}" if self.version else self.name
-
     @functools.cached_property
     def identity(self):
         """All that determines the model's answers, as bytes."""
@@ -76,11 +73,7 @@ class Model:
 
     def info(self):
         """The `model` object of GET /info."""
-        task = self.task
-        return {"name": self.name, **({"version": self.version} if self.version else {}), "task": task.kind,
-                "takes": task.takes, "field": task.field,
-                "media_types": task.media_types, "options": [option.info(self.settings) for option in task.options],
-                "device": task.device, **task.info(),
+        return {**self.task.declared(self.name, self.version), **self.task.info(),
                 "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
                 if self.fallback_reason else None}
 
@@ -188,8 +181,11 @@ class ModelLoader:
                 return "the model failed its self-test"
             if model.task.hung_seconds() > HUNG_AFTER_S:
                 return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
-        if self.slots.overdue_seconds() > SLOT_HUNG_AFTER_S:
+        most, least = self.slots.overdue_seconds()
+        if most > SLOT_HUNG_AFTER_S:
             return f"a slot has been hanging for more than {SLOT_HUNG_AFTER_S} s past a deadline"
+        if least > ALL_HUNG_AFTER_S:
+            return f"all slots have been hanging for more than {ALL_HUNG_AFTER_S} s past their deadlines"
         return None
 
 

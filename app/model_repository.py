@@ -15,10 +15,10 @@ from gevent.event import AsyncResult
 
 from app import model_settings
 from app.errors import Deadline, DeadlineExceeded, ServiceError
-from app.model_loader import Model, ModelLoader, no_such_model
+from app.model_loader import Model, ModelLoader, no_such_model, rebuild
 from app.server import counters, traffic
 from app.server.counters import Stages
-from app.tasks import Call
+from app.tasks import Call, Place, create
 
 RETRY_LOAD_AFTER_S = 10   # a model that cannot be loaded
 MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its file in memory
@@ -41,12 +41,13 @@ class ModelRepository(ModelLoader):
 
     def __init__(self, settings, plan):
         super().__init__(settings, plan)
-        self.each = settings.each()            # {key: its Settings}
+        self.each = model_settings.each(settings)  # {key: its Settings}
         self.versions = model_settings.versions(self.each)  # {name: versions}
         self.default = next(iter(self.each))
         self.default_name = self.default.partition("@")[0]
         self.area = traffic.own(settings)
         self.sources = {}                      # {key: Prepared}
+        self.declared = {}                     # {key: Task}, which has not been started
         self.by_key = collections.OrderedDict()  # loaded Models, the one used last at the end
         self.sizes = {}                        # {key: bytes that the model took when it was last loaded}
         self.loads, self.failed_at = {}, {}    # {key: AsyncResult of a load}, {key: when it last failed}
@@ -68,7 +69,8 @@ class ModelRepository(ModelLoader):
     def load(self, sources):
         """At boot, load the default model, and with LOAD_MODELS=boot the others; on a reload, those that are loaded,
         one after the other. Raises StartError: the models that it names stay as they were."""
-        first = not self.sources
+        first = not self.by_key
+        self.declared = {source.key: self.task_of(source) for source in sources}
         before, self.sources = self.sources, {source.key: source for source in sources}
         wanted = [key for key in self.each if key == self.default or key in self.by_key
                   or first and self.settings.load_models == "boot"]
@@ -83,6 +85,9 @@ class ModelRepository(ModelLoader):
         if failure is not None:
             raise failure
         return self
+
+    def task_of(self, source):
+        return create(Place(source, self.each[source.key], self.plan, self.slots, rebuild))
 
     def load_one(self, key):
         """Load a model, or load it again, in a native thread. Raises StartError, or ServiceError OUT_OF_MEMORY."""
@@ -202,16 +207,15 @@ class ModelRepository(ModelLoader):
             keys = [key for key in self.each if name in (key, key.partition("@")[0])]
         else:
             keys = list(self.each)  # the body may name any of them
-        with self.lock:
-            found = [self.by_key.get(key) for key in keys]
-        return [] if None in found else [model.task for model in found]
+        return [self.declared[key] for key in keys]
 
     def info(self, name):
         try:
             return super().info(name)
         except NotLoaded as e:
             name, _, version = e.key.partition("@")
-            return {"name": name, **({"version": version} if version else {}), "loaded": False}
+            task = self.declared[e.key]
+            return {**task.declared(name, version), **(task.info() if self.sources[e.key].own else {}), "loaded": False}
 
     def states(self):
         """[{"name", "version", "default", "loaded", "share", "shadow", "memory_bytes"}] of all models."""
@@ -249,18 +253,21 @@ class ModelRepository(ModelLoader):
             gevent.sleep(LOOK_S)
             while self.shadowed:
                 since, model, version, *rest = self.shadowed[0]
-                if not self.slots.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
+                if not self.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
                     gevent.sleep(LOOK_S)
                     continue
                 self.shadowed.popleft()
                 outcome = "skipped"
-                if self.slots.is_idle():
+                if self.is_idle():
                     try:
                         outcome = self.shadow(model, f"{model.key.partition('@')[0]}@{version}", *rest)
                     except Exception as e:
                         log.info("the shadow %s@%s failed: %s", model.name, version, e)
                         outcome = "failed"
                 count_shadow(model.name, version, outcome)
+
+    def is_idle(self):
+        return not self.slots.running and not self.slots.waiting and not self.slots.batched
 
     def shadow(self, model, key, data, options, predictions):
         deadline, stages = Deadline(self.settings.request_timeout), Stages()
@@ -269,7 +276,7 @@ class ModelRepository(ModelLoader):
             with self.lease(key) as other:
                 mine = {one.name: options.get(one.name, one.default_of(other.settings)) for one in other.task.options}
                 found = other.answer(data, mine, Call(deadline, stages))
-            return "agree" if model.task.agrees(predictions, found["predictions"]) else "disagree"
+            return "agree" if model.task.answer_kind().agree(predictions, found["predictions"]) else "disagree"
         return self.when_loaded(lambda: self.slots.run(answer, deadline, stages, admitted=True), deadline)
 
 

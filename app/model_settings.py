@@ -1,7 +1,9 @@
-"""What MODELS and the variables of its models say: NAME@VERSION=MODEL_NAME, NAME__MODEL_PATH, NAME__SPLIT.
+"""The Settings of each model, and what MODELS and the variables of its models say: NAME@VERSION=MODEL_NAME,
+NAME__MODEL_PATH, NAME__SPLIT.
 
-Only a service of several models imports it. Problems are ValueErrors, which config.py turns into SettingsErrors.
+Of workers, only those of several models import it. Problems are ValueErrors, which config.py turns into SettingsErrors.
 """
+import dataclasses
 import re
 from typing import NamedTuple
 
@@ -54,10 +56,28 @@ def versions(keys):
     return found
 
 
-def of_models(models, variables):
-    """Of {variable: text} those that begin with NAME__ for a name in MODELS, as sorted pairs."""
-    prefixes = tuple(f"{text.partition('=')[0].partition('@')[0]}__".upper() for text in models)
-    return tuple(sorted(pair for pair in variables.items() if pair[0].startswith(prefixes)))
+def snake_case(name):
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def each(settings):
+    """{key: the Settings of that model}, the default first. The key is NAME or NAME@VERSION of MODELS, else MODEL_NAME,
+    or the name of the class in snake_case."""
+    if not settings.models:
+        return {snake_case(settings.model_name.rpartition(":")[2]): settings}
+    fields = {field.name: field.metadata for field in dataclasses.fields(settings) if field.metadata}
+    return {key: dataclasses.replace(settings, models=None, of_models=(), **{
+                name: fields[name]["read"](variable, text) for name, (variable, text) in own.items()})
+            for key, own in read(settings, [name for name, about in fields.items() if about["each"]]).items()}
+
+
+def checked(settings, variables):
+    """The Settings with `of_models`: of {variable: text}, what is said of the models in MODELS. Raises ValueError."""
+    prefixes = tuple(f"{entry.name}__".upper() for entry in entries(settings.models))
+    texts = tuple(sorted(pair for pair in variables.items() if pair[0].startswith(prefixes)))
+    settings = dataclasses.replace(settings, of_models=texts)
+    each(settings)
+    return settings
 
 
 def read(settings, names):

@@ -17,8 +17,7 @@ import onnxruntime
 from piper import PiperVoice, SynthesisConfig
 from piper.config import PiperConfig
 
-from app.tasks.options import choice, number
-from app.tasks.own import InvalidInput, Media, OwnTask
+from app.tasks.own import InvalidInput, Media, OwnTask, choice, number
 
 # One core of an AMD EPYC (Zen 5) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
 MAX_CHARACTERS = 500  # English: 520 to 630 phonemes, 28 s of sound
@@ -44,6 +43,7 @@ class Speech(OwnTask):
     takes = "text"
     example = "The quick brown fox jumps over the lazy dog."
     media_types = ("audio/wav",)
+    deterministic = False
     options = (
         number("speed", 0.5, 2, default=1, meaning="How fast it speaks; 1 is about 200 words per minute."),
         number("variation", 0, 1, default=1, meaning="How much two readings of a text differ; at 0 they are equal."),
@@ -81,8 +81,16 @@ class Speech(OwnTask):
             noise_w_scale=config.noise_w_scale * options["variation"])
 
     def predict(self, batch):
-        return [np.concatenate([self.voice.phoneme_ids_to_audio(self.voice.phonemes_to_ids(piece), how)
-                                for piece in spoken]) for spoken, how in batch]  # float32 samples, about -1..1
+        return [self.speak(*one) for one in batch]
+
+    def speak(self, spoken, how):
+        """The pieces as float32 samples, (T,), about -1..1. Raises TimeoutError."""
+        sounds = []
+        for piece in spoken:
+            if self.seconds_left() < 0:
+                raise TimeoutError
+            sounds.append(self.voice.phoneme_ids_to_audio(self.voice.phonemes_to_ids(piece), how))
+        return np.concatenate(sounds)
 
     def encode(self, output, options):
         samples = (output * (32767 / np.abs(output).max())).astype("<i2")  # the loudest is full scale, as piper does it

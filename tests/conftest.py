@@ -19,6 +19,7 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings
+from app.server import board, counters, shared_memory
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = Path(skimage.__file__).parent / "data"
@@ -214,6 +215,15 @@ def start_service(tmp_path, model_dir):
     yield start
     for service in services:
         service.stop()
+
+
+@pytest.fixture
+def own_board(monkeypatch):
+    """The Board of this process, which for one test is like a service's master."""
+    for module, name in ((board, "own"), (counters, "own"), (counters, "regions")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # set back when the test ends
+    shared_memory.create(1)
+    return board.own
 
 
 @pytest.fixture(scope="module")

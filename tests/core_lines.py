@@ -2,10 +2,12 @@
 
     python tests/core_lines.py [most]
 
-Serves a picture as a worker does, from a bundle that the master has published, then counts the lines of the house's
-modules that were imported for that, and those that only the master needs. Ends with 1 where the first number is above
-`most`.
+Publishes a bundle as the master does; a second process then serves a picture from it as a worker does, and counts the
+lines of the house's modules that were imported for that. Those that only the first process needs are the master's.
+Ends with 1 where the worker's number is above `most`.
 """
+import json
+import mmap
 import os
 import subprocess
 import sys
@@ -19,41 +21,53 @@ def house():
     """{path: lines} of the imported modules of app/."""
     paths = {Path(module.__file__) for name, module in list(sys.modules.items())
              if name.partition(".")[0] == "app" and getattr(module, "__file__", None)}
-    return {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in paths}
+    return {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
 
 
-def main():
-    sys.path.insert(0, str(ROOT))
+def master(most=None):
     subprocess.run([sys.executable, "-m", "app", "prepare"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    import app.prepare
+    import app.server.lifecycle
+    import app.server.log_config
+    import app.server.machine  # noqa: F401
     from app.config import Settings
     from app.engine.bundle import Prepared
-    from app.server import board, counters
-    counters.share(board.create(counters.bytes_for(1)))
+    from app.server import board, shared_memory
+    shared_memory.create(1)
     folder = next(Path(Settings.load().model_dir).glob("bundles/efficientnet_lite0-*-openvino"))
     board.own.publish([Prepared(folder)])
     board.own.write(plan={"engine": "openvino", "devices": ["cpu"], "workers": 1, "streams": 1, "slots": 2,
                           "queue": 16})
 
-    import app.server.worker
+    memory = board.own.descriptor
+    found = subprocess.run([sys.executable, __file__, "--worker", str(memory)], cwd=ROOT, check=True, pass_fds=[memory],
+                           stdout=subprocess.PIPE)
+    of_worker = json.loads(found.stdout)
+    of_master = {path: lines for path, lines in house().items() if path not in of_worker}
+    of_master["gunicorn.conf.py"] = len((ROOT / "gunicorn.conf.py").read_text().splitlines())
+    for path, lines in sorted(of_worker.items()):
+        print(f"{lines:6} {path}")
+    print(f"{sum(of_worker.values())} lines that a worker with the default settings imports; "
+          f"{sum(of_master.values())} more of the master ({', '.join(sorted(of_master))})")
+    return most is not None and sum(of_worker.values()) > int(most)
+
+
+def worker(memory):
+    from app.server import board
+    board.own = board.Board(memoryview(mmap.mmap(int(memory), 0)))
+    import app.server.worker  # noqa: F401
     from app import create_app
     client = create_app().test_client()
     picture = (ROOT / "app/api/static/cat.jpg").open("rb")
     for answer in (client.post("/predict", data={"file": picture}), client.get("/health"), client.get("/info"),
                    client.get("/metrics"), client.get("/", headers={"Accept": "text/html"})):
         assert answer.status_code == 200, answer.text
-    worker = house()
-    import app.prepare
-    import app.server.lifecycle
-    import app.server.machine  # noqa: F401
-    master = {path: lines for path, lines in house().items() if path not in worker}
-    master[Path("gunicorn.conf.py")] = len((ROOT / "gunicorn.conf.py").read_text().splitlines())
-    for path, lines in sorted(worker.items()):
-        print(f"{lines:6} {path}")
-    print(f"{sum(worker.values())} lines that a worker with the default settings imports; "
-          f"{sum(master.values())} more of the master ({', '.join(map(str, sorted(master)))})")
-    sys.stdout.flush()
-    os._exit(sum(worker.values()) > int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    print(json.dumps(house()), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(ROOT))
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2])
+    sys.exit(master(*sys.argv[1:]))

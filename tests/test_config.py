@@ -7,6 +7,7 @@ from conftest import ROOT
 from dotenv import dotenv_values
 
 from app.config import SETTINGS, Settings, SettingsError
+from app.handing_down import variables
 
 EXAMPLE = ROOT / ".env.example"
 NAMES = [field.name.upper() for field in SETTINGS]
@@ -88,5 +89,5 @@ def test_settings_survive_the_way_to_another_process():
               "API_KEYS": "one, two", "CORS_ORIGINS": "https://a.example,https://b.example", "LOG_LEVEL": "debug"}
     settings = Settings.parse(values)
     assert settings.api_keys == ("one", "two")
-    assert Settings.parse(settings.variables()) == settings
-    assert Settings.parse(Settings().variables()) == Settings()
+    assert Settings.parse(variables(settings)) == settings
+    assert Settings.parse(variables(Settings())) == Settings()

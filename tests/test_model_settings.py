@@ -5,6 +5,8 @@ import pytest
 
 from app import model_settings
 from app.config import Settings, SettingsError
+from app.handing_down import variables
+from app.model_settings import each
 
 MODELS = "resnet50,cats@1=mobilenet_v2,cats@2=mobilenet_v2,iris=examples.iris:Iris"
 TWO_CATS = "cats@1,cats@2"
@@ -12,51 +14,51 @@ TWO_CATS = "cats@1,cats@2"
 
 def test_without_models_there_is_one():
     settings = Settings.parse({"MODEL_NAME": "mobilenet_v2", "CATS__TOP_K": "3"})
-    assert settings.each() == {"mobilenet_v2": settings}
+    assert each(settings) == {"mobilenet_v2": settings}
 
 
 @pytest.mark.parametrize(("model_name", "key"), [
     ("examples.iris:Iris", "iris"), ("my_package:VoiceClone2", "voice_clone2"), ("a:HTTPModel", "http_model")])
 def test_a_class_is_called_by_its_name_in_snake_case(model_name, key):
     settings = Settings.parse({"MODEL_NAME": model_name})
-    assert settings.each() == {key: settings}
+    assert each(settings) == {key: settings}
 
 
 def test_each_model_has_its_own_settings_where_they_differ():
     settings = Settings.parse({"MODELS": MODELS, "MODEL_NAME": "ocean", "TOP_K": "3", "PRECISION": "bf16", "PORT": "80",
                                "CATS__TOP_K": "4", "CATS__2__TOP_K": "6", "CATS__1__LABELS_PATH": "/l",
                                "IRIS__MODEL_PATH": "/iris.skops", "RESNET50__PRECISION": "int8"})
-    each = settings.each()
-    assert list(each) == ["resnet50", "cats@1", "cats@2", "iris"]
-    assert [one.model_name for one in each.values()] == [
+    found = each(settings)
+    assert list(found) == ["resnet50", "cats@1", "cats@2", "iris"]
+    assert [one.model_name for one in found.values()] == [
         "resnet50", "mobilenet_v2", "mobilenet_v2", "examples.iris:Iris"]
-    assert [one.top_k for one in each.values()] == [3, 4, 6, 3]
-    assert [one.precision for one in each.values()] == ["int8", "bf16", "bf16", "bf16"]
-    assert [str(one.labels_path) for one in each.values()] == ["None", "/l", "None", "None"]
-    assert str(each["iris"].model_path) == "/iris.skops"
-    assert {one.port for one in each.values()} == {80}
-    for key, one in each.items():  # each is like the settings of a service of its own
+    assert [one.top_k for one in found.values()] == [3, 4, 6, 3]
+    assert [one.precision for one in found.values()] == ["int8", "bf16", "bf16", "bf16"]
+    assert [str(one.labels_path) for one in found.values()] == ["None", "/l", "None", "None"]
+    assert str(found["iris"].model_path) == "/iris.skops"
+    assert {one.port for one in found.values()} == {80}
+    for key, one in found.items():  # each is like the settings of a service of its own
         assert one.models is None, key
-        assert Settings.parse(one.variables()) == one
+        assert Settings.parse(variables(one)) == one
 
 
 def test_a_dot_in_a_version_is_an_underscore_in_its_variables():
     settings = Settings.parse({"MODELS": "cats@1.0,cats@1.1", "CATS__1_1__TTA": "no"})
-    assert [one.tta for one in settings.each().values()] == [True, False]
+    assert [one.tta for one in each(settings).values()] == [True, False]
 
 
 def test_one_model_may_have_the_common_path():
-    assert str(Settings.parse({"MODELS": "cats=resnet18", "MODEL_PATH": "/m"}).each()["cats"].model_path) == "/m"
+    assert str(each(Settings.parse({"MODELS": "cats=resnet18", "MODEL_PATH": "/m"}))["cats"].model_path) == "/m"
 
 
 def test_all_of_it_survives_the_way_to_another_process(tmp_path, monkeypatch):
     settings = Settings.parse({"MODELS": MODELS, "CATS__2__MODEL_PATH": "a b/m.pt", "CATS__SPLIT": "50:50",
                                "SPLIT_HEADER": "X-User", "MODELS_MEMORY": "1GiB", "LOAD_MODELS": "first_use",
                                "NO_MODEL__TOP_K": "3"})
-    assert Settings.parse(settings.variables()) == settings
-    assert "NO_MODEL__TOP_K" not in settings.variables()
+    assert Settings.parse(variables(settings)) == settings
+    assert "NO_MODEL__TOP_K" not in variables(settings)
     (tmp_path / ".env").write_text("CATS__1__TOP_K=3\nIRIS__NONSENSE=3\n")  # edited since
-    for variable, text in settings.variables().items():
+    for variable, text in variables(settings).items():
         monkeypatch.setenv(variable, text)
     assert Settings.load(tmp_path / ".env") == settings
     assert model_settings.traffic(dataclasses.replace(settings, workers=3))["cats"]["split"] == [["1", 50], ["2", 50]]

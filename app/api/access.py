@@ -6,14 +6,14 @@ import hashlib
 import hmac
 import ipaddress
 
-from flask import g, request
+from flask import current_app, g, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs")
-LIMITED_BLUEPRINTS = ("predict", "batch")
+LIMITED_BLUEPRINTS = ("predict",)
 FAILURES = "30/minute"  # requests without a valid key from one address
 MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 
@@ -26,7 +26,7 @@ def register(app, settings):
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
              allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
-             expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Request-ID"])
+             expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:
         from app.api.rate_limits import Counts
         counts = Counts(settings.rate_limit_storage)
@@ -103,6 +103,12 @@ def limit_predictions(app, text, counts):
         if files > 1:
             check(files - 1, True)
     app.extensions["count_batch"] = count_batch
+
+
+def client_id():
+    """Who asks, for versions that are chosen by client: the header SPLIT_HEADER, a key, or an address."""
+    header = current_app.extensions["settings"].split_header
+    return header and request.headers.get(header) or g.get("client") or client_address()
 
 
 def client_address():

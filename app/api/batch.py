@@ -1,21 +1,19 @@
-"""POST /predict/batch: several files, one result per file, in order."""
+"""POST /predict/batch and /models/NAME/predict/batch: several inputs, one result for each, in order. Imported with the
+first batch."""
 import functools
 
-from flask import Blueprint, current_app, g, jsonify, request
+from flask import current_app, g, jsonify, request
 
 from app.api import uploads
 from app.api.predict import client, client_watch, request_deadline
+from app.engine.batches import run_batch
 from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.server import counters
 from app.tasks import Call, options
 
-bp = Blueprint("batch", __name__)
 
-
-@bp.post("/predict/batch")
-@bp.post("/models/<name>/predict/batch")
-def predict_batch(name=None):
+def predict_batch(name):
     loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     loader.slots.check_room()
@@ -36,7 +34,7 @@ def predict_batch(name=None):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return files, loader.slots.run_batch([functools.partial(outcome, model, file, chosen, deadline)
+                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline)
                                                       for file in files])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         files, outcomes = loader.when_loaded(answers, deadline)

@@ -18,7 +18,7 @@ MEMORY_ENTRIES = 1024   # of about 1 kB each for a classifier
 REDIS_TIMEOUT_S = 0.05  # a request waits this long when an outage starts
 REDIS_PROBE_S = 1.0     # how often an unreachable Redis is retried in the background
 KEY_PREFIX = "prediction:"
-LARGE = 2**18           # bytes, which take a millisecond to hash; more are hashed in a native thread
+LARGE = 2**18           # bytes, which take a millisecond to hash; more, and JSON, are hashed in a native thread
 
 
 class PlainSerializer:
@@ -55,8 +55,11 @@ class ResultCache:
         in places of the queue and share the answer or a 4xx; if the computing request fails for another reason, the
         next one takes over. Raises what compute raises, DeadlineExceeded, OVERLOADED.
         """
+        if not model.task.deterministic:
+            return compute(), False
         with stages("cache"):
-            key = in_native_thread(key_of, data, options, model) if len(data) > LARGE else key_of(data, options, model)
+            key = key_of(data, options, model) if isinstance(data, bytes) and len(data) <= LARGE else \
+                in_native_thread(key_of, data, options, model)
         while True:
             flight = self.flights.get(key)
             if flight is None:
@@ -142,8 +145,10 @@ def call_here(call, *arguments):
 
 
 def key_of(data, options, model):
+    if not isinstance(data, bytes):  # text or JSON
+        data = json.dumps(data, sort_keys=True).encode()
     content = hashlib.sha256(data).digest()
-    asked = json.dumps(options, sort_keys=True).encode()
+    asked = json.dumps(options, sort_keys=True, default=lambda file: hashlib.sha256(file).hexdigest()).encode()
     return KEY_PREFIX + hashlib.sha256(b"\0".join([content, asked, VERSION.encode(), model.identity])).hexdigest()
 
 

@@ -12,8 +12,8 @@ bp = Blueprint("info", __name__)
 
 ENDPOINTS = {
     "/": "this list; in a browser, a page to try it",
-    "/predict": "POST a picture or a video, get its prediction",
-    "/predict/batch": "POST several pictures or videos, get one result for each",
+    "/predict": "POST what the model takes, get its prediction",
+    "/predict/batch": "POST several inputs, get one result for each",
     "/models": "the models; each has /models/NAME/predict and /models/NAME/predict/batch too",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",

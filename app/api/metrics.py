@@ -1,4 +1,5 @@
 """GET /metrics for Prometheus: the totals of counters.py over all workers, including those that have ended."""
+import itertools
 import platform
 
 from flask import Blueprint, Response, request
@@ -61,11 +62,7 @@ class Sums:
 
 def cumulative(buckets, values):
     """[(upper bound as text, number of values up to it)], ending with +Inf."""
-    total, bounds = 0.0, []
-    for bound, value in zip((*map(float, buckets), "+Inf"), values, strict=True):
-        total += value
-        bounds.append((str(bound), total))
-    return bounds
+    return list(zip((*map(str, map(float, buckets)), "+Inf"), itertools.accumulate(values), strict=True))
 
 
 def processes():

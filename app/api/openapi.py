@@ -66,7 +66,7 @@ ERRORS = {
             "Too many predictions: 60 per 1 minute are allowed, and each file of a batch counts; try again later."),
     "500": ("A bug in the service.", ["INTERNAL_ERROR"],
             "The service failed; its log has the reason under the request ID."),
-    "503": ("Temporarily unavailable.", ["OVERLOADED", "OUT_OF_MEMORY", "SHUTTING_DOWN"],
+    "503": ("Temporarily unavailable.", ["OVERLOADED", "OUT_OF_MEMORY", "MODEL_UNAVAILABLE", "SHUTTING_DOWN"],
             "The service is at its limit; try again later."),
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
@@ -283,7 +283,7 @@ def schemas(settings, tasks):
     wording = {"description": "What to change, as a sentence.", "type": "string", "minLength": 1}
     some = {"type": "integer", "minimum": 0}
     answers = [schema for task in tasks for schema in (
-        task.answer_schema, *([MEDIA] if task.media_types else []))]
+        task.answer_kind().schema(), *([MEDIA] if task.media_types else []))]
     answers = [schema for i, schema in enumerate(answers) if schema not in answers[:i]]
     if not all(task.is_file for task in tasks):
         answers = [{"anyOf": [*answers, {"type": "array", "description": "Of a request with instances."}]}]

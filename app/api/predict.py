@@ -1,4 +1,4 @@
-"""POST /predict and /models/NAME/predict: one input, one answer."""
+"""POST /predict and /models/NAME/predict: one input, one answer; and the way to batches."""
 import select
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -47,26 +47,27 @@ def predict(name=None):
     with uploads.received(uploads.one_file_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         filename, found, is_hit = loader.when_loaded(
             answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
-    response = media(found) or jsonify({"status": "success", "predictions": found["predictions"],
-                                        "metadata": {"filename": filename, **found["metadata"]}})
+    response = None
+    if g.model.task.media_types:
+        from app.api import values  # with the first answer that may be a file
+        response = values.media_response(found)
+    response = response or jsonify({"status": "success", "predictions": found["predictions"],
+                                    "metadata": {"filename": filename, **found["metadata"]}})
     if is_hit is not None:
         response.headers["X-Cache"] = "hit" if is_hit else "miss"
     return response
 
 
-def media(found):
-    """The response for an answer that is no JSON, else None."""
-    if not g.model.task.media_types:
-        return None
-    from app.api import values
-    return values.media_response(found)
+@bp.post("/predict/batch")
+@bp.post("/models/<name>/predict/batch")
+def predict_batch(name=None):
+    from app.api import batch
+    return batch.predict_batch(name)
 
 
 def client():
-    """Who asks, for versions that are chosen by client: an ID in the header SPLIT_HEADER, a key, or an address."""
-    from app.api import access
-    header = current_app.extensions["settings"].split_header
-    return header and request.headers.get(header) or g.get("client") or access.client_address()
+    from app.api import access  # with the first choice between versions
+    return access.client_id()
 
 
 def request_deadline(settings):

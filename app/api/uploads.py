@@ -22,8 +22,6 @@ from app.server import counters
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
 SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
-CONTENT_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
-                 "json": "application/json"}  # examples
 INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
@@ -147,8 +145,7 @@ def check_media_type(tasks):
             for task in tasks):
         return
     raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Type {mimetype[:80]} is not accepted here: "
-                       f"{tasks[0].how_to_send}. With curl --data-binary add -H 'Content-Type: "
-                       f"{CONTENT_TYPES[tasks[0].takes[0]]}'.")
+                       f"{tasks[0].how_to_send}. With curl --data-binary add -H 'Content-Type: {tasks[0].body_type}'.")
 
 
 def receive(most, deadline, bodies, key):
@@ -230,18 +227,16 @@ def sent_options():
 
     option raises ServiceError if it is repeated within either, or is a list or an object in JSON.
     """
-    sent = {}
     if request.mimetype == "multipart/form-data":
         body = request.stream.getvalue()
         if b"filename=" not in body[:body.find(b"\r\n\r\n")]:  # nor, probably, in the further parts
             from app.api import nameless_parts  # rarely needed
             nameless_parts.name_them()
-        sent = request.form.to_dict(flat=False)
-    elif request.mimetype == "application/x-www-form-urlencoded":
-        sent = request.form.to_dict(flat=False)
-    elif request.is_json:
+    if request.is_json:
         from app.api import json_body  # with the first JSON body
         sent = {name: [value] for name, value in json_body.members().items() if value is not None}
+    else:
+        sent = request.form.to_dict(flat=False)
 
     def option(name, is_file=False):
         values = sent.get(name) or request.args.getlist(name)

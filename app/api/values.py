@@ -7,7 +7,7 @@ from flask import Response, current_app, request
 
 from app.api import json_body, uploads
 from app.errors import ServiceError, invalid_parameter
-from app.tasks.own import Instances
+from app.tasks.own import Instances, is_unicode
 
 # --- inputs ---
 
@@ -43,6 +43,8 @@ def several(task):
 
 def listed(task, body):
     """[(input, its name in messages)] of `instances`; each alone, or as the only member of an object."""
+    if task.field and body.get(task.field) is not None:
+        raise ServiceError(400, "INVALID_PARAMETER", f"The object has {task.field} and instances; send one of them.")
     found = json_body.instances(body[uploads.INSTANCES], "inputs")
     return [(checked(task, one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one, field),
              field) for one, field in found]
@@ -77,6 +79,8 @@ def text_of(task, sent, field):
 def checked(task, value, field):
     if task.takes == ("text",) and not isinstance(value, str):
         raise invalid_parameter(field, "text", json_body.json_type(value))
+    if task.takes == ("text",) and not is_unicode(value):
+        raise invalid_parameter(field, "text in Unicode", "half of a surrogate pair")
     if value == "":
         raise missing_input(task)
     return value

@@ -19,7 +19,7 @@ FORMAT = 1  # incremented whenever older bundles would be misread
 @dataclass(frozen=True)
 class Prepared:
     """A model to serve: a bundle, or a class of the user's. fallback_reason: why MODEL_FALLBACK is served, else None;
-    key: of Settings.each; own: "package.module:Class", which has no folder, and a random token per publishing."""
+    key: of model_settings.each; own: "package.module:Class", which has no folder, and a random token per publishing."""
     folder: Path | None
     fallback_reason: str | None = None
     key: str = ""
@@ -34,10 +34,6 @@ class Prepared:
     def as_json(self):
         """For other processes, in another working directory."""
         return vars(self) | {"folder": self.folder and str(self.folder.resolve())}
-
-    @property
-    def title(self):
-        return self.own or self.folder.name
 
 
 @dataclass(frozen=True)

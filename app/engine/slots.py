@@ -81,12 +81,6 @@ class Slots:
         counters.own.set(counters.key("slots"), count)
         counters.own.set(counters.key("queue_limit"), max_queue)
 
-    def grow(self, count):
-        """Have at least this many, for tasks that collect batches from the calls in slots. Before the first call."""
-        self.count = max(self.count, count)
-        self.lanes = BoundedSemaphore(self.count)
-        counters.own.set(counters.key("slots"), self.count)
-
     def start(self):
         """Start the threads, which a process must not have before it forks."""
         with self.changed:
@@ -145,31 +139,6 @@ class Slots:
                 counters.change("queue_depth", -1)
                 stages.add("queue", time.monotonic() - job.queued)
 
-    def run_batch(self, calls):
-        """Make the calls of one batch, each in its own greenlet, and return their values in order.
-
-        A batch is admitted or refused as a whole: refused if the queue is full, or if earlier batches have as many
-        unanswered files as there are slots and places in the queue. All batches together run one greenlet per slot at
-        a time, so that single requests get their turn in between. Raises ServiceError OVERLOADED.
-        """
-        self.check_room()
-        if self.batched >= self.count + self.max_queue:
-            raise self.overloaded()
-
-        def in_lane(call):
-            with self.lanes:
-                try:
-                    return call()
-                finally:
-                    self.batched -= 1
-        self.batched += len(calls)
-        greenlets = [gevent.spawn(contextvars.copy_context().run, in_lane, call) for call in calls]
-        try:
-            gevent.joinall(greenlets)
-            return [greenlet.get() for greenlet in greenlets]
-        finally:
-            gevent.killall(greenlets, block=False)  # if the caller is cut off meanwhile
-
     def is_full(self):
         return len(self.running) + len(self.waiting) + self.onlookers >= self.count + self.max_queue
 
@@ -177,9 +146,6 @@ class Slots:
         """Raises ServiceError OVERLOADED if the queue is full."""
         if self.is_full():
             raise self.overloaded()
-
-    def is_idle(self):
-        return not self.running and not self.waiting and not self.batched
 
     def is_alone(self):
         """Whether calls come one at a time now, and no batch: one may use the whole processor."""
@@ -191,8 +157,10 @@ class Slots:
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
     def overdue_seconds(self):
-        """How long the most overdue call has been running past its deadline."""
-        return max([0.0, *(-job.deadline.remaining() for job in list(self.running.values()))])
+        """(how long the most overdue call has been running past its deadline; the least overdue, if all slots are)."""
+        overdue = sorted([0.0] * (self.count - len(self.running))
+                         + [max(0.0, -job.deadline.remaining()) for job in list(self.running.values())])
+        return overdue[-1], overdue[0]
 
 
 def in_native_thread(call, *arguments):

@@ -14,13 +14,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from app import model_settings
 from app.config import StartError
 from app.engine import bundle
 from app.engine.bundle import Prepared
+from app.handing_down import variables
 from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
 ROOT = Path(__file__).parent.parent.parent
+PIPE_BYTES = 64 * 1024  # what a pipe holds; a Board publishes less
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ def prepared(settings, engine):
     """[Prepared] of the models of these settings, verified, for this engine (openvino or torch). If any are missing, a
     subprocess makes them. Raises StartError."""
     found = []
-    for key, one in settings.each().items():
+    for key, one in model_settings.each(settings).items():
         with naming(key, settings):
             found.append(own(one, key) or find(one, engine, key))
     return outcome_of(start_making(settings)) if None in found else found
@@ -68,24 +71,24 @@ def find(settings, engine, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
-                            text=True, env={**os.environ, **settings.variables()}, cwd=ROOT)
+                            env={**os.environ, **variables(settings)}, cwd=ROOT)
 
 
 def outcome_of(process):
     """Wait for a process of start_making to end. Returns [Prepared]; raises StartError."""
     try:
-        with process.stdout as stdout:
-            lines = stdout.read().splitlines()
         code = process.wait()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    try:
-        answer = json.loads(lines[-1])
-    except (IndexError, ValueError) as e:
-        raise PrepareError("preparing the model ended prematurely"
-                           + (f", with exit code {code}" if code else "")) from e
+    with process.stdout as stdout:
+        os.set_blocking(stdout.fileno(), False)  # a process that a model has left behind may keep it open
+        try:
+            answer = json.loads(os.read(stdout.fileno(), PIPE_BYTES))
+        except (BlockingIOError, ValueError) as e:
+            raise PrepareError("preparing the model ended prematurely"
+                               + (f", with exit code {code}" if code else "")) from e
     if "error" in answer:
         raise PrepareError(answer["error"])
     return [Prepared.of(one) for one in answer["models"]]
@@ -95,7 +98,7 @@ def make(settings, engine):
     """Make what is missing of the models of these settings, in this process. Returns [Prepared]; raises StartError."""
     made = []
     with contextlib.ExitStack() as held:  # or making one might remove another
-        for key, one in settings.each().items():
+        for key, one in model_settings.each(settings).items():
             with naming(key, settings):
                 made.append(own(one, key) or make_one(one, engine, key))
             if made[-1].folder and (manifest := bundles.hold(made[-1].folder)):

@@ -1,6 +1,6 @@
 """Counters and timings of a running service, in memory shared by all its processes.
 
-Each worker writes to its own region (see board.py for the memory): no lock spans processes, a kill leaves everything
+Each worker writes to its own region (shared_memory.py creates them): no lock spans processes, a kill leaves everything
 readable, and a new worker continues in the region of one that ended. api/metrics.py exposes them to Prometheus.
 """
 import bisect
@@ -83,11 +83,12 @@ class Region:
     def claim(self):
         """Make the current process the owner; it continues the existing counts, but resets gauges."""
         self.lock = threading.Lock()
-        self.places = {key: place for key, place, _ in self.entries()}
         self.integers[END_AT] = max(self.integers[END_AT], HEADER_BYTES)
+        self.places = {}
         for key, place, count in self.entries():
-            if is_gauge(key):
-                self.doubles[place:place + count] = memoryview(bytes(8 * count)).cast("d")
+            self.places[key] = place
+            if MEASURES[key.partition(SEPARATOR)[0]].kind == "gauge":
+                self.reset(place, count)
         self.integers[READY_AT] = self.integers[GENERATION_AT] = self.integers[FAILED_AT] = 0
         self.integers[OWNER_AT] = os.getpid()
 
@@ -110,12 +111,6 @@ class Region:
     def failed(self, generation):
         """Record that the owner could not load the model of this generation, and keeps its current one."""
         self.integers[FAILED_AT] = generation
-
-    def outcome(self, generation):
-        """Whether the owner serves this generation; None while it has not tried."""
-        if self.integers[GENERATION_AT] >= generation:
-            return True
-        return False if self.integers[FAILED_AT] >= generation else None
 
     def entries(self):
         """Yield (key, index of the first value, number of values) of every entry, even while others are added."""
@@ -141,11 +136,13 @@ class Region:
         header = self.bytes[at:at + 8].cast("i")
         header[0], header[1] = len(text), count
         self.bytes[at + 8:at + 8 + len(text)] = text
-        for i in range(place, place + count):  # an unfinished entry may have been here
-            self.doubles[i] = 0
+        self.reset(place, count)  # an unfinished entry may have been here
         self.integers[END_AT] = 8 * (place + count)  # now readers can see it
         self.places[key] = place
         return place
+
+    def reset(self, place, count):
+        self.bytes[8 * place:8 * (place + count)] = bytes(8 * count)
 
     def add(self, key, amount):
         with self.lock:
@@ -171,10 +168,6 @@ def key(name, *labels):
     return SEPARATOR.join((name, *labels))
 
 
-def is_gauge(of_key):
-    return MEASURES[of_key.partition(SEPARATOR)[0]].kind == "gauge"
-
-
 def private():
     region = Region(memoryview(bytearray(REGION_BYTES)))
     region.claim()
@@ -187,42 +180,11 @@ regions = [own]  # those of all processes
 
 # --- which process counts where ---
 
-def bytes_for(workers):
-    return (1 + workers) * REGION_BYTES
-
-
-def regions_in(memory):
-    return [Region(memory[i:i + REGION_BYTES]) for i in range(0, len(memory), REGION_BYTES)]
-
-
-def share(memory):
-    """In the master, before it forks: count in this memory, the master in its first region."""
-    global own, regions
-    regions = regions_in(memory)
-    own = regions[0]
-    own.claim()
-
-
-def free_region(taken):
-    """The number of a worker's region that is not in `taken`; None if there is none left."""
-    return min(set(range(1, len(regions))) - set(taken), default=None)
-
-
 def start_worker(number):
     """In a new worker: count in this region from now on; if None, in one that nobody reads."""
     global own
-    if number is None:
-        own = private()
-        return
-    own = regions[number]
+    own = private() if number is None else regions[number]
     own.claim()
-
-
-def end_worker(number):
-    """In the master, when a worker has ended: drop its gauges, keep its counters."""
-    if number is not None:
-        regions[number].release()
-    count("worker_exits")
 
 
 def ready_workers():

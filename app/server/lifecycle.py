@@ -6,14 +6,13 @@ SIGHUP: the new model is prepared and checked in a process of its own, then publ
 goes on serving, then switches to it. A model that fails the check changes nothing.
 """
 import logging
-import mmap
 import os
 import signal
 import time
-from pathlib import Path
 
-from app.config import StartError
-from app.server import board, counters
+from app.server import board
+from app.server.counters import FAILED_AT, GENERATION_AT
+from app.server.shared_memory import running_service
 
 SWAP_WITHIN_S = 120  # for all workers to load a published model
 
@@ -79,7 +78,8 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
 
 def titles(models):
     """A list of Prepared, for people."""
-    return ", ".join(f"{model.key}={model.title}" if len(models) > 1 else model.title for model in models)
+    return ", ".join((f"{model.key}=" if len(models) > 1 else "") + (model.own or model.folder.name)
+                     for model in models)
 
 
 def url_of(cfg):
@@ -100,38 +100,11 @@ def is_alive(pid):
     return True
 
 
-def services():
-    """{process ID of the master: (Board, memory of the counters)} of the services on this machine whose memory this
-    user may open. Empty except on Linux."""
-    found = {}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if not os.readlink(link).startswith(f"/memfd:{board.NAME}"):
-                continue
-            descriptor = os.open(link, os.O_RDWR)
-        except OSError:  # another user's, or gone meanwhile
-            continue
-        memory = memoryview(mmap.mmap(descriptor, 0))
-        its_board, pid = board.Board(memory, descriptor), int(link.parts[2])
-        state = its_board.integers[board.MAGIC_AT], its_board.integers[board.MASTER_AT]
-        if state == (board.MAGIC, pid) and pid not in found:
-            found[pid] = its_board, memory[board.BYTES:]
-        else:  # a worker's view of the same memory, or the master's second one
-            os.close(descriptor)
-    return found
-
-
-def running_service(pid=None):
-    """(master's process ID, its Board, its workers' Regions) of the service on this machine, chosen by pid if there are
-    several. Raises StartError."""
-    found = services()
-    if pid is not None:
-        found = {p: service for p, service in found.items() if p == pid}
-    if len(found) != 1:
-        raise StartError("no running service was found" if not found else
-                         f"several services run here: choose one with --pid ({', '.join(map(str, sorted(found)))})")
-    (master, (its_board, memory)), = found.items()
-    return master, its_board, counters.regions_in(memory)[1:]
+def swapped(region, generation):
+    """Whether the worker that owns a counters.Region serves this generation; None while it has not tried."""
+    if region.integers[GENERATION_AT] >= generation:
+        return True
+    return False if region.integers[FAILED_AT] >= generation else None
 
 
 def reload_and_wait(pid=None):
@@ -147,7 +120,7 @@ def reload_and_wait(pid=None):
         return False, outcomes[0]["message"]
     name, until = outcomes[0]["message"].removeprefix("published "), time.monotonic() + SWAP_WITHIN_S
     while True:
-        by_worker = [region.outcome(outcomes[0]["generation"]) for region in regions if region.owner]
+        by_worker = [swapped(region, outcomes[0]["generation"]) for region in regions if region.owner]
         if by_worker and None not in by_worker or time.monotonic() > until:
             break
         if not is_alive(master):

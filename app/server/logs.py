@@ -96,24 +96,6 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-def logging_config(settings):
-    """A logging.config dictionary for the service and Gunicorn."""
-    if settings.log_format == "json":
-        formatter = {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": "%(levelname)s %(name)s %(message)s",
-                     "timestamp": True, "rename_fields": {"levelname": "level", "name": "logger"}}
-    else:
-        formatter = {"()": "app.server.text_logs.TextFormatter"}
-    return {"version": 1, "disable_existing_loggers": False,
-            "filters": {"request_id": {"()": "app.server.logs.RequestIdFilter"}},
-            "formatters": {"line": formatter},
-            "handlers": {"stderr": {"()": "app.server.logs.StderrHandler", "formatter": "line",
-                                    "filters": ["request_id"]}},
-            "root": {"level": settings.log_level, "handlers": ["stderr"]},
-            "loggers": {"gunicorn.error": {"level": settings.log_level, "handlers": [], "propagate": True},
-                        "gunicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
-                        "PIL": {"level": "WARNING"}}}
-
-
 def flush():
     """Write what is kept for a slow reader; called now and then."""
     for handler in logging.getLogger().handlers:

@@ -14,7 +14,7 @@ import time
 from app import model_settings
 from app.config import StartError
 from app.server import board
-from app.server.lifecycle import running_service
+from app.server.shared_memory import running_service
 
 SEQUENCE_AT = 0     # an integer: how often the shares were set
 TEXTS_AT = 64       # two texts, each after its length; the one that counts is number (sequence % 2)

@@ -79,7 +79,7 @@ class Worker(GeventWorker):
         if hasattr(LIBC, "mallopt"):  # glibc; one heap per thread would take 40 MB more
             LIBC.mallopt(M_ARENA_MAX, 2)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.generation, until = board.own.generation(), time.monotonic() + LOAD_WITHIN_S
+        self.generation, until = board.own.published()["generation"], time.monotonic() + LOAD_WITHIN_S
         thread = threading.Thread(target=self.load, name="load-model")
         thread.start()
         while thread.is_alive():
@@ -95,10 +95,8 @@ class Worker(GeventWorker):
     def load(self):
         try:
             super().load_wsgi()
-        except StartError as e:
-            self.log.critical("this worker cannot serve: %s", e)
-        except BaseException:  # no error must affect the other workers
-            self.log.exception("this worker cannot serve")
+        except BaseException as e:  # no error must affect the other workers
+            self.log.critical("this worker cannot serve: %s", e, exc_info=not isinstance(e, StartError))
 
     def give_up(self):
         logs.flush()
@@ -166,11 +164,8 @@ class Worker(GeventWorker):
         def replace():
             try:
                 self.wsgi.extensions["replace"](published["models"])
-            except StartError as e:
-                self.log.error("this worker keeps the old model: %s", e)
-                counters.own.failed(published["generation"])
-            except Exception:  # whatever it was, the old model keeps serving
-                self.log.exception("this worker keeps the old model")
+            except Exception as e:  # whatever it was, the old model keeps serving
+                self.log.error("this worker keeps the old model: %s", e, exc_info=not isinstance(e, StartError))
                 counters.own.failed(published["generation"])
             else:
                 counters.own.serves(published["generation"])
@@ -244,8 +239,8 @@ class Worker(GeventWorker):
             return  # the application adds the headers that a browser needs to read the refusal
         started, error = time.monotonic(), slots.overloaded()
         request_id = logs.id_for(headers.get("X-REQUEST-ID"))
-        endpoint = req.path if req.path in PREDICTIONS else "/models/<name>/predict"
-        counters.count_answer(endpoint, req.method, error.status, error.code)
+        counters.count_answer(req.path if req.path in PREDICTIONS else "/models/<name>/predict", req.method,
+                              error.status, error.code)
         request_log.info("request", extra={
             "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
             "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})

@@ -1,5 +1,4 @@
 """Tasks: what a model takes, its options, and how it comes to its answers."""
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,73 +32,47 @@ class Call:
 
 class Task:
     """A model that loads itself and answers. from_pictures.py has those that run a bundle, own.py is the base of models
-    of one's own. All methods run in native threads, `answer` in several at once."""
-    name = kind = None  # of the model, and of what it does, in /info
-    takes = ()         # what an input is: picture, video, audio, or any of these; or text; or json
-    is_file = True     # whether it is a file's bytes
-    body_types = None  # a pattern of the Content-Types that a raw body may have
-    how_to_send = ""   # an input, in words
-    options = ()       # options.Option
-    checked_options = ()     # that it ignores, unless their values are bad
-    field = example = None   # of text and JSON, see own.py
-    media_types = ()         # what an answer may be besides JSON
-    answer_schema = {}       # a JSON Schema of an answer's `predictions`
+    of one's own. All methods run in native threads, `answer` in several at once. Each task has
+
+    start(): get ready to answer; raises StartError
+    self_test(): compare an answer with what is known; raises ModelError, or what answering raises
+    answer(data, options, call): (predictions, members of the metadata) for one input: a file's bytes, text, or JSON
+        types; options: {name: value} of self.options; raises ServiceError, MemoryError
+    identity(): all that determines its answers, as JSON types
+    info(): members of the `model` object of GET /info
+    gauges(): (engine, precision, start of the weights' SHA-256) for the log and /metrics
+    hung_seconds(): how long an inference has been running after everyone who waited for it has left
+    end(): free threads and memory; no answer may follow
+    """
+    name = kind = None    # of the model, and of what it does, in /info
+    takes = ()            # what an input is: picture, video, audio, or any of these; or text; or json
+    is_file = True        # whether it is a file's bytes
+    field = None          # of a JSON body that holds it, if it is none
+    body_types = None     # a pattern of the Content-Types that a raw body may have
+    body_type = "image/jpeg"  # such as
+    how_to_send = ""      # an input, in words
+    options = ()          # options.Option
+    checked_options = ()  # that it ignores, unless their values are bad
+    media_types = ()      # what an answer may be besides JSON
+    deterministic = True  # whether equal inputs have equal answers, which may then be cached
+    answers = "Anything"  # what they are: a class of answers.py
 
     def __init__(self, place):
         self.settings, self.place, self.device = place.settings, place, place.plan.device
 
-    def start(self):
-        """Get ready to answer. Raises StartError."""
-        raise NotImplementedError
+    def declared(self, name, version):
+        """The members of GET /info's `model` that are known before it is loaded."""
+        return {"name": name, **({"version": version} if version else {}), "task": self.kind, "takes": self.takes,
+                "field": self.field, "media_types": self.media_types, "device": self.device,
+                "options": [option.info(self.settings) for option in self.options]}
 
-    def self_test(self):
-        """Compare an answer with what is known. Raises ModelError, or what answering raises."""
-        raise NotImplementedError
-
-    def answer(self, data, options, call):
-        """(predictions, members of the metadata) for one input: a file's bytes, text, or JSON types. options: {name:
-        value} of self.options. Raises ServiceError, MemoryError."""
-        raise NotImplementedError
-
-    def agrees(self, predictions, others):
-        """Whether two answers to the same request are the same in substance."""
-        return predictions == others
-
-    def identity(self):
-        """All that determines the answers, as JSON types."""
-        raise NotImplementedError
-
-    def info(self):
-        """Members of the `model` object of GET /info."""
-        return {}
-
-    def gauges(self):
-        """(engine, precision, start of the weights' SHA-256) for the log and /metrics."""
-        return type(self).__name__, "", ""
-
-    def columns(self):
-        """Titles of the columns in which `predict` on the command line shows answers."""
-        return ["answer"]
-
-    def row(self, predictions):
-        """An answer's columns."""
-        return [json.dumps(predictions, ensure_ascii=False)[:200]]
-
-    def evaluation(self):
-        """How `evaluate` compares answers with labels: a class of evaluation.py."""
-        from app.tasks.evaluation import Equality
-        return Equality
-
-    def hung_seconds(self):
-        """How long an inference has been running after everyone who waited for it has left."""
-        return 0.0
-
-    def end(self):
-        """Free threads and memory; no answer may follow."""
+    def answer_kind(self):
+        from app.tasks import answers
+        return getattr(answers, self.answers)(self)
 
 
 def create(place):
-    """The task of a place, not yet loaded. OpenCV is imported here, and only for tasks that detect faces. Raises
+    """The task of a place, not yet started. OpenCV is imported here, and only for tasks that detect faces. Raises
     StartError."""
     if place.source.own:
         from app.tasks import own

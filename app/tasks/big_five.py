@@ -3,15 +3,12 @@ from app.media import faces
 from app.tasks.from_pictures import FromPictures
 from app.tasks.options import AT, FRAMES, METHOD, TTA
 
-AGREE_WITHIN = 0.05  # per trait: what the mirror image or another frame of the same face changes
-
 
 class BigFive(FromPictures):
     kind = "big_five_regression"
     options = (METHOD, TTA, FRAMES, AT)
     full_size = True  # as in the training of the checkpoints
-    answer_schema = {"type": "object", "additionalProperties": {"type": "number"},
-                     "description": "The regression's raw score of each trait, about 0 to 1."}
+    answers = "Traits"
 
     def cut(self, image, shot, options, deadline, stages):
         with stages("face"):
@@ -35,19 +32,6 @@ class BigFive(FromPictures):
         return {"backbone": self.network["backbone"], "method": options["method"], "tta": options["tta"],
                 "face_detected": all(shot["face_detected"] for shot in views.counted), "frames": views.shots,
                 "spread": self.predictions(scores.reshape(-1, scores.shape[-1]).std(axis=0), options)}
-
-    def agrees(self, predictions, others):
-        return all(abs(score - others.get(trait, float("inf"))) <= AGREE_WITHIN for trait, score in predictions.items())
-
-    def columns(self):
-        return self.labels
-
-    def row(self, predictions):
-        return [f"{predictions[trait]:.3f}".rjust(len(trait)) for trait in self.labels]
-
-    def evaluation(self):
-        from app.tasks.evaluation import Closeness
-        return Closeness
 
     def info(self):
         return {**super().info(), "backbone": self.network["backbone"], "traits": self.labels}

@@ -9,10 +9,7 @@ from app.tasks.options import AT, FRAMES, TOP_K
 class Classify(FromPictures):
     kind = "classification"
     options = (TOP_K, FRAMES, AT)
-    answer_schema = {"type": "array", "description": "Highest first.", "minItems": 1, "maxItems": 10, "items": {
-        "type": "object", "required": ["class", "class_id", "confidence"], "properties": {
-            "class": {"type": "string"}, "class_id": {"type": "integer", "minimum": 0},
-            "confidence": {"type": "number", "minimum": 0, "maximum": 1, "description": "Softmax probability."}}}}
+    answers = "Classes"
 
     def scores(self, outputs):
         return softmax(outputs)
@@ -24,19 +21,6 @@ class Classify(FromPictures):
 
     def metadata(self, views, scores, options):
         return {"frames": views.shots} if views.of_video else {}
-
-    def agrees(self, predictions, others):
-        return predictions[0]["class"] == others[0]["class"]
-
-    def columns(self):
-        return ["classes"]
-
-    def row(self, predictions):
-        return [f"{p['class']} {p['confidence']:.1%}" for p in predictions]
-
-    def evaluation(self):
-        from app.tasks.evaluation import Accuracy
-        return Accuracy
 
     def info(self):
         return {**super().info(), "labels": self.labels}

@@ -29,10 +29,8 @@ class Views:
 
 
 class FromPictures(Task):
-    """A task whose input is a picture or the chosen frames of a video.
-
-    Subclasses define how a frame is cropped, which views of it the network sees, and what its outputs mean.
-    """
+    """A task whose input is a picture or the chosen frames of a video. Subclasses define how a frame is cropped (cut),
+    which views of it the network sees, and what its outputs mean (scores, predictions, metadata)."""
     takes = ("picture", "video")
     body_types = containers.MEDIA_TYPE
     how_to_send = ("send one as multipart/form-data in the field 'file', as the raw body with its image/… or video/… "
@@ -58,8 +56,6 @@ class FromPictures(Task):
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
             raise ModelError(f"the outputs are off by {error:.2g} of the largest")
 
-    # --- for subclasses ---
-
     def cut(self, image, shot, options, deadline, stages):
         """The RGB PIL image to analyse; None if this frame does not count. shot: the frame's entry in the answer."""
         return image
@@ -84,12 +80,11 @@ class FromPictures(Task):
         """Additional members of the answer's metadata. scores: (frames that count, views, K)."""
         return {}
 
-    # --- steps ---
-
     def answer(self, data, options, call):
         views = self.prepare(data, options, call)
         with call.stages("inference"):
-            scores = self.infer(views, call)
+            outputs = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone())
+        scores = self.scores(outputs).reshape(len(views.counted), -1, outputs.shape[1])
         by_frame = scores.mean(axis=1)
         for shot, scores_of_frame in zip(views.counted, by_frame, strict=True):
             shot["predictions"] = self.predictions(scores_of_frame, options)
@@ -117,12 +112,6 @@ class FromPictures(Task):
             raise self.nothing_counts()
         return views
 
-    def infer(self, views, call):
-        """Views → scores (frames that count, views, K)."""
-        outputs = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone())
-        scores = self.scores(outputs)
-        return scores.reshape(len(views.counted), -1, scores.shape[1])
-
     def read_frames(self, data, of_video, options, call):
         """Yield (Frame, upright (width, height)) for a picture or for the chosen frames of a video."""
         if not of_video:
@@ -135,12 +124,6 @@ class FromPictures(Task):
         from app.media import video  # only once there is a video
         for frame in video.timed_frames(data, self.settings, call, options["frames"], options["at"]):
             yield frame, frame.image.size
-
-    def seen(self, image):
-        """The PIL image that the network sees of what was cut out."""
-        return self.preprocessing.resize_and_crop(image)
-
-    # --- what is served ---
 
     def identity(self):
         manifest = self.manifest

@@ -85,24 +85,6 @@ def yes_or_no(name, **more):
     return Option(name, "true or false", parse, {"enum": [True, False, 1, 0, *YES_OR_NO]}, **more)
 
 
-def text(name, most=1000, **more):
-    def parse(text):
-        if len(text) > most:
-            raise ValueError
-        return text
-    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
-
-
-def file(name, most_bytes=10 * 2**20, **more):
-    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
-    def parse(data):
-        if len(data) > most_bytes:
-            raise ValueError
-        return data
-    return Option(name, f"a file of at most {most_bytes} bytes", parse, {"type": "string", "format": "binary"},
-                  is_file=True, **more)
-
-
 TOP_K = integer("top_k", 1, 10, setting="top_k", meaning="How many classes a classifier returns.")
 METHOD = choice("method", FACE_METHODS, setting="face_method",
                 meaning="What ocean analyses: the largest face, or 422; the whole picture; or the face or, if there "

@@ -17,8 +17,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import threading
+import time
 import traceback
 import wave
 from dataclasses import dataclass
@@ -29,17 +31,22 @@ from PIL import Image
 
 from app.config import StartError
 from app.engine.batcher import Batcher
+from app.engine.batches import grow
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
+from app.model_settings import snake_case
 from app.server.counters import Stages
 from app.tasks import Call, ModelError, Task
-from app.tasks.options import AT, FRAMES, Option
+from app.tasks.options import AT, FRAMES, Option, choice, integer, number, yes_or_no
 
 FILES = ("picture", "video", "audio")
 KINDS = (*FILES, "text", "json")
+BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
+              "json": "application/json"}
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
-SELF_TEST_WITHIN_S = 60
+
+__all__ = ["InvalidInput", "Media", "OwnTask", "choice", "file", "integer", "number", "text", "yes_or_no"]
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +80,22 @@ class OwnTask(Task):
     takes: "json", "text", "audio", "picture", "video" or ("picture", "video"). `decode` gets a JSON value, a str, the
         bytes of an audio file, an upright RGB PIL image, or, if it may be a video, a list of these
     field: the member of a JSON body that holds the input; None: all members but the options
-    options: a tuple of what the functions of app.tasks.options make
+    options: a tuple of what choice, file, integer, number, text and yes_or_no make
     example: an input (a file: its bytes or Path), for the self-test and the documentation
     media_types: what the Media that `encode` returns may be
     answer_schema: a JSON Schema of what `encode` returns
     max_batch: how many inputs, of concurrent requests too, `predict` gets at most
     batch_wait_ms: how long an incomplete batch waits for more
     threads: how many calls of `predict` may run at once; None: as many as the service calculates at once
+    deterministic: whether equal inputs have equal answers, which the result cache may then keep
+    self_test_within_s: how long the example may take at the start
     """
+    example = None
+    answer_schema = {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None
+    self_test_within_s = 60
 
     # --- the four steps ---
 
@@ -102,6 +114,12 @@ class OwnTask(Task):
         """One output → JSON types (NumPy's are converted), or Media."""
         return output
 
+    def seconds_left(self):
+        """In `predict`, for models that take long: the time after which nobody waits for the answer."""
+        at = self.batcher.due.get(threading.current_thread().name) if self.batcher else \
+            self.due.get(threading.get_ident())
+        return float("inf") if at is None else at - time.monotonic()
+
     def close(self):
         """Free what `load` took, when the model is replaced."""
 
@@ -109,9 +127,10 @@ class OwnTask(Task):
 
     def __init__(self, place):
         super().__init__(place)
-        self.name = self.kind = name_of(type(self).__name__)
+        self.name = self.kind = snake_case(type(self).__name__)
         self.token = place.source.token or os.urandom(8).hex()
-        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes)
+        self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
+            self.takes, tuple | list) else ()
         error = self.mistake()
         if error:
             raise ModelError(f"{place.source.own} cannot be served: {error}")
@@ -123,7 +142,8 @@ class OwnTask(Task):
             own = [option.name for option in self.options]
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
-        self.batcher = None
+        self.body_type = BODY_TYPES[self.takes[0]]
+        self.batcher, self.due = None, {}  # {a thread: when its request's time is up}
 
     def mistake(self):
         """What is wrong with the class's attributes, or None."""
@@ -133,13 +153,14 @@ class OwnTask(Task):
         if type(self).predict is OwnTask.predict:
             return "it has no method predict"
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
-            return "options must be a tuple of what the functions of app.tasks.options make"
+            return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
         names = [option.name for option in self.options]
         if {"help", "json", "labels", "save", "save_crop"} & set(names):
             return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
             return "options need distinct names, other than model, instances and the field"
-        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1)):
+        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1),
+                            ("self_test_within_s", 1)):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least or name == "threads" and value is None):
                 return f"{name} must be an integer of at least {least}"
@@ -152,18 +173,19 @@ class OwnTask(Task):
             return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
                 "send one as multipart/form-data in the field 'file', as the raw body with its "
                 f"{' or '.join(f'{one}/…' for one in types)} Content-Type, or in base64 as JSON: {{\"file\": \"…\"}}")
-        body = json.dumps({self.field: self.example} if self.field else self.example or {}, ensure_ascii=False)
+        body = self.body = json.dumps({self.field: self.example} if self.field else self.example or {},
+                                      ensure_ascii=False)
         if self.takes == ("json",):
             return re.compile("application/json"), f"send it as JSON, such as {body}"
         return re.compile("text/plain|application/x-www-form-urlencoded|"), (
-            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with the Content-Type "
+            f"send it as JSON, such as {body}, as the form field '{self.field}', or as the raw body with Content-Type "
             "text/plain")
 
     def start(self):
         within(LOAD_WITHIN_S, self.load, f"{type(self).__name__}.load")
         slots = self.place.slots
         if self.max_batch > 1:
-            slots.grow(min(MOST_SLOTS, 2 * self.max_batch))
+            grow(slots, min(MOST_SLOTS, 2 * self.max_batch))
         if self.max_batch > 1 or self.threads:
             threads = min(self.threads or self.place.plan.streams, slots.count)
             self.batcher = Batcher(self.predicted, threads, self.max_batch, self.batch_wait_ms / 1000)
@@ -176,20 +198,20 @@ class OwnTask(Task):
             data = example_of(self)
             if data is None:
                 return
+            call = Call(Deadline(self.self_test_within_s), Stages(), self.field or "the example")
             try:
-                self.answer(data, options, Call(Deadline(SELF_TEST_WITHIN_S), Stages(), self.field or "the example"))
+                self.answer(data, options, call)
             except ServiceError as e:
                 if self.has_example or e.status >= 500:
                     raise
-        within(SELF_TEST_WITHIN_S, test, f"{type(self).__name__}'s self-test")
+        within(self.self_test_within_s, test, f"{type(self).__name__}'s self-test")
 
     def answer(self, data, options, call):
         sent = data if isinstance(data, Instances) else [(data, call.field)]
         with call.stages("decode"):
             inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]
         with call.stages("inference"):
-            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else \
-                [output for one in inputs for output in self.predicted([one])]
+            outputs = self.batcher.run(inputs, call.deadline) if self.batcher else self.one_by_one(inputs, call)
         with call.stages("encode"):
             answers = [self.encoded(output, options) for output in outputs]
         return answers if isinstance(data, Instances) else answers[0], {}
@@ -218,6 +240,17 @@ class OwnTask(Task):
         except InvalidInput as e:
             raise ServiceError(400, "INVALID_PARAMETER", f"{e.name or field} {e}"[:1000]) from e
 
+    def one_by_one(self, inputs, call):
+        outputs, thread = [], threading.get_ident()
+        self.due[thread] = call.deadline.at
+        try:
+            for one in inputs:
+                call.deadline.check("inference")
+                outputs += self.predicted([one])
+        finally:
+            del self.due[thread]
+        return outputs
+
     def predicted(self, batch):
         """What `predict` returns, checked. Raises TypeError."""
         outputs = self.predict(batch)
@@ -239,22 +272,48 @@ class OwnTask(Task):
     def identity(self):
         return [self.place.source.own, self.token]
 
+    def curl_sample(self):
+        """curl's arguments that send the example, if it is no file."""
+        return f"-H 'Content-Type: application/json' -d {shlex.quote(self.body)}"
+
+    def gauges(self):
+        return "own", "", ""
+
     def info(self):
         example = None if self.is_file else self.example
         return {"description": (type(self).__doc__ or "").strip().partition("\n")[0], "example": example,
                 "engine": "own", "class": self.place.source.own, "max_batch": self.max_batch}
 
     def hung_seconds(self):
-        return self.batcher.overdue_seconds() if self.batcher else 0.0
-
-    def seen(self, image):
-        return image
+        if self.batcher:
+            return self.batcher.overdue_seconds()
+        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def end(self):
         """Stop the threads, then `close`."""
         if self.batcher:
             self.batcher.close()
         self.close()
+
+
+# --- further options ---
+
+def text(name, most=1000, **more):
+    def parse(text):
+        if len(text) > most or not is_unicode(text):
+            raise ValueError
+        return text
+    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
+
+
+def file(name, most_bytes=10 * 2**20, **more):
+    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
+    def parse(data):
+        if len(data) > most_bytes:
+            raise ValueError
+        return data
+    return Option(name, f"a file of at most {most_bytes} bytes", parse, {"type": "string", "format": "binary"},
+                  is_file=True, **more)
 
 
 # --- from a name to a task ---
@@ -300,11 +359,6 @@ def digest_of(module):
         return hashlib.sha256(Path(module.__file__).read_bytes()).digest()
     except (OSError, TypeError, AttributeError):
         return None
-
-
-def name_of(class_name):
-    """VoiceCloning → voice_cloning."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower()[:64]
 
 
 # --- what may go wrong ---
@@ -357,6 +411,15 @@ def plain(value, within="the answer"):
 
 
 # --- inputs ---
+
+def is_unicode(text):
+    """Whether a str can be written as UTF-8: JSON may hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 def is_audio(data):
     """Whether a file's first bytes are those of WAV, FLAC, Ogg, MP3, AAC or M4A."""

@@ -13,6 +13,7 @@ from conftest import encoded, photo, post
 from urllib3 import encode_multipart_formdata
 
 from app import create_app
+from app.engine.batches import run_batch
 from app.engine.slots import Slots
 from app.errors import Deadline, DeadlineExceeded, ServiceError
 from app.server import counters
@@ -168,7 +169,7 @@ def test_single_requests_get_their_turn_within_a_batch():
 
     def call(i):
         slots.run(functools.partial(work, i), Deadline(10), Stages(), admitted=True)
-    batch = gevent.spawn(slots.run_batch, [functools.partial(call, i) for i in range(20)])
+    batch = gevent.spawn(run_batch, slots, [functools.partial(call, i) for i in range(20)])
     gevent.sleep(0.05)
     slots.run(functools.partial(work, "single"), Deadline(10), Stages())
     batch.get(timeout=10)
@@ -187,15 +188,15 @@ def test_a_file_of_a_batch_waits_where_a_single_request_is_refused():
 
 def test_batches_that_wait_are_bounded():
     slots, gate = Slots(1, max_queue=4), gevent.event.Event()
-    batch = gevent.spawn(slots.run_batch, [gate.wait] * 5)
+    batch = gevent.spawn(run_batch, slots, [gate.wait] * 5)
     gevent.sleep(0)
     with pytest.raises(ServiceError) as e:
-        slots.run_batch([gate.wait])
+        run_batch(slots, [gate.wait])
     assert e.value.code == "OVERLOADED"
     gate.set()
     assert batch.get(timeout=5) == [True] * 5
     assert slots.batched == 0
-    assert slots.run_batch([gate.wait]) == [True]
+    assert run_batch(slots, [gate.wait]) == [True]
 
 
 def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):

@@ -1,13 +1,18 @@
-"""The page at /, in a real headless Chromium: files, the sample, the camera, the keyboard, its security policy."""
+"""The page at /, in a real headless Chromium: files, text, JSON, options, answers of all kinds, the sample, the camera,
+the keyboard, its security policy."""
+import contextlib
+import io
 import json
 import os
 import shlex
 import subprocess
+import wave
 
 import numpy as np
 import pytest
 import requests
 from conftest import ROOT, Service, encoded, need, photo
+from own_tasks import HTML, RATE
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -38,11 +43,13 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def browser(chromium, service):
     """A browser on the page, 1280 × 800."""
-    yield from on_page(chromium, service, "efficientnet_lite0")
+    with on_page(chromium, service, "efficientnet_lite0") as browser:
+        yield browser
 
 
+@contextlib.contextmanager
 def on_page(chromium, service, model):
-    """Yields a browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
+    """A browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
     resize(chromium, DESKTOP)
     chromium.get_log("browser")
     chromium.get_log("performance")
@@ -108,7 +115,7 @@ def test_a_picture_is_answered(browser, size):
     assert "inference" in find(card, ".timings").text
     assert browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451
     assert not scrolls_sideways(browser)
-    browser.execute_script("document.querySelector('details').open = true")
+    browser.execute_script("document.querySelector('.card details').open = true")
     assert not scrolls_sideways(browser)
     screenshot(browser, "desktop" if size == DESKTOP else "phone")
 
@@ -144,7 +151,9 @@ def test_the_curl_line_is_right_for_any_file_name(browser, tmp_path):
         browser.execute_async_script("""
             const [name, done] = arguments;
             fetch("static/cat.jpg").then(response => response.blob()).then(blob => {
-              take([new File([blob], name, {type: "image/jpeg"})]);
+              const event = new DragEvent("drop", {bubbles: true, dataTransfer: new DataTransfer()});
+              event.dataTransfer.items.add(new File([blob], name, {type: "image/jpeg"}));
+              document.dispatchEvent(event);
               done();
             });""", name)
         wait(browser, lambda: not find_all(browser, ".card.waiting"))
@@ -226,7 +235,8 @@ def ocean_service(tmp_path_factory, ocean_settings):
 @pytest.fixture
 def ocean_browser(chromium, ocean_service):
     """A browser on the page of a service with the OCEAN model."""
-    yield from on_page(chromium, ocean_service, "ocean")
+    with on_page(chromium, ocean_service, "ocean") as browser:
+        yield browser
 
 
 def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tmp_path):
@@ -237,7 +247,7 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
     wait(browser, lambda: [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == [
         "method", "tta", "frames"])
     send_file(browser, path)
-    assert find(browser, ".card h2").text == "Apparent traits"
+    assert find(browser, ".card h2").text == "Scores"
     assert len(predictions) == 5
     assert [li.text for li in find_all(browser, ".bars li")] == [
         f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}" for trait, score in predictions.items()]
@@ -264,6 +274,295 @@ def test_options_of_the_ocean_model_are_sent(ocean_browser, ocean_service):
     assert (shown["metadata"]["method"], shown["metadata"]["tta"]) == ("middle", False)
     assert find(browser, "figcaption").text == "chelsea.jpg · 451 × 300"
     assert not find_all(browser, ".picture rect.box")
+
+
+@pytest.fixture(scope="module")
+def own_services(tmp_path_factory):
+    """{name: Service} of the models in own_tasks.py."""
+    folder = tmp_path_factory.mktemp("own")
+    services = {name.lower(): Service(folder, {"MODEL_NAME": f"tests.own_tasks:{name}", "DEVICE": "cpu",
+                                               "MODEL_DIR": str(folder)}) for name in ("Sum", "Tone", "Length")}
+    yield {name: service.wait_ready() for name, service in services.items()}
+    for service in services.values():
+        service.stop()
+
+
+@pytest.fixture
+def open_page(chromium, own_services):
+    """open_page(name): a browser on the page of that model."""
+    with contextlib.ExitStack() as pages:
+        yield lambda name: pages.enter_context(on_page(chromium, own_services[name], name))
+
+
+def fill(browser, selector, text):
+    field = find(browser, selector)
+    field.clear()
+    field.send_keys(text)
+
+
+def choose(browser, name, value):
+    find(browser, f"[name={name}] [value='{value}']").click()
+
+
+def press_send(browser):
+    """Send what the form holds; returns the card of the answer."""
+    before = len(find_all(browser, ".card"))
+    find(browser, "#send button").click()
+    wait(browser, lambda: len(find_all(browser, ".card:not(.waiting)")) == before + 1)
+    return find(browser, ".card")
+
+
+def whole_answer(card):
+    return json.loads(find(card, ".json").get_attribute("textContent"))
+
+
+def run_curl_line(card, folder):
+    """Run the card's line for curl in bash; returns its output. No file may be made but the answer."""
+    line = find(card, ".card code").get_attribute("textContent")
+    assert line.isprintable(), repr(line)
+    before = set(os.listdir(folder))
+    done = subprocess.run([need("bash"), "-c", line.replace("curl ", "curl -sS ", 1)], cwd=folder, check=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    assert done.stderr == b"", line
+    assert set(os.listdir(folder)) - before <= {"answer.wav"}, line
+    return done.stdout
+
+
+def rows_of(card):
+    return [tuple(row.text.split("\n")) for row in find_all(card, ".bars li")]
+
+
+def test_the_form_is_made_of_the_declared_options(open_page):
+    browser = open_page("sum")
+    assert find(browser, "#about").text == (
+        "Adds numbers up, and answers in the shape that is asked for, with <b>no tags</b>.")
+    assert find(browser, "#model").text == "own · cpu"
+    fields = {field.get_attribute("name"): field for field in find_all(browser, "#options [name]")}
+
+    def is_like(name, *names):
+        return tuple(fields[name].get_attribute(attribute) for attribute in names)
+    assert [field.accessible_name for field in fields.values()] == [
+        "Times", "Shape", "Is rounded", "Is negative", "Add", "Note", "More"]
+    assert is_like("times", "type", "min", "max", "step", "value") == ("number", "1", "9", "1", "2")
+    assert is_like("add", "type", "min", "max", "step", "value") == ("number", "-10", "10", "any", "")
+    assert is_like("shape", "type", "value") == ("select-one", "Members")
+    assert is_like("is_rounded", "type", "checked") == ("checkbox", "true")
+    assert is_like("is_negative", "type", "value") == ("select-one", "")
+    assert is_like("note", "type", "maxLength", "value") == ("text", "99", "")
+    assert is_like("more", "type") == ("file",)
+    assert is_like("times", "title") == (f"What the sum is multiplied by. {HTML}",)
+    find(browser, "#meanings summary").click()
+    assert [term.text for term in find_all(browser, "#meanings dt")] == [
+        "Times", "Shape", "Is rounded", "Is negative", "Add", "More"]
+    assert find(browser, "#meanings dd").text == f"What the sum is multiplied by. {HTML}"
+    assert not find(browser, "#drop").is_displayed()
+    assert json.loads(find(browser, "#text").get_property("value")) == {"numbers": [1, 2.5, 3]}
+
+
+def test_json_and_options_are_sent_and_curl_does_the_same(open_page, own_services, tmp_path):
+    browser = open_page("sum")
+    assert whole_answer(press_send(browser))["predictions"]["sum"] == 13
+    fill(browser, "#text", '{"numbers": [0.5, 1]}')
+    fill(browser, "[name=times]", "3")
+    find(browser, "[name=is_rounded]").click()
+    choose(browser, "is_negative", "true")
+    fill(browser, "[name=add]", "0.25")
+    fill(browser, "[name=note]", "it's \\ \"$HOME\" `touch hacked` \u202e")
+    card = press_send(browser)
+    body = {"numbers": [0.5, 1], "times": 3, "shape": "Members", "is_rounded": False, "is_negative": True, "add": 0.25,
+            "note": "it's \\ \"$HOME\" `touch hacked` \u202e"}
+    expected = {"sum": -4.75, "note": body["note"], "of": {"times": 3, body["note"]: None}}
+    answer = requests.post(own_services["sum"].url + "/predict", json=body, timeout=10).json()
+    assert answer["predictions"] == whole_answer(card)["predictions"] == expected
+    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == expected
+    assert '"times":3,' in find(card, ".card code").get_attribute("textContent")
+    terms, values = find_all(card, ".shown dt"), find_all(card, ".shown dd")
+    assert [term.text for term in terms] == ["sum", "note", "of"]
+    assert values[0].text == "-4.75"
+    assert json.loads(values[2].text) == expected["of"]
+
+
+def test_what_is_written_goes_before_what_is_chosen(open_page):
+    browser = open_page("sum")
+    fill(browser, "#text", '{"numbers": [1], "times": 9}')
+    card = press_send(browser)
+    assert whole_answer(card)["predictions"]["sum"] == 9
+    assert '"times":9' in find(card, ".card code").get_attribute("textContent")
+
+
+def test_a_file_among_the_options_of_json(open_page, tmp_path):
+    browser, path = open_page("sum"), tmp_path / "it's \"more\".bin"
+    path.write_bytes(bytes(range(256)) * 2)
+    find(browser, "[name=more]").send_keys(str(path))
+    card = press_send(browser)
+    assert whole_answer(card)["predictions"]["sum"] == 13 + 2 * sum(range(256))
+    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == whole_answer(card)["predictions"]
+
+
+@pytest.mark.parametrize("text", ['{"numbers": [1,}', '[1, 2]', "null", "1 2"])
+def test_what_is_no_json_object_is_not_sent(open_page, text):
+    browser = open_page("sum")
+    fill(browser, "#text", text)
+    find(browser, "#send button").click()
+    problem = find(browser, "#text-problem")
+    assert problem.text.startswith("Write an object" if text in ("[1, 2]", "null") else "This is not JSON: ")
+    assert problem.get_attribute("role") == "alert"
+    field = browser.switch_to.active_element
+    assert field.get_attribute("id") == "text"
+    assert field.get_attribute("aria-invalid") == "true"
+    assert find_all(browser, ".card") == []
+    fill(browser, "#text", '{"numbers": [1]}')
+    assert (field.get_attribute("aria-invalid"), problem.text) == ("false", "")
+    field.send_keys(Keys.CONTROL, Keys.ENTER)
+    wait(browser, lambda: find_all(browser, ".card:not(.waiting)"))
+    assert whole_answer(find(browser, ".card"))["predictions"]["sum"] == 2
+
+
+def test_the_service_says_what_is_wrong_with_json(open_page):
+    browser = open_page("sum")
+    fill(browser, "#text", '{"numbers": "many"}')
+    card = press_send(browser)
+    assert find(card, "h2").text == "No answer"
+    assert find(card, ".error").text == "numbers must be a list of numbers, got 'many'"
+
+
+def test_answers_of_every_shape_with_html_as_text(open_page):
+    browser = open_page("sum")
+    fill(browser, "[name=note]", HTML)
+    expected = {
+        "scores": ("Scores", [("sum", "13"), (HTML, "0.25"), ("tiny", "0.00012")]),
+        "probabilities": (HTML, [(HTML, "75.0 %"), ("other", "25.0 %")]),
+        "classes": (HTML, [(HTML, "90.0 %"), ("other", "10.0 %")]),
+        "Members": ("Answer", []), "text": ("Answer", []), "list": ("Answer", [])}
+    for shape, (title, rows) in expected.items():
+        choose(browser, "shape", shape)
+        card = press_send(browser)
+        assert (find(card, "h2").text, rows_of(card)) == (title, rows)
+        shown = find(card, ".shown")
+        assert shown.is_displayed() == (rows == [])
+        status = find(browser, "#status").get_attribute("textContent")
+        if shape == "Members":
+            assert [value.text for value in find_all(shown, "dd")][:2] == ["13", HTML]
+        elif shape == "text":
+            assert shown.text == HTML
+            assert status == f"JSON: {HTML}"
+        elif shape == "list":
+            assert json.loads(shown.text) == [13, HTML, []]
+        else:
+            assert status == f"JSON: {', '.join(' '.join(row) for row in rows)}"
+    bars = [find_all(card, ".bars svg rect") for card in find_all(browser, ".card")]
+    widths = [[rect.get_attribute("width") for rect in rects] for rects in bars]
+    assert [widths[3], widths[4]] == [["90%", "10%"], ["75%", "25%"]]
+    assert [float(width.removesuffix("%")) for width in widths[5]] == pytest.approx([100, 1.92, 0.00092], abs=0.01)
+    screenshot(browser, "own-json")
+    assert find_all(browser, "#results b:not(.stage b), #results img, #meanings b, header b") == []
+    assert browser.title == "Try sum"
+
+
+def duration(browser):
+    """The seconds that the newest card's player has read of its sound."""
+    read = "return document.querySelector('.shown audio').duration"
+    wait(browser, lambda: browser.execute_script(read))
+    return browser.execute_script(read)
+
+
+def test_text_becomes_sound(open_page, own_services, tmp_path):
+    browser, text = open_page("tone"), "it's $HOME;\n'la'; @la"
+    resize(browser, PHONE)
+    assert find(browser, "#text").get_property("value") == "la la la la"
+    fill(browser, "#text", text)
+    fill(browser, "[name=pitch]", "880")
+    card = press_send(browser)
+    assert find(card, "h2").text == "Audio"
+    assert find(card, ".sent").text == text
+    assert duration(browser) == pytest.approx(len(text) / 20)
+    assert not scrolls_sideways(browser)
+    screenshot(browser, "own-text")
+    expected = requests.post(own_services["tone"].url + "/predict", timeout=10, json={
+        "text": text, "pitch": 880})
+    assert expected.headers["Content-Type"] == "audio/wav"
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    find(card, ".shown a").click()
+    saved = tmp_path / "answer.wav"
+    wait(browser, lambda: saved.exists() and saved.stat().st_size == len(expected.content))
+    assert saved.read_bytes() == expected.content
+    saved.unlink()
+    assert run_curl_line(card, tmp_path) == b""
+    assert saved.read_bytes() == expected.content
+
+
+def test_a_file_among_the_options_of_a_text(open_page, tmp_path):
+    browser, path, text = open_page("tone"), tmp_path / "a;voice,.bin", '@la; "la"\nla'
+    path.write_bytes(b"voice")
+    fill(browser, "#text", text)
+    find(browser, "[name=voice]").send_keys(str(path))
+    card = press_send(browser)
+    assert duration(browser) == pytest.approx(len(text) / 20 + 5 / RATE)
+    assert "-F voice=@" in find(card, ".card code").get_attribute("textContent").replace("'", "").replace('"', "")
+    run_curl_line(card, tmp_path)
+    with wave.open(str(tmp_path / "answer.wav")) as sound:
+        assert sound.readframes(5) == bytes(b for letter in b"voice" for b in (letter, 0))
+        assert sound.getnframes() == len(text) / 20 * RATE + 5
+
+
+def test_an_audio_file_is_answered(open_page, tmp_path):
+    browser, path, data = open_page("length"), tmp_path / "sound.wav", io.BytesIO()
+    with wave.open(data, "wb") as to:
+        to.setparams((1, 2, RATE, 0, "NONE", ""))
+        to.writeframes(bytes(RATE))
+    path.write_bytes(data.getvalue())
+    assert find(browser, "#drop strong").text == "Drop audio files here"
+    assert find(browser, "#choose").get_attribute("accept") == "audio/*"
+    for selector in ("#camera", "#sample", "#write", "#send"):
+        assert not find(browser, selector).is_displayed()
+    fill(browser, "[name=prefix]", "<@it's; type=x")
+    send_file(browser, path)
+    card = find(browser, ".card")
+    assert find(card, ".shown").text == "<@it's; type=x 0.5"
+    assert find(card, ".picture audio").get_attribute("aria-label") == "The recording you sent: sound.wav"
+    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == "<@it's; type=x 0.5"
+
+
+def test_keyboard_alone_on_a_form(open_page):
+    browser, order = open_page("tone"), []
+    for _ in range(9):
+        webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
+        field = browser.switch_to.active_element
+        order.append(field.get_attribute("id") or field.get_attribute("name") or field.text)
+    assert order[1:] == ["API", "Model", "Health", "text", "pitch", "voice", "What the options mean", "Send"]
+    webdriver.ActionChains(browser).send_keys(Keys.SPACE).perform()
+    wait(browser, lambda: find(browser, "#status").get_attribute("textContent").startswith("Text: audio/wav, "))
+    tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]}
+    controls = ("button", "link", "spinbutton", "textbox", "combobox", "Audio", "DisclosureTriangle")
+    assert {role for role, name in named if role in controls and not name} == set()
+    assert {("textbox", "Text"), ("spinbutton", "Pitch"), ("link", "Download"), ("Audio", "The answer")} <= named
+
+
+def test_one_of_several_models_is_chosen(chromium, start_service, tmp_path):
+    models = "sum=tests.own_tasks:Sum,tone@1=tests.own_tasks:Tone,tone@2=tests.own_tasks:Tone"
+    service = start_service(MODEL_NAME="", MODELS=models).wait_ready()
+    with on_page(chromium, service, "sum") as browser:
+        wait(browser, lambda: find(browser, "#which").is_displayed())
+        assert find(browser, "#which").accessible_name == "Model"
+        assert [one.text for one in find_all(browser, "#which option")] == ["sum", "tone", "tone@1", "tone@2"]
+        assert find(browser, "#which").get_attribute("value") == "sum"
+        card = press_send(browser)
+        assert whole_answer(card)["predictions"]["sum"] == 13
+        find(browser, "#which [value='tone@2']").click()
+        wait(browser, lambda: find(browser, "#name").text == "tone@2")
+        assert [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == ["pitch", "voice"]
+        card = press_send(browser)
+        assert find(card, "h2").text == "Audio"
+        assert service.url + "/models/tone%402/predict" in find(card, ".card code").get_attribute("textContent")
+        run_curl_line(card, tmp_path)
+        with wave.open(str(tmp_path / "answer.wav")) as sound:
+            assert sound.getnframes() == 0.55 * RATE
+        screenshot(browser, "models")
+
+
+def test_one_model_needs_no_choice(browser):
+    assert not find(browser, "#which").is_displayed()
 
 
 def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):
@@ -306,7 +605,7 @@ def test_pages_hold_no_inline_script_or_style_and_no_other_host(service):
     policy = page.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in ("", "docs", *[f"static/{n}" for n in ("style.css", "page.js", "docs.js", "icon.svg")]):
+    for path in ("", "docs", *[f"static/{path.name}" for path in (ROOT / "app/api/static").glob("*[!g]")]):
         response = requests.get(f"{service.url}/{path}", headers={"Accept": "text/html"}, timeout=10)
         assert response.status_code == 200
         text = response.text

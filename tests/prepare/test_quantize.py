@@ -48,7 +48,7 @@ def test_int8_answers_nearly_as_fp32_and_says_how_nearly(int8, app, capfd):
     assert 0 < agreement["mean_dp_top1"] <= agreement["max_dp"] < 0.6
     assert (model.task.engine.precision, fp32.info()["quantization"]) == ("int8", None)
     picture = model.task.preprocessing(photo("coffee").convert("RGB"))[None]  # espresso 0.95: far from any other class
-    a, b = (each.task.scores(each.infer(picture, Deadline(60)))[0] for each in (model, fp32))
+    a, b = (each.task.scores(each.task.engine.infer(picture, Deadline(60), True))[0] for each in (model, fp32))
     assert a.argmax() == b.argmax()
     assert 1e-6 < np.abs(a - b).max() < 0.3
     said = capfd.readouterr().err

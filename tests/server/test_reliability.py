@@ -339,19 +339,20 @@ def test_max_requests_do_not_wait_for_idle_connections(start_service):
     assert "Traceback" not in service.log
 
 
-def test_the_board_survives_long_messages_and_a_writer_that_was_killed():
-    counted = board.create(counters.bytes_for(1))
-    try:
-        assert len(counted) == counters.bytes_for(1)
-        board.own.publish([Prepared(Path("/a"), "é" * 5000)])
-        for i in range(40):
-            board.own.add_outcome(i, False, "😀" * 5000)  # 4 kB each
-        assert board.own.read()["reloads"][-1]["covers"] == 39
-        assert len(board.own.published()["models"][0]["fallback_reason"]) == 1000
-        board.own.integers[board.SEQUENCE_AT] += 1  # in the middle of writing
-        assert board.own.published()["models"][0]["folder"] == "/a"
-    finally:
-        board.own = None
+def test_the_board_survives_long_messages_and_a_writer_that_was_killed(own_board):
+    own_board.publish([Prepared(Path("/a"), "é" * 5000)])
+    for i in range(40):
+        own_board.add_outcome(i, False, "😀" * 5000)  # 4 kB each
+    assert own_board.read()["reloads"][-1]["covers"] == 39
+    assert len(own_board.published()["models"][0]["fallback_reason"]) == 1000
+    own_board.integers[board.SEQUENCE_AT] += 1  # in the middle of writing
+    assert own_board.published()["models"][0]["folder"] == "/a"
+
+
+def test_each_process_counts_in_a_region_of_its_own(own_board):
+    assert [len(region.bytes) for region in counters.regions] == [counters.REGION_BYTES] * 2
+    assert counters.regions[0].owner == os.getpid()
+    assert counters.regions[1].owner == 0
 
 
 def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):

@@ -125,6 +125,60 @@ def test_a_reload_of_several_models_is_all_or_nothing(start_service, checkpoint,
     assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
 
 
+OWN = """
+import os, subprocess, sys, threading, time
+from app.tasks.own import OwnTask
+
+print("a line, and half of the next", end="")
+
+class Twice(OwnTask):
+    takes, field, example = "json", "number", 2
+
+    def load(self):
+        os.write(1, b"no JSON")
+        if "app/__main__.py" in sys.argv[0]:  # while it is checked
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            subprocess.Popen(["sleep", "20"], close_fds=False)
+            os.register_at_fork(after_in_child=lambda: time.sleep(20))
+            os.fork()
+
+    def predict(self, batch):
+        return [FACTOR * one for one in batch]
+"""
+
+
+def answer_of(service, number):
+    return requests.post(service.url + "/predict", json={"number": number}).json()["predictions"]
+
+
+def test_new_code_of_a_model_of_ones_own_is_reloaded_whatever_it_prints_and_leaves_behind(start_service, tmp_path):
+    (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "2"))
+    service = start_service(MODEL_NAME="own_model:Twice", PYTHONPATH=str(tmp_path), WORKERS="2").wait_ready()
+    wait_until(lambda: workers_ready(service.url) == 2, 30)
+    assert answer_of(service, 4) == 8
+    (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "30"))
+    command = reload(service)
+    assert command.communicate(timeout=15) == ("reloaded: 2 workers serve own_model:Twice\n", "")
+    assert {answer_of(service, 4) for _ in range(8)} == {120}
+
+
+@pytest.mark.parametrize(("code", "why"), [
+    ("import nothing_of_this_name", "own_model:Twice cannot be served: importing it failed: ModuleNotFoundError"),
+    (OWN.replace("FACTOR", "None"), "fails its self-test"),
+    (OWN.replace("FACTOR", "os._exit(3)"), "ended prematurely"),
+    (OWN.replace("class Twice", "class Thrice"), "own_model:Twice cannot be served: Twice is not in own_model")])
+def test_broken_code_of_a_model_of_ones_own_changes_nothing(start_service, tmp_path, code, why):
+    (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "2"))
+    service = start_service(MODELS="twice=own_model:Twice,efficientnet_lite0", PYTHONPATH=str(tmp_path)).wait_ready()
+    (tmp_path / "own_model.py").write_text(code)
+    command = reload(service)
+    stderr = command.communicate(timeout=30)[1]
+    assert command.returncode == 1
+    assert "reload failed, the old model goes on serving: " in stderr
+    assert why in stderr
+    assert answer_of(service, 4) == 8
+
+
 def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
     service = start_service().wait_ready()
     workers = service.workers()

@@ -16,7 +16,7 @@ import pytest
 import requests
 from conftest import ROOT, encoded, free_port, photo
 
-from app.server import lifecycle
+from app.server import shared_memory
 
 CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
 
@@ -172,9 +172,9 @@ def test_several_workers_answer(start_service):
 def test_sigterm_ends_it_with_exit_code_0_and_leaves_nothing(start_service):
     before = set(Path("/dev/shm").iterdir())
     service = start_service().wait_ready()
-    assert service.process.pid in lifecycle.services()
+    assert service.process.pid in shared_memory.services()
     assert service.stop(signal.SIGTERM) == 0
-    assert service.process.pid not in lifecycle.services()
+    assert service.process.pid not in shared_memory.services()
     assert set(Path("/dev/shm").iterdir()) <= before
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", service.port)) != 0

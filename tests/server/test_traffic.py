@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from app.config import Settings, StartError
 from app.engine.bundle import Prepared
-from app.server import board, counters, traffic
+from app.server import traffic
 
 CLIENTS = [f"10.0.{i // 256}.{i % 256}" for i in range(20_000)]
 VARIABLES = {"MODELS": "cats@1,cats@2,cats@3,dogs,birds@a", "CATS__SPLIT": "90:10", "CATS__SHADOW": "3"}
@@ -27,13 +27,14 @@ def service():
     code = f"""
 import sys
 from pathlib import Path
+from app import model_settings
 from app.config import Settings
 from app.engine.bundle import Prepared
-from app.server import board, counters, traffic
+from app.server import board, shared_memory, traffic
 settings = Settings.parse({VARIABLES!r})
-board.create(counters.bytes_for(1))
+shared_memory.create(1)
 traffic.start(traffic.of(board.own), settings)
-board.own.publish([Prepared(Path(key), key=key) for key in settings.each()])
+board.own.publish([Prepared(Path(key), key=key) for key in model_settings.each(settings)])
 print("ready", flush=True)
 sys.stdin.read()"""
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
@@ -44,7 +45,7 @@ sys.stdin.read()"""
 
 
 def area_of(service):
-    from app.server.lifecycle import running_service
+    from app.server.shared_memory import running_service
     return traffic.of(running_service(service.pid)[1])
 
 
@@ -102,26 +103,22 @@ def test_without_gunicorn_the_settings_hold():
     assert traffic.own(Settings()).read() == {}
 
 
-def test_the_models_and_the_traffic_do_not_touch_each_other():
-    board.create(counters.bytes_for(1))
-    try:
-        area = traffic.of(board.own)
-        traffic.start(area, Settings.parse(VARIABLES))
-        board.own.publish([Prepared(Path("/" + "x" * 240), key=f"model_{i}") for i in range(60)])
-        for i in range(40):
-            board.own.add_outcome(i, False, "😀" * 5000)
-        assert area.read() == AT_FIRST
-        assert len(board.own.published()["models"]) == 60
-        assert board.own.read()["reloads"][-1]["covers"] == 39
-        with pytest.raises(StartError, match="^100 models are too many for one service"):
-            board.own.publish([Prepared(Path("/" + "x" * 240), key=f"model_{i}") for i in range(100)])
-        assert len(board.own.published()["models"]) == 60
-        many = ",".join(f"{'x' * 60}{i}@{j}" for i in range(120) for j in (1, 2))
-        with pytest.raises(StartError, match="^MODELS has too many models with versions"):
-            traffic.start(area, Settings.parse({"MODELS": many}))
-        assert area.read() == AT_FIRST
-    finally:
-        board.own = None
+def test_the_models_and_the_traffic_do_not_touch_each_other(own_board):
+    area = traffic.of(own_board)
+    traffic.start(area, Settings.parse(VARIABLES))
+    own_board.publish([Prepared(Path("/" + "x" * 240), key=f"model_{i}") for i in range(60)])
+    for i in range(40):
+        own_board.add_outcome(i, False, "😀" * 5000)
+    assert area.read() == AT_FIRST
+    assert len(own_board.published()["models"]) == 60
+    assert own_board.read()["reloads"][-1]["covers"] == 39
+    with pytest.raises(StartError, match="^100 models are too many for one service"):
+        own_board.publish([Prepared(Path("/" + "x" * 240), key=f"model_{i}") for i in range(100)])
+    assert len(own_board.published()["models"]) == 60
+    many = ",".join(f"{'x' * 60}{i}@{j}" for i in range(120) for j in (1, 2))
+    with pytest.raises(StartError, match="^MODELS has too many models with versions"):
+        traffic.start(area, Settings.parse({"MODELS": many}))
+    assert area.read() == AT_FIRST
 
 
 def test_readers_parse_only_what_has_changed():
@@ -140,7 +137,7 @@ def test_a_writer_that_is_killed_at_any_point_changes_nothing(service):
         code = f"""
 import os, signal
 from app.server import traffic
-from app.server.lifecycle import running_service
+from app.server.shared_memory import running_service
 area = traffic.of(running_service({service.pid})[1])
 class Memory:
     def __init__(self, memory, dies_at): self.memory, self.dies_at = memory, dies_at
@@ -163,7 +160,7 @@ def test_writers_in_many_processes_lose_none_of_each_others_changes(service):
     code = f"""
 import sys, time
 from app.server import traffic
-from app.server.lifecycle import running_service
+from app.server.shared_memory import running_service
 area = traffic.of(running_service({service.pid})[1])
 def change(shares):
     time.sleep(0.002)  # so that another one that came in between would be lost

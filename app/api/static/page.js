@@ -1,45 +1,37 @@
-"use strict";
+/* The form, made from what the service says of its model, and what the user does. */
+import {showAnswer, showProblem, showSent} from "./card.js";
+import {curl, json} from "./curl.js";
+import {$, element, isObject, pretty, say} from "./dom.js";
 
 const MOST_CARDS = 24;
 const AT_ONCE = 2;  // requests that the page has under way at a time
-const SAMPLES = {classification: "cat.jpg"};  // of any other task: a face
+const FILES = {picture: ["image/*", "pictures"], video: ["video/*", "videos"], audio: ["audio/*", "audio files"]};
+const LABELS = new Map([["top_k", "Classes"], ["method", "Crop"], ["tta", "Average with mirror image"],
+                        ["frames", "Frames of a video"]]);
+const SAMPLES = new Map([["classification", "cat.jpg"]]);  // of any other task: a face
 
-const $ = (selector, within = document) => within.querySelector(selector);
 const here = new URL(".", location.href);
 const queue = [];
-let service = {model: {task: "classification", name: ""}, config: {}};
+let service = {model: {name: "", task: "", takes: [], options: []}};
+let optionFields = [];  // {name, read}: what is chosen for an option, undefined if nothing
 let running = 0;
+let isListed = false;
 
-function element(name, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-}
-
-function drawing(viewBox, ...shapes) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  if (viewBox) svg.setAttribute("viewBox", viewBox);
-  svg.setAttribute("aria-hidden", "true");
-  for (const attributes of shapes) {
-    const rect = document.createElementNS(svg.namespaceURI, "rect");
-    for (const [name, value] of Object.entries(attributes)) rect.setAttribute(name, value);
-    svg.append(rect);
-  }
-  return svg;
-}
-
-const say = text => { $("#status").textContent = text; };
 const complain = text => { $("#problem").textContent = text; };
 
 /* ---- the service ---- */
 
+/* The answer as {response, body}, or {response, media} if it is a file. */
 async function ask(path, request = {}) {
   const key = $("#api-key")?.value;
-  const response = await fetch(new URL(path, here), {...request, headers: key ? {Authorization: `Bearer ${key}`} : {}});
-  const body = await response.json().catch(() => ({}));
+  const headers = {...request.headers, ...(key ? {Authorization: `Bearer ${key}`} : {})};
+  const response = await fetch(new URL(path, here), {...request, headers});
   if (response.status === 401) askForKey();
+  const isJson = (response.headers.get("Content-Type") || "").startsWith("application/json");
+  if (response.ok && !isJson) return {response, media: await response.blob()};
+  const body = await response.json().catch(() => ({}));
   if (!response.ok) throw Object.assign(new Error(body.message || `The service answered ${response.status}.`), {body});
-  return {body, response};
+  return {response, body};
 }
 
 function askForKey() {
@@ -51,71 +43,174 @@ function askForKey() {
 }
 
 async function describe() {
+  const chosen = $("#which").value;  // "" unless there are several models
   try {
-    service = (await ask("info")).body;
+    const {body} = await ask(chosen ? `info?model=${encodeURIComponent(chosen)}` : "info");
+    if ($("#which").value !== chosen) return;
+    service = body;
     complain("");
   } catch (error) {
     return complain(error.message);
   }
-  const {model, config} = service;
-  const size = model.total_parameters ? `${(model.total_parameters / 1e6).toFixed(1)} M parameters` : "";
-  $("#name").textContent = model.name;
-  document.title = `Try ${model.name}`;
-  $("#model").textContent = [model.task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
-  const takesVideo = (config.allowed_extensions || []).includes("mp4");
-  $("#choose").accept = takesVideo ? "image/*,video/*" : "image/*";
-  $("#drop strong").textContent = takesVideo ? "Drop pictures or videos here" : "Drop pictures here";
-  showOptions(model.task === "classification", takesVideo);
-}
-
-function showOptions(classifies, takesVideo) {
-  const option = (name, text, input) => {
-    input.name = name;
-    return element("label", {}, text, input);
-  };
-  const number = (value, max) => element("input", {type: "number", min: 1, max, value, inputMode: "numeric"});
-  const choice = (chosen, ...values) => element("select", {}, ...values.map(
-    value => element("option", {value, selected: value === chosen}, value)));
-  const fields = classifies
-    ? [option("top_k", "Classes", number(service.config.top_k || 5, 10))]
-    : [option("method", "Crop", choice(service.config.face_method, "face+middle", "face", "middle")),
-       option("tta", "Average with mirror image", element("input", {type: "checkbox", checked: service.config.tta}))];
-  if (takesVideo) fields.push(option("frames", "Frames of a video", number(service.config.video_frames || 1, 32)));
-  const key = $("#api-key")?.closest("label");
-  $("#options").replaceChildren(...[key, ...fields].filter(Boolean));
-}
-
-function chosenOptions(file) {
-  const chosen = {};
-  for (const input of document.querySelectorAll("#options [name]")) {
-    if (input.name === "frames" && !file.type.startsWith("video/")) continue;
-    if (input.value !== "") chosen[input.name] = input.type === "checkbox" ? String(input.checked) : input.value;
+  const {model} = service;
+  if (!model.takes) {
+    Object.assign(model, {takes: [], options: []});
+    complain(`${model.name} is not loaded yet. Its first request loads it.`);
   }
-  return chosen;
+  const size = model.total_parameters ? `${(model.total_parameters / 1e6).toFixed(1)} M parameters` : "";
+  const task = model.task === model.name ? "" : model.task;
+  $("#name").textContent = model.version ? `${model.name}@${model.version}` : model.name;
+  document.title = `Try ${$("#name").textContent}`;
+  $("#model").textContent = [task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
+  $("#about").textContent = model.description || "";
+  showInput(model);
+  showOptions(model);
+  if (!isListed) listModels().catch(() => {});  // without a list there is no choice
 }
 
-/* ---- from files to cards ---- */
+/* A choice of the model, where the service has several: cats, cats@1, cats@2, iris. */
+async function listModels() {
+  const {models} = (await ask("models")).body;
+  isListed = true;
+  if (models.length < 2) return;
+  const names = new Set(models.flatMap(({name, version}) => version ? [name, `${name}@${version}`] : [name]));
+  const byDefault = models.find(model => model.default)?.name;
+  $("#which").replaceChildren(...[...names].map(
+    name => element("option", {value: name, selected: name === byDefault}, name)));
+  $("#models").hidden = false;
+}
 
-function take(files) {
-  complain("");
+/* ---- the form ---- */
+
+function showInput({takes, field, example}) {
+  const files = takes.filter(kind => FILES[kind]);
+  const isPicture = takes.includes("picture");
+  $("#drop").hidden = !files.length;
+  $("#choose").accept = files.map(kind => FILES[kind][0]).join(",");
+  $("#drop strong").textContent = `Drop ${files.map(kind => FILES[kind][1]).join(" or ")} here`;
+  $("#camera").hidden = !(isPicture && navigator.mediaDevices);
+  $("#sample").hidden = !isPicture;
+
+  const isJson = takes.includes("json");
+  const text = $("#text");
+  $("#write").hidden = $("#send").hidden = !(isJson || takes.includes("text"));
+  text.required = !$("#write").hidden;
+  $("#write label").textContent = isJson ? "JSON" : "Text";
+  text.classList.toggle("mono", isJson);
+  text.value = isJson ? pretty(field ? {[field]: example ?? null} : example ?? {}) : example ?? "";
+  text.rows = Math.min(16, Math.max(2, text.value.split("\n").length));
+  blame("");
+}
+
+function showOptions({takes, options}) {
+  const isOfVideo = name => takes.includes("video") && (name === "frames" || name === "at");
+  const shown = options.filter(({name}) => !(isOfVideo(name) && name === "at"));  // it would override `frames`
+  optionFields = shown.map(option => ({...optionField(option), name: option.name, videoOnly: isOfVideo(option.name)}));
+  const key = $("#api-key")?.closest("label");
+  $("#options").replaceChildren(...[key, ...optionFields.map(({label}) => label)].filter(Boolean));
+  const explained = shown.filter(({meaning}) => meaning);
+  $("#meanings").hidden = !explained.length;
+  $("#meanings dl").replaceChildren(...explained.flatMap(
+    ({name, meaning}) => [element("dt", {}, labelOf(name)), element("dd", {}, meaning)]));
+}
+
+function labelOf(name) {
+  const words = name.replaceAll("_", " ");
+  return LABELS.get(name) || words[0].toUpperCase() + words.slice(1);
+}
+
+/* {label, read} of an option. */
+function optionField({name, schema, default: value, meaning, is_file: isFile}) {
+  const isGiven = value !== null && value !== undefined;
+  const isYesOrNo = schema.enum?.[0] === true && schema.enum[1] === false;
+  const isNumber = schema.type === "integer" || schema.type === "number";
+  let input = element("input", {type: "text", value: isGiven ? value : ""});
+  let read = () => input.value || undefined;
+  if (isFile) {
+    input = element("input", {type: "file"});
+    read = () => input.files[0];
+  } else if (isYesOrNo && isGiven) {
+    input = element("input", {type: "checkbox", checked: value});
+    read = () => input.checked;
+  } else if (schema.enum) {
+    const values = isYesOrNo ? [true, false] : schema.enum;
+    input = element("select", {}, ...(isGiven ? [] : [element("option", {value: ""}, "–")]), ...values.map(
+      one => element("option", {value: one, selected: one === value}, isYesOrNo ? (one ? "yes" : "no") : String(one))));
+    read = () => input.value === "" ? undefined : values.find(one => String(one) === input.value);
+  } else if (isNumber) {
+    const {minimum: min = "", maximum: max = "", type} = schema;
+    Object.assign(input, {type: "number", min, max, step: type === "integer" ? 1 : "any",
+                          inputMode: type === "integer" ? "numeric" : "decimal"});
+    read = () => input.value === "" ? undefined : Number(input.value);
+  } else if (schema.maxLength !== undefined) {
+    input.maxLength = schema.maxLength;
+  }
+  input.name = name;
+  input.title = meaning || "";
+  return {label: element("label", {title: meaning || ""}, labelOf(name), input), read};
+}
+
+function chosenOptions(isVideo = false) {
+  const used = optionFields.filter(({videoOnly}) => isVideo || !videoOnly);
+  return Object.fromEntries(used.map(({name, read}) => [name, read()]).filter(([, value]) => value !== undefined));
+}
+
+/* Says what is wrong with the text. */
+function blame(problem) {
+  $("#text-problem").textContent = problem;
+  $("#text").setAttribute("aria-invalid", String(problem !== ""));
+}
+
+/* ---- from inputs to cards ---- */
+
+export function take(files) {
+  if ($("#drop").hidden) return;  // dropped or pasted where no file is wanted
   $("#viewfinder").hidden || closeCamera();
+  enqueue([...files].map(file => ({name: file.name, file, options: chosenOptions(file.type.startsWith("video/"))})));
+}
+
+function takeText() {
+  const text = $("#text").value;
+  const {takes, field} = service.model;
+  if (!takes.includes("json")) return enqueue([{name: "Text", text, input: {[field]: text}, options: chosenOptions()}]);
+  let input;
+  try {
+    input = JSON.parse(text);
+  } catch (error) {
+    blame(`This is not JSON: ${error.message}`);
+    return $("#text").focus();
+  }
+  if (!isObject(input)) {
+    blame(`Write an object${field ? `, {"${field}": …}` : ": { … }"}`);
+    return $("#text").focus();
+  }
+  enqueue([{name: "JSON", text: pretty(input), input, options: chosenOptions()}]);
+}
+
+/* jobs: {name, options} with either file, or input (the members of a JSON body) and its text. */
+function enqueue(jobs) {
+  complain("");
   document.body.classList.add("has-results");
-  for (const file of [...files].reverse()) {
+  const chosen = $("#which").value;
+  const url = String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
+  for (const described of [...jobs].reverse()) {
+    const job = {...described, url, model: service.model};
     const card = $("#card").content.firstElementChild.cloneNode(true);
     card.classList.add("waiting");
     card.setAttribute("aria-busy", "true");
-    $("h2", card).textContent = "Looking…";
-    $("figcaption", card).textContent = file.name;
-    showPicture(card, file);
+    $("h2", card).textContent = "Working…";
+    $("figcaption", card).textContent = job.name;
+    card.urls = [];
+    showSent(card, job);
     $("#results").prepend(card);
-    queue.unshift({card, file, options: chosenOptions(file)});
+    queue.unshift({...job, card});
   }
   while ($("#results").children.length > MOST_CARDS) {
     const oldest = $("#results").lastElementChild;
-    URL.revokeObjectURL(oldest.dataset.url);
+    oldest.urls.forEach(url => URL.revokeObjectURL(url));
     oldest.remove();
   }
-  say(files.length === 1 ? `Looking at ${files[0].name}` : `Looking at ${files.length} files`);
+  say(jobs.length === 1 ? `Working on ${jobs[0].name}` : `Working on ${jobs.length} files`);
   work();
 }
 
@@ -126,124 +221,42 @@ async function work() {
   }
 }
 
-async function predict({card, file, options}) {
-  const body = new FormData();
-  body.append("file", file, file.name);
-  for (const [name, value] of Object.entries(options)) body.append(name, value);
-  $("code", card).textContent = curl(file.name, options);
+async function predict(job) {
+  const {card, name} = job;
+  $("code", card).textContent = curl(job, job.model.media_types?.[0]);
   const started = performance.now();
-  let answer;
+  let answer, problem;
   try {
-    answer = await ask("predict", {method: "POST", body});
-    showAnswer(card, answer, performance.now() - started);
+    answer = await ask(job.url, {method: "POST", ...await packed(job)});
   } catch (error) {
-    const message = error.body ? error.message : "The service cannot be reached; is it still running?";
-    $("h2", card).textContent = "No answer";
-    $(".error", card).textContent = message;
-    $(".error", card).hidden = false;
-    $(".json", card).textContent = JSON.stringify(error.body || {}, null, 2);
-    say(`${file.name}: ${message}`);
+    problem = error;
   }
   card.classList.remove("waiting");
   card.removeAttribute("aria-busy");
+  if (answer) showAnswer(job, answer, performance.now() - started);
+  else showProblem(card, name, problem);
 }
 
-function curl(filename, options) {
-  const parts = [`file=@${forCurl(filename)}`, ...Object.entries(options).map(([name, value]) => `${name}=${value}`)];
-  return `curl ${parts.map(part => `-F ${forShell(part)}`).join(" ")} ${forShell(String(new URL("predict", here)))}`;
+/* The body of a request, with its headers: a file goes as a form, anything else as JSON. */
+async function packed({file, input, options}) {
+  if (file) {
+    const body = new FormData();
+    body.append("file", file, file.name);
+    for (const [name, value] of Object.entries(options)) body.append(name, value);
+    return {body};
+  }
+  const values = await Promise.all(Object.values(options).map(value => value instanceof File ? base64(value) : value));
+  const chosen = Object.fromEntries(Object.keys(options).map((name, i) => [name, values[i]]));
+  return {headers: {"Content-Type": "application/json"}, body: json(input, chosen)};
 }
 
-/* curl takes several files separated by commas, options of a file after a semicolon, and - for standard input. */
-function forCurl(filename) {
-  if (filename === "-") return "./-";
-  return /[",;\\]|^\s|\s$/.test(filename) ? `"${filename.replace(/["\\]/g, "\\$&")}"` : filename;
-}
-
-/* Control characters would act on the terminal that the line is pasted into, and others change how it looks: they are
-   written as octal bytes, which bash, zsh and ksh read. */
-function forShell(text) {
-  const unseen = /[\p{C}\p{Zl}\p{Zp}]/gu;
-  if (/^[\w@%+=:,./-]+$/.test(text)) return text;
-  if (text.search(unseen) < 0) return `'${text.replaceAll("'", "'\\''")}'`;
-  const octal = character => Array.from(new TextEncoder().encode(character),
-                                        byte => "\\" + byte.toString(8).padStart(3, "0")).join("");
-  return `$'${text.replace(/['\\]/g, "\\$&").replace(unseen, octal)}'`;
-}
-
-/* ---- a card ---- */
-
-function showPicture(card, file) {
-  const url = card.dataset.url = URL.createObjectURL(file);
-  const isVideo = file.type.startsWith("video/");
-  const picture = isVideo ? element("video", {src: url, controls: true, muted: true, playsInline: true})
-    : element("img", {src: url, alt: `The picture you sent: ${file.name}`});
-  picture.addEventListener("error", () => picture.replaceWith(element("p", {className: "quiet"}, "No preview")));
-  $(".picture", card).append(picture);
-}
-
-function showAnswer(card, {body, response}, milliseconds) {
-  const {predictions, metadata} = body;
-  const classes = Array.isArray(predictions);
-  const rows = classes
-    ? predictions.map(p => ({label: p.class, share: p.confidence, value: `${(100 * p.confidence).toFixed(1)} %`}))
-    : Object.entries(predictions).map(([trait, score]) => ({label: trait, share: score, value: score.toFixed(2)
-        + (metadata.spread?.[trait] ? ` ± ${metadata.spread[trait].toFixed(2)}` : "")}));
-  $("h2", card).textContent = classes ? rows[0].label : "Apparent traits";
-  $(".bars", card).classList.toggle("traits", !classes);
-  $(".bars", card).replaceChildren(...rows.map(({label, share, value}) => {
-    const width = `${100 * Math.min(1, Math.max(0, share))}%`;
-    return element("li", {className: classes ? "" : "trait"}, drawing(null, {width, height: "100%"}),
-      element("span", {}, label), element("span", {className: "value"}, value));
-  }));
-  const [width, height] = metadata.image_size;
-  const face = metadata.face_detected === undefined || metadata.method === "middle" ? []
-    : [metadata.face_detected ? "face found" : "no face found"];
-  $("figcaption", card).textContent = [metadata.filename, `${width} × ${height}`, ...face].filter(Boolean).join(" · ");
-  showBoxes(card, metadata);
-  showTimings(card, metadata.timings_ms, milliseconds, response.headers.get("X-Cache"));
-  $(".json", card).textContent = JSON.stringify(body, null, 2);
-  say(`${metadata.filename}: ${rows.map(({label, value}) => `${label} ${value}`).join(", ")}`);
-}
-
-function showBoxes(card, {frames, image_size: [width, height]}) {
-  const boxed = (frames || []).filter(frame => frame.face_box);
-  const video = $(".picture video", card);
-  const draw = frame => {
-    $(".picture > svg", card)?.remove();
-    if (!frame) return;
-    const [x, y, w, h] = frame.face_box;
-    const box = {x, y, width: w, height: h};
-    $(".picture", card).append(drawing(`0 0 ${width} ${height}`, {...box, class: "under"}, {...box, class: "box"}));
-  };
-  if (!video) return draw(boxed[0]);
-  const current = () => boxed.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
-  for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => draw(current()));
-  if (boxed.length) video.currentTime = boxed[0].time_s;
-  if (boxed.length < 2) return;
-  $("figure", card).append(element("div", {className: "buttons"}, ...boxed.map(frame => {
-    const button = element("button", {className: "button", type: "button"}, `${frame.time_s.toFixed(1)} s`);
-    button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; });
-    return button;
-  })));
-}
-
-function showTimings(card, timings, milliseconds, cache) {
-  const stages = Object.entries(timings);
-  const total = stages.reduce((sum, [, ms]) => sum + ms, 0) || 1;
-  let x = 0;
-  const shapes = stages.map(([, ms], i) => {
-    const width = 100 * ms / total;
-    x += width;
-    return {x: x - width, width, height: 1, class: `s${i % 6}`};
+function base64(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.replace(/^[^,]*,/, ""));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
   });
-  const strip = drawing("0 0 100 1", ...shapes);
-  strip.setAttribute("preserveAspectRatio", "none");
-  $(".strip", card).replaceChildren(strip);
-  $(".timings p", card).replaceChildren(
-    ...stages.map(([stage, ms], i) => element("span", {className: `stage s${i % 6}`}, element("b", {}, `${stage} ${ms.toFixed(1)} ms`))),
-    element("br"), `${Math.round(milliseconds)} ms in all, as seen from here`,
-    ...(cache ? [`; cache ${cache}`] : []));
-  $(".timings", card).hidden = false;
 }
 
 /* ---- the camera ---- */
@@ -280,23 +293,32 @@ function shoot() {
 
 /* ---- what the user does ---- */
 
-$("#upload").addEventListener("submit", event => event.preventDefault());
+$("#input").addEventListener("submit", event => {
+  event.preventDefault();
+  if (!$("#write").hidden) takeText();
+});
+$("#text").addEventListener("input", () => blame(""));
+$("#text").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("#input").requestSubmit();
+});
+$("#which").addEventListener("change", describe);
 $("#choose").addEventListener("change", event => {
   if (event.target.files.length) take(event.target.files);
   event.target.value = "";  // the same file may be chosen again
 });
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, event => {
+    if (!event.dataTransfer.types.includes("Files")) return;  // text, which goes where it is dropped
     event.preventDefault();
     $("#drop").classList.toggle("over", name === "dragenter" || name === "dragover");
-    if (name === "drop" && event.dataTransfer.files.length) take(event.dataTransfer.files);
+    if (name === "drop") take(event.dataTransfer.files);
   });
 }
 document.addEventListener("paste", event => {
   if (event.clipboardData.files.length) take(event.clipboardData.files);
 });
 $("#sample").addEventListener("click", async () => {
-  const name = SAMPLES[service.model.task] || "astronaut.jpg";
+  const name = SAMPLES.get(service.model.task) || "astronaut.jpg";
   const response = await fetch(new URL(`static/${name}`, here));
   take([new File([await response.blob()], name, {type: "image/jpeg"})]);
 });
@@ -317,5 +339,4 @@ $("#results").addEventListener("click", async event => {
   setTimeout(() => { event.target.textContent = "Copy"; }, 2000);
 });
 
-$("#camera").hidden = !navigator.mediaDevices;
 describe();

@@ -1,0 +1,171 @@
+/* A card of the results: what was sent, and the answer. */
+import {curl, fileName} from "./curl.js";
+import {$, block, drawing, element, isNumbers, isObject, pretty, say} from "./dom.js";
+
+const MOST_BARS = 30;
+
+/* A picture or a player of a Blob; its URL is revoked with the card. */
+function media(card, blob, words) {
+  const url = URL.createObjectURL(blob);
+  const kind = blob.type.split("/")[0];
+  card.urls.push(url);
+  const shown = kind === "video" || kind === "audio"
+    ? element(kind, {src: url, controls: true, playsInline: true, ariaLabel: words})
+    : element("img", {src: url, alt: words});
+  shown.addEventListener("error", () => shown.replaceWith(element("p", {className: "quiet"}, "No preview")));
+  return shown;
+}
+
+export function showSent(card, {file, text, model}) {
+  if (!file) {
+    const isJson = model.takes.includes("json");
+    return $(".picture", card).append(block(text, "What you sent", isJson ? "sent mono" : "sent"));
+  }
+  const kind = {video: "video", audio: "recording"}[file.type.split("/")[0]] || "picture";
+  const shown = media(card, file, `The ${kind} you sent: ${file.name}`);
+  shown.muted = kind === "video";
+  $(".picture", card).append(shown);
+}
+
+export function showAnswer(job, {response, body, media: file}, milliseconds) {
+  const {card, name} = job;
+  const metadata = body?.metadata || {};
+  const words = file ? showMedia(card, file) : showPredictions(card, body.predictions, metadata.spread);
+  const [width, height] = metadata.image_size || [];
+  const face = metadata.face_detected === undefined || metadata.method === "middle" ? ""
+    : metadata.face_detected ? "face found" : "no face found";
+  $("figcaption", card).textContent = [metadata.filename || name, width && `${width} × ${height}`, face]
+    .filter(Boolean).join(" · ");
+  $("code", card).textContent = curl(job, file?.type);
+  if (metadata.image_size) showBoxes(card, metadata);
+  showTimings(card, metadata.timings_ms || serverTiming(response), milliseconds, response.headers.get("X-Cache"));
+  $(".json", card).textContent = body ? pretty(body) : "";
+  $(".json", card).closest("details").hidden = !body;
+  say(`${metadata.filename || name}: ${words}`);
+}
+
+/* error: with what the service answered as its `body`, if it did. */
+export function showProblem(card, name, {message, body}) {
+  const words = body ? message : "The service cannot be reached; is it still running?";
+  $("h2", card).textContent = "No answer";
+  $(".error", card).textContent = words;
+  $(".error", card).hidden = false;
+  $(".json", card).textContent = pretty(body || {});
+  say(`${name}: ${words}`);
+}
+
+/* Each of these shows the answer and returns it in words. */
+
+function showMedia(card, file) {
+  const kind = {audio: "Audio", image: "Picture", video: "Video"}[file.type.split("/")[0]];
+  const words = `${file.type || "a file"}, ${(file.size / 1024).toFixed(1)} KiB`;
+  const link = element("a", {download: fileName(file.type || "file/bin"), className: "button"}, "Download");
+  $("h2", card).textContent = kind || "File";
+  $(".shown", card).replaceChildren(...(kind ? [media(card, file, "The answer")] : []),
+    element("p", {className: "buttons"}, link, element("span", {className: "quiet"}, words)));
+  if (!kind) card.urls.push(URL.createObjectURL(file));
+  link.href = card.urls.at(-1);
+  $(".shown", card).hidden = false;
+  return words;
+}
+
+function showPredictions(card, predictions, spread) {
+  const scores = asScores(predictions, spread);
+  $("h2", card).textContent = scores?.title ?? "Answer";
+  if (scores) return showBars(card, scores);
+  $(".shown", card).replaceChildren(isObject(predictions) && Object.keys(predictions).length
+    ? element("dl", {}, ...Object.entries(predictions).flatMap(
+      ([name, value]) => [element("dt", {}, name), element("dd", {}, asText(value))]))
+    : asText(predictions));
+  $(".shown", card).hidden = false;
+  return typeof predictions === "string" ? predictions : JSON.stringify(predictions);
+}
+
+function asText(value) {
+  return typeof value === "object" && value !== null ? block(pretty(value), "JSON") : element("p", {}, String(value));
+}
+
+/* {title, rows: [{label, share, value}], isRanked} of predictions that are scores; null for any others. */
+function asScores(predictions, spread) {
+  const percent = (label, share) => ({label: String(label), share, value: `${(100 * share).toFixed(1)} %`});
+  if (Array.isArray(predictions) && predictions.length && predictions.every(
+    one => isObject(one) && "class" in one && typeof one.confidence === "number")) {
+    const rows = predictions.map(one => percent(one.class, one.confidence));
+    return {title: rows[0].label, rows, isRanked: true};
+  }
+  if (isObject(predictions) && "class" in predictions && isNumbers(predictions.probabilities)) {
+    const ranked = Object.entries(predictions.probabilities).sort(([, a], [, b]) => b - a);
+    const rows = ranked.map(([label, share]) => percent(label, share));
+    return {title: String(predictions.class), rows, isRanked: true};
+  }
+  if (!isNumbers(predictions)) return null;
+  const most = Object.values(predictions).reduce((a, b) => Math.max(a, b), 1);
+  const rows = Object.entries(predictions).map(([label, score]) => ({label, share: score / most, value: rounded(score)
+    + (typeof spread?.[label] === "number" ? ` ± ${spread[label].toFixed(2)}` : "")}));
+  return {title: "Scores", rows, isRanked: false};
+}
+
+function rounded(score) {
+  if (Number.isInteger(score)) return String(score);
+  return Math.abs(score) < 0.005 || Math.abs(score) >= 1e6 ? String(Number(score.toPrecision(3))) : score.toFixed(2);
+}
+
+function showBars(card, {title, rows, isRanked}) {
+  const bars = rows.slice(0, MOST_BARS).map(({label, share, value}) => {
+    const width = `${100 * Math.min(1, Math.max(0, share))}%`;
+    return element("li", {className: isRanked ? "" : "trait"}, drawing(null, {width, height: "100%"}),
+      element("span", {}, label), element("span", {className: "value"}, value));
+  });
+  const more = rows.length - bars.length;
+  $(".bars", card).classList.toggle("traits", !isRanked);
+  $(".bars", card).replaceChildren(...bars, ...(more ? [element("li", {className: "quiet"}, `and ${more} more`)] : []));
+  return rows.slice(0, MOST_BARS).map(({label, value}) => `${label} ${value}`).join(", ");
+}
+
+function showBoxes(card, {frames, image_size: [width, height]}) {
+  const boxed = (frames || []).filter(frame => frame.face_box);
+  const video = $(".picture video", card);
+  const draw = frame => {
+    $(".picture > svg", card)?.remove();
+    if (!frame) return;
+    const [x, y, w, h] = frame.face_box;
+    const box = {x, y, width: w, height: h};
+    $(".picture", card).append(drawing(`0 0 ${width} ${height}`, {...box, class: "under"}, {...box, class: "box"}));
+  };
+  if (!video) return draw(boxed[0]);
+  const current = () => boxed.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
+  for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => draw(current()));
+  if (boxed.length) video.currentTime = boxed[0].time_s;
+  if (boxed.length < 2) return;
+  $("figure", card).append(element("div", {className: "buttons"}, ...boxed.map(frame => {
+    const button = element("button", {className: "button", type: "button"}, `${frame.time_s.toFixed(1)} s`);
+    button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; });
+    return button;
+  })));
+}
+
+/* {stage: milliseconds} of the header Server-Timing: read;dur=0.4, inference;dur=8 */
+function serverTiming(response) {
+  const entries = (response.headers.get("Server-Timing") || "").matchAll(/([\w-]+);dur=([\d.]+)/g);
+  return Object.fromEntries([...entries].map(([, stage, ms]) => [stage, Number(ms)]));
+}
+
+function showTimings(card, timings, milliseconds, cache) {
+  const stages = Object.entries(timings);
+  const total = stages.reduce((sum, [, ms]) => sum + ms, 0) || 1;
+  let x = 0;
+  const shapes = stages.map(([, ms], i) => {
+    const width = 100 * ms / total;
+    x += width;
+    return {x: x - width, width, height: 1, class: `s${i % 6}`};
+  });
+  const strip = drawing("0 0 100 1", ...shapes);
+  strip.setAttribute("preserveAspectRatio", "none");
+  $(".strip", card).replaceChildren(...(stages.length ? [strip] : []));
+  $(".timings p", card).replaceChildren(
+    ...stages.map(([stage, ms], i) => element("span", {className: `stage s${i % 6}`},
+                                              element("b", {}, `${stage} ${ms.toFixed(1)} ms`))),
+    ...(stages.length ? [element("br")] : []), `${Math.round(milliseconds)} ms in all, as seen from here`,
+    ...(cache ? [`; cache ${cache}`] : []));
+  $(".timings", card).hidden = false;
+}
