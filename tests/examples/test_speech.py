@@ -20,8 +20,8 @@ from examples import speech
 MODEL = {"MODEL_NAME": "examples.speech:Speech", "DEVICE": "cpu", "WORKERS": "1"}
 RATE = 22_050
 FOX = "The quick brown fox jumps over the lazy dog."
-UNDERSTOOD = ["The president will travel to Washington on Monday.", "The children were playing in the garden.",
-              "He said that the government would pay one hundred million dollars."]
+GARDEN = "The children were playing in the garden."
+DOLLARS = "He said that the government would pay one hundred million dollars."
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,7 @@ def is_sound(file):
     return 0.03 < loudness < 0.3 and (np.abs(samples(file)) >= 32767).mean() < 0.001
 
 
-@pytest.mark.parametrize(("text", "options"), [
-    *((text, {"variation": 0}) for text in UNDERSTOOD), (UNDERSTOOD[-1], {}), (UNDERSTOOD[-1], {"speed": 1.5})])
+@pytest.mark.parametrize(("text", "options"), [(GARDEN, {"variation": 0}), (DOLLARS, {}), (DOLLARS, {"speed": 1.5})])
 def test_every_word_is_understood_again(service, text, options):
     assert heard(spoken(service, text, **options)) == text.lower().rstrip(".")
 
@@ -101,7 +100,7 @@ def test_the_energy_lies_where_speech_has_it(service):
 def test_length_follows_the_words_and_the_speed(service):
     text = "My brother bought a red car and a big house in the old town near the river"
     lengths = {n: seconds(spoken(service, " ".join(text.split()[:n]), variation=0)) for n in (4, 8, 16)}
-    assert lengths[4] < lengths[8] < lengths[16]
+    assert 1.2 * lengths[4] < lengths[8] < lengths[16] / 1.2
     assert 120 < 16 / lengths[16] * 60 < 350  # words per minute; people read aloud at 150 to 250
     at_1, slow, fast = (seconds(spoken(service, FOX, variation=0, speed=speed)) for speed in (1, 0.5, 2))
     assert slow == pytest.approx(2 * at_1, rel=0.15)
@@ -143,7 +142,7 @@ def test_two_readings_differ_unless_variation_is_0(service):
 
 
 def test_concurrent_requests_do_not_mix(service):
-    words = ["Brother", "School", "Car", "Town"] * 3
+    words = ["Brother", "School", "Car", "Town"] * 2
     requested = [(f"{word} {i}. My {word}.", [0.8, 1, 1.6][i % 3]) for i, word in enumerate(words)]
 
     def speak(request):
