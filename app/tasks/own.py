@@ -207,6 +207,15 @@ class OwnTask(Task):
         within(self.self_test_within_s, test, f"{type(self).__name__}'s self-test")
 
     def answer(self, data, options, call):
+        try:
+            return self.answer_of(data, options, call)
+        except BaseException as e:
+            if isinstance(e, Exception):
+                raise
+            # Outside of a slot, SystemExit would end the process, and others a request without an answer.
+            raise RuntimeError(f"{type(self).__name__} raised {type(e).__name__}") from e
+
+    def answer_of(self, data, options, call):
         sent = data if isinstance(data, Instances) else [(data, call.field)]
         with call.stages("decode"):
             inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]

@@ -267,7 +267,7 @@ class Kinds(OwnTask):
     ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "got list_iterator"),
     ("[float('nan')]", "the answer has nan, which JSON lacks"), ("[{'a': [1, {2}]}]", "the answer['a'][1] has a set"),
     ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"),
-    ("1 / 0", "ZeroDivisionError"),
+    ("1 / 0", "ZeroDivisionError"), ("exit(3)", "RuntimeError: Wrong raised SystemExit"),
 ])
 def test_a_mistake_costs_its_request_a_clear_error(serve, caplog, returned, why):
     """The example is answered, another input is not."""
@@ -282,6 +282,8 @@ class Wrong(OwnTask):
     assert error_of(client.post("/predict", json={"x": 1})) == (
         500, "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID.")
     assert why in caplog.text
+    batch = client.post("/predict/batch", json={"instances": [1, 0]}).json
+    assert [one.get("error", one.get("predictions")) for one in batch["results"]] == ["INTERNAL_ERROR", 0]
     assert client.post("/predict", json={"x": 0}).json["predictions"] == 0
     assert client.get("/health").status_code == 200
 
