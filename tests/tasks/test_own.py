@@ -337,6 +337,8 @@ def test_the_cache_knows_the_input_the_options_and_the_model(serve):
     assert cached(numbers=[1, 2], times=2) == ("miss", 6)
     assert cached(instances=[[1], [2]]) == ("miss", [1, 2])
     assert cached(instances=[[1], [2]]) == ("hit", [1, 2])
+    odd = client.post("/predict", json={"numbers": [[[1], "instances[0]"], [[2], "instances[1]"]]})
+    assert error_of(odd) == (400, "INVALID_PARAMETER", "numbers must be a list of numbers")
     loader = client.application.extensions["model"]
     loader.load([type(loader.current.task.place.source)(None, own=loader.settings.model_name, token="another")])
     assert cached(numbers=[1, 2])[0] == "miss"
