@@ -143,6 +143,9 @@ class Keys(OwnTask):
 ''', "Keys").test_client()
     answer = client.post("/predict", json={"b": 1, "a": 2, "top_k": 50, "model": "keys"}).json
     assert answer["predictions"] == ["a", "b"]
+    assert client.post("/predict", json={"instances": [{"c": 1}, {}]}).json["predictions"] == [["c"], []]
+    assert error_of(client.post("/predict", json={"instances": [{}, [1]]})) == (
+        400, "INVALID_PARAMETER", "instances[1] must be an object, got a list")
 
 
 @pytest.mark.parametrize("sent", [
