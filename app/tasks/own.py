@@ -45,6 +45,7 @@ BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav
               "json": "application/json"}
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
+END_WITHIN_S = 5
 
 __all__ = ["InvalidInput", "Media", "OwnTask", "choice", "file", "integer", "number", "text", "yes_or_no"]
 
@@ -299,10 +300,15 @@ class OwnTask(Task):
         return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def end(self):
-        """Stop the threads, then `close`."""
-        if self.batcher:
-            self.batcher.close()
-        self.close()
+        """Stop the threads, then `close`. A failure is logged; a `predict` that hangs is not waited for."""
+        def stop():
+            if self.batcher:
+                self.batcher.close()
+            self.close()
+        try:
+            within(END_WITHIN_S, stop, f"{type(self).__name__}.close")
+        except StartError as e:
+            log.warning("%s", e)
 
 
 # --- further options ---

@@ -481,6 +481,9 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
      "gets inputs: expected 1, got 2"),
     ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        raise SystemExit(3)\n"
      "    def predict(self, batch): ...", "A", "A.load failed: SystemExit: 3"),
+    ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        self.model = open('/nowhere/x')\n"
+     "    def predict(self, batch): ...\n    def close(self):\n        self.model.close()", "A",
+     "A.load failed: FileNotFoundError: [Errno 2] No such file"),
 ])
 def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
     with pytest.raises(StartError) as e:
@@ -489,10 +492,12 @@ def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
     assert "\n" not in str(e.value)
 
 
-def test_a_self_test_that_hangs_ends_the_start(module):
-    source = ("class A(OwnTask):\n    takes, self_test_within_s = 'text', 1\n    def predict(self, batch):\n"
-              "        time.sleep(5)")
-    with pytest.raises(StartError, match="self-test did not end within 1 s"):
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_self_test_that_hangs_ends_the_start(module, monkeypatch, threads):
+    monkeypatch.setattr("app.tasks.own.END_WITHIN_S", 0.1)
+    source = (f"class A(OwnTask):\n    takes, self_test_within_s, threads = 'text', 1, {threads}\n"
+              "    def predict(self, batch):\n        time.sleep(600)")
+    with pytest.raises(StartError, match="self-test did not end within 1 s|ran out"):
         create_app(Settings.parse({"MODEL_NAME": f"{module(source)}:A", "DEVICE": "cpu"}))
 
 
