@@ -24,6 +24,7 @@ RETRY_LOAD_AFTER_S = 10   # a model that cannot be loaded
 MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its file in memory
 SHADOW_WAITS_S = 2        # for idle slots
 LOOK_S = 0.01
+CLOSE_WITHIN_S = 1        # before the next model is loaded
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +99,12 @@ class ModelRepository(ModelLoader):
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
             files = files_bytes(self.sources[key])
             # Requests meanwhile take and free memory too: a bundle takes its files' size, at most three times.
+            # Without files, what they freed may hide what the model took: its largest size counts until a reload.
             grown = resident_bytes() - grown
-            self.sizes[key] = max(files, min(grown, 3 * files) if files else grown)
             with self.lock:
                 before = self.by_key.get(key)
+                known = self.sizes.get(key, 0) if before is None else 0
+                self.sizes[key] = max(files, min(grown, 3 * files) if files else max(grown, known))
                 self.by_key[key] = model
                 self.by_key.move_to_end(key)
                 if key == self.default:
@@ -134,6 +137,9 @@ class ModelRepository(ModelLoader):
         log.info("model unloaded", extra={"model": key, "bytes": self.sizes[key]})
         counters.note_model(model, 0)
         self.close_unused(model)
+        for thread in threading.enumerate():  # or its memory would be freed while that of the next one is measured
+            if thread.name == "close-model":
+                thread.join(CLOSE_WITHIN_S)
 
     def when_loaded(self, call, deadline):
         """Make a call in a greenlet; if it needs a model that is not loaded, load that and make the call again. Raises
