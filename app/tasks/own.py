@@ -153,6 +153,10 @@ class OwnTask(Task):
             return f"takes must be one of {', '.join(KINDS)}, or several of the first three"
         if type(self).predict is OwnTask.predict:
             return "it has no method predict"
+        if not isinstance(self.field, str | None):
+            return f"field must be a text or None, got {self.field!r}"
+        if not isinstance(self.media_types, tuple):
+            return f"media_types must be a tuple such as (\"audio/wav\",), got {self.media_types!r}"
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
         names = [option.name for option in self.options]
@@ -338,7 +342,11 @@ imported = {}  # {module's name: SHA-256 of its file when it was imported}
 
 def create(place):
     """The task of a place whose source is a class of one's own. Raises ModelError."""
-    return class_of(place.source.own)(place)
+    try:
+        return class_of(place.source.own)(place)
+    except Exception as e:
+        raise e if isinstance(e, StartError) else ModelError(
+            f"{place.source.own} cannot be served: {one_line(e)}") from e
 
 
 def class_of(name):

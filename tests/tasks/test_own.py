@@ -472,6 +472,12 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
      "options must be a tuple of what choice, file"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = (text('model'),)\n    def predict(self, batch): ...", "A",
      "options need distinct names"),
+    ("class A(OwnTask):\n    takes, field = 'json', ['x']\n    def predict(self, batch): ...", "A",
+     "field must be a text or None, got ['x']"),
+    ("class A(OwnTask):\n    takes, media_types = 'text', 'audio/wav'\n    def predict(self, batch): ...", "A",
+     "media_types must be a tuple such as (\"audio/wav\",), got 'audio/wav'"),
+    ("class A(OwnTask):\n    takes, example = 'json', {1, 2}\n    def predict(self, batch): ...", "A",
+     "A cannot be served: TypeError: Object of type set is not JSON serializable"),
     ("class A(OwnTask):\n    takes = 'text'\n    max_batch = 0\n    def predict(self, batch): ...", "A",
      "max_batch must be an integer of at least 1"),
     ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        open('/nowhere/x')\n"
