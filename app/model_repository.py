@@ -100,10 +100,12 @@ class ModelRepository(ModelLoader):
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
             files = files_bytes(self.sources[key])
             # Requests meanwhile take and free memory too: a bundle takes its files' size, at most three times.
+            # Without files, what they freed may hide what the model took: its largest size counts until a reload.
             grown = resident_bytes() - grown
-            self.sizes[key] = max(files, min(grown, 3 * files) if files else grown, self.sizes.get(key, 0))
             with self.lock:
                 before = self.by_key.get(key)
+                known = self.sizes.get(key, 0) if before is None else 0
+                self.sizes[key] = max(files, min(grown, 3 * files) if files else max(grown, known))
                 self.by_key[key] = model
                 self.by_key.move_to_end(key)
                 if key == self.default:

@@ -48,6 +48,12 @@ class Large(Counts):
         self.weights = np.ones(40 * 2**20, np.uint8)
 
 
+class SlowToClose(Large):
+    def close(self):
+        time.sleep(0.3)
+        del self.weights
+
+
 class Fails(Counts):
     def predict(self, batch):
         if batch == [7]:
@@ -196,6 +202,16 @@ def test_the_model_used_least_recently_makes_room(serve, folder):
     text = client.get("/metrics").text
     assert 'model_info{device="cpu",engine="own",model="m1"' in text
     assert 'model_info{device="cpu",engine="own",model="m2"' not in text
+
+
+def test_memory_that_is_freed_meanwhile_hides_no_models_size(serve):
+    app = serve("m0=several_models:Counts,m1=several_models:SlowToClose,m2=several_models:SlowToClose",
+                LOAD_MODELS="first_use", MODELS_MEMORY="70MiB")
+    for name in ("m1", "m2", "m1", "m2"):
+        assert ask(app.test_client(), f"/models/{name}/predict") == 5
+        loaded = app.extensions["model"].by_key
+        assert list(loaded) == ["m0", name]
+        assert app.extensions["model"].sizes[name] > 30 * 2**20
 
 
 def test_a_model_in_use_is_unloaded_after_its_last_request(serve):

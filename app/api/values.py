@@ -81,6 +81,8 @@ def checked(task, value, field):
         raise invalid_parameter(field, "text", json_body.json_type(value))
     if task.takes == ("text",) and not is_unicode(value):
         raise invalid_parameter(field, "text in Unicode", "half of a surrogate pair")
+    if task.takes == ("json",) and task.field is None and not isinstance(value, dict):
+        raise invalid_parameter(field, "an object", json_body.json_type(value))
     if value == "":
         raise missing_input(task)
     return value
