@@ -84,6 +84,7 @@ class OwnTask(Task):
     options: a tuple of what choice, file, integer, number, text and yes_or_no make
     example: an input (a file: its bytes or Path), for the self-test and the documentation
     media_types: what the Media that `encode` returns may be
+    input_schema: a JSON Schema of the input, if it is JSON
     answer_schema: a JSON Schema of what `encode` returns
     max_batch: how many inputs, of concurrent requests too, `predict` gets at most
     batch_wait_ms: how long an incomplete batch waits for more
@@ -92,7 +93,7 @@ class OwnTask(Task):
     self_test_within_s: how long the example may take at the start
     """
     example = None
-    answer_schema = {}
+    input_schema, answer_schema = {}, {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None

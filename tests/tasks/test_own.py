@@ -110,7 +110,7 @@ def test_json_in_json_out(serve):
     ({"numbers": [1], "times": 11}, "INVALID_PARAMETER", "times must be an integer from 1 to 10, got 11"),
     ({"numbers": [1], "times": [1]}, "INVALID_PARAMETER", "times must be a single value, got a list"),
     ({"instances": [[1], ["a"]]}, "INVALID_PARAMETER", "instances[1] must be a list of numbers"),
-    ({"instances": []}, "MISSING_FILE", "No file provided: the list instances is empty."),
+    ({"instances": []}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
     ({"instances": [[1]] * 33}, "TOO_MANY_FILES", "A request may have at most 32 instances, found 33; send the others "
                                                   "in a second one."),
     ({}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
