@@ -148,6 +148,10 @@ def make_and_check(arguments):
     logging.config.dictConfig(logging_config(settings))
     plan = plan_of(settings)
     made = make(settings, plan.engine)
+    for done in made:
+        if done.own:
+            from app.tasks import own
+            own.class_of(done.own)
     if arguments.check:
         from app.engine.slots import Slots
         from app.model_loader import Model

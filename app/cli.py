@@ -119,7 +119,7 @@ def predict(arguments):
             save_media(answer, arguments.save / path.name)
         if arguments.json:
             body = answer.body() if is_error else {"status": "success", **answer}
-            tqdm.write(json.dumps({"file": str(path), **body}, ensure_ascii=False))
+            tqdm.write(printable(json.dumps({"file": str(path), **body}, ensure_ascii=False)))
         elif is_error:
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
         else:
@@ -140,7 +140,12 @@ def save_media(answer, path):
 
 
 def print_row(path, width, columns):
-    tqdm.write("  ".join([str(path).ljust(width), *columns]))
+    tqdm.write(printable("  ".join([str(path).ljust(width), *columns])))
+
+
+def printable(text):
+    """Without halves of surrogate pairs."""
+    return text.encode(errors="replace").decode()
 
 
 def evaluate(arguments):

@@ -5,6 +5,7 @@ another. The first of MODELS is the default one, which always stays. Only servic
 """
 import collections
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -12,17 +13,19 @@ import threading
 import time
 
 import gevent
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 
 from app import model_settings
+from app.config import StartError
 from app.errors import Deadline, DeadlineExceeded, ServiceError
 from app.model_loader import Model, ModelLoader, no_such_model, rebuild
 from app.server import counters, traffic
 from app.server.counters import Stages
-from app.tasks import Call, Place, create
+from app.tasks import Call, ModelError, Place, create
 
 RETRY_LOAD_AFTER_S = 10   # a model that cannot be loaded
 MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its file in memory
+LOAD_ALONE_S = 30         # how long a model waits for another one that is being loaded
 CLOSE_WITHIN_S = 5        # an unloaded model
 SHADOW_WAITS_S = 2        # for idle slots
 LOOK_S = 0.01
@@ -54,7 +57,9 @@ class ModelRepository(ModelLoader):
         self.sizes = {}                        # {key: bytes that the model took when it was last loaded}
         self.loads, self.failed_at = {}, {}    # {key: AsyncResult of a load}, {key: when it last failed}
         self.load_lock = threading.Lock()      # one at a time: its size is how much the process grows
-        self.shadowed, self.shadowing = collections.deque(), None
+        self.cores = threading.Semaphore(plan.slots)
+        self.shadowed, self.shadowing, self.shadow_waits = collections.deque(), None, Event()
+        self.loop = None
 
     # --- loading ---
 
@@ -83,9 +88,13 @@ class ModelRepository(ModelLoader):
             except Exception as e:
                 log.error("%s cannot be loaded: %s", key, e)
                 self.sources[key] = before.get(key, self.sources[key])
-                failure = failure or e
+                failure = failure or (e if isinstance(e, StartError) else ModelError(f"{key}: {e}"))
         if failure is not None:
             raise failure
+        missing = [key for key in wanted if key not in self.by_key]
+        if missing:
+            log.warning("MODELS_MEMORY does not hold all models: %s will be loaded when they are asked",
+                        ", ".join(missing))
         return self
 
     def task_of(self, source):
@@ -94,10 +103,13 @@ class ModelRepository(ModelLoader):
     def load_one(self, key):
         """Load a model, or load it again, in a native thread. Raises StartError, or ServiceError OUT_OF_MEMORY."""
         name, _, version = key.partition("@")
-        with self.load_lock:
+        is_first = self.load_lock.acquire(timeout=LOAD_ALONE_S)
+        try:
             self.make_room(key)
             grown = resident_bytes()
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
+            if model.task.max_batch == 1:
+                model.task.answer = functools.partial(self.within_cores, model.task.answer)
             files = files_bytes(self.sources[key])
             # Requests meanwhile take and free memory too: a bundle takes its files' size, at most three times.
             # Without files, what they freed may hide what the model took: its largest size counts until a reload.
@@ -112,6 +124,18 @@ class ModelRepository(ModelLoader):
                     self.current = model
             self.replaced(before, model)
             self.make_room(key, is_loaded=True)
+        finally:
+            if is_first:
+                self.load_lock.release()
+
+    def within_cores(self, answer, data, options, call):
+        """Answer when few enough others do: a model that collects batches has more slots than there is work for."""
+        if not self.cores.acquire(timeout=max(0, call.deadline.remaining())):
+            raise DeadlineExceeded("queue")
+        try:
+            return answer(data, options, call)
+        finally:
+            self.cores.release()
 
     def make_room(self, key, is_loaded=False):
         """Unload models until this one fits. Raises ServiceError OUT_OF_MEMORY if it never will."""
@@ -251,14 +275,16 @@ class ModelRepository(ModelLoader):
             count_shadow(model.name, shadow, "skipped")
             return
         self.shadowed.append((time.monotonic(), model, shadow, data, options, answer["predictions"]))
+        self.loop.run_callback_threadsafe(self.shadow_waits.set)
 
     def start_shadowing(self):
         if self.shadowing is None:
-            self.shadowing = gevent.spawn(self.shadow_all)
+            self.loop, self.shadowing = gevent.get_hub().loop, gevent.spawn(self.shadow_all)
 
     def shadow_all(self):
         while True:
-            gevent.sleep(LOOK_S)
+            self.shadow_waits.wait()
+            self.shadow_waits.clear()
             while self.shadowed:
                 since, model, version, *rest = self.shadowed[0]
                 if not self.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
@@ -269,10 +295,22 @@ class ModelRepository(ModelLoader):
                 if self.is_idle():
                     try:
                         outcome = self.shadow(model, f"{model.key.partition('@')[0]}@{version}", *rest)
+                    except DeadlineExceeded:
+                        self.end_shadow(model.key.partition("@")[0], version)
+                        outcome = "failed"
                     except Exception as e:
                         log.info("the shadow %s@%s failed: %s", model.name, version, e)
                         outcome = "failed"
                 count_shadow(model.name, version, outcome)
+
+    def end_shadow(self, name, version):
+        """Switch off, in all workers, a shadow that exceeded its deadline: it may hang, and hold a slot for good."""
+        log.error("the shadow %s@%s exceeded its deadline and is switched off", name, version)
+
+        def without(shares):
+            return {**shares, name: {**shares[name], "shadow": None}}
+        with contextlib.suppress(StartError):
+            self.area.write(without)
 
     def is_idle(self):
         return not self.slots.running and not self.slots.waiting and not self.slots.batched
@@ -283,8 +321,9 @@ class ModelRepository(ModelLoader):
         def answer():
             with self.lease(key) as other:
                 mine = {one.name: options.get(one.name, one.default_of(other.settings)) for one in other.task.options}
-                found = other.answer(data, mine, Call(deadline, stages))
-            return "agree" if model.task.answer_kind().agree(predictions, found["predictions"]) else "disagree"
+                # Not Model.answer: a shadow that fails must not make this worker restart.
+                found, _ = other.task.answer(data, mine, Call(deadline, stages))
+            return "agree" if model.task.answer_kind().agree(predictions, found) else "disagree"
         return self.when_loaded(lambda: self.slots.run(answer, deadline, stages, admitted=True), deadline)
 
 

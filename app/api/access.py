@@ -25,7 +25,8 @@ def register(app, settings):
         from flask_cors import CORS
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
-             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"],
+             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout",
+                            *filter(None, [settings.split_header])],
              expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:
         from app.api.rate_limits import Counts

@@ -15,6 +15,7 @@ from app.server import counters
 log = logging.getLogger(__name__)
 
 MEMORY_ENTRIES = 1024   # of about 1 kB each for a classifier
+MEMORY_BYTES, REDIS_BYTES = 2**17, 2**23  # of the largest answer that is kept: such as sound
 REDIS_TIMEOUT_S = 0.05  # a request waits this long when an outage starts
 REDIS_PROBE_S = 1.0     # how often an unreachable Redis is retried in the background
 KEY_PREFIX = "prediction:"
@@ -42,6 +43,7 @@ class ResultCache:
         self.slots = slots
         self.flights = {}  # key → AsyncResult of the answer that a request is computing
         self.in_reach = True
+        self.most_bytes = MEMORY_BYTES if settings.cache_url == "memory://" else REDIS_BYTES
         if settings.cache_url == "memory://":
             self.store, self.errors, self.call = SimpleCache(MEMORY_ENTRIES, settings.cache_ttl), (), call_here
         else:
@@ -114,7 +116,9 @@ class ResultCache:
             return None  # not written by this service
 
     def save(self, key, answer):
-        self.ask(self.store.set, key, json.dumps(answer).encode())
+        text = json.dumps(answer).encode()
+        if len(text) <= self.most_bytes:
+            self.ask(self.store.set, key, text)
 
     def ask(self, call, *arguments):
         """The store's answer; None while it is unreachable."""

@@ -12,6 +12,7 @@ from app.media.containers import MEDIA_TYPE
 
 LARGE, PIECE = 2**20, 2**18
 DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
+FILE_TYPE = re.compile(MEDIA_TYPE.pattern.replace("(image|video)", "(image|video|audio)"))
 URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
 
 
@@ -31,7 +32,7 @@ def parse(text, most_parts):
     if sum(map(text.count, (b",", b"[", b"{"))) > most_parts:
         raise ServiceError(400, "INVALID_JSON", f"The body has more than {most_parts} lists, objects and members.")
     try:
-        body = json.loads(text, object_pairs_hook=unique_members, parse_constant=no_constant)
+        body = json.loads(text, object_pairs_hook=unique_members, parse_constant=no_constant, parse_float=finite)
     except (ValueError, RecursionError) as e:
         why = e.args[0] if isinstance(e, NotJSON) else "it cannot be parsed"
         raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
@@ -67,6 +68,13 @@ class NotJSON(ValueError):
     """The message is for the caller."""
 
 
+def finite(text):
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise NotJSON(f"{text[:20]} is too large a number")
+    return value
+
+
 def no_constant(name):
     raise NotJSON(f"it has {name}, which JSON lacks")
 
@@ -85,7 +93,7 @@ def json_type(value):
         type(value), "a number")
 
 
-def from_base64(value, field, media_type=MEDIA_TYPE):
+def from_base64(value, field, media_type=FILE_TYPE):
     """Decode base64 or a base64 data: URL, also inside TensorFlow Serving's {"b64": …}, alone or under a name.
 
     White space, the URL-safe alphabet and missing padding are accepted. media_type: a pattern of what a data: URL may

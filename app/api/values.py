@@ -7,6 +7,7 @@ from flask import Response, current_app, request
 
 from app.api import json_body, uploads
 from app.errors import ServiceError, invalid_parameter
+from app.tasks import Task
 from app.tasks.own import Instances, is_unicode
 
 # --- inputs ---
@@ -14,10 +15,11 @@ from app.tasks.own import Instances, is_unicode
 
 @dataclass(frozen=True)
 class Value(uploads.Upload):
-    """An input that is no file. content: text, JSON types, or Instances."""
+    """An input that is no file. content: text, JSON types, or Instances; task: whose, if it has not been checked."""
+    task: Task | None = None
 
     def read(self, settings):
-        return self.content
+        return checked(self.task, self.content, self.field) if self.task else self.content
 
 
 def one(task, settings):
@@ -30,7 +32,7 @@ def one(task, settings):
         raise ServiceError(400, "TOO_MANY_FILES", f"A request may have at most {settings.max_batch_files} instances, "
                            f"found {len(found)}; send the others in a second one.")
     current_app.extensions["count_batch"](len(found))
-    return Value(Instances(found), None, uploads.INSTANCES)
+    return Value(Instances((checked(task, value, field), field) for value, field in found), None, uploads.INSTANCES)
 
 
 def several(task):
@@ -38,18 +40,18 @@ def several(task):
     body = json_body.members() if request.is_json else {}
     if uploads.INSTANCES not in body:
         return [Value(*single(task, body))]
-    return [Value(value, None, field) for value, field in listed(task, body)]
+    return [Value(value, None, field, task) for value, field in listed(task, body)]
 
 
 def listed(task, body):
-    """[(input, its name in messages)] of `instances`; each alone, or as the only member of an object."""
+    """[(input, its name in messages)] of `instances`, unchecked; each alone, or as the only member of an object."""
     if task.field and body.get(task.field) is not None:
         raise ServiceError(400, "INVALID_PARAMETER", f"The object has {task.field} and instances; send one of them.")
     if body[uploads.INSTANCES] == []:
         raise missing_input(task)
     found = json_body.instances(body[uploads.INSTANCES], "inputs")
-    return [(checked(task, one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one, field),
-             field) for one, field in found]
+    return [(one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one, field)
+            for one, field in found]
 
 
 def single(task, body):
@@ -63,6 +65,9 @@ def single(task, body):
         return checked(task, body[task.field], task.field), None, task.field
     if "form" not in request.mimetype:
         return text_of(task, request.get_data(cache=False), "the body"), None, "the body"
+    parts = request.files.getlist(task.field) + request.form.getlist(task.field)
+    if len(parts) > 1:
+        raise ServiceError(400, "INVALID_PARAMETER", f"{task.field} must be sent once, got it {len(parts)} times")
     part = request.files.get(task.field)
     if part is not None:
         return text_of(task, part.stream.getvalue(), task.field), uploads.base_name(part.filename), task.field

@@ -239,8 +239,8 @@ class Worker(GeventWorker):
             return  # the application adds the headers that a browser needs to read the refusal
         started, error = time.monotonic(), slots.overloaded()
         request_id = logs.id_for(headers.get("X-REQUEST-ID"))
-        counters.count_answer(req.path if req.path in PREDICTIONS else "/models/<name>/predict", req.method,
-                              error.status, error.code)
+        endpoint = "/models/<name>" * (req.path not in PREDICTIONS) + max(filter(req.path.endswith, PREDICTIONS))
+        counters.count_answer(endpoint, req.method, error.status, error.code)
         request_log.info("request", extra={
             "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
             "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})

@@ -52,6 +52,7 @@ class Task:
     body_type = "image/jpeg"  # such as
     how_to_send = ""      # an input, in words
     options = ()          # options.Option
+    max_batch = 1         # inputs of different requests that are predicted together
     checked_options = ()  # that it ignores, unless their values are bad
     media_types = ()      # what an answer may be besides JSON
     deterministic = True  # whether equal inputs have equal answers, which may then be cached

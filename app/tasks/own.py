@@ -71,6 +71,12 @@ class Media:
     media_type: str
 
 
+@dataclass(frozen=True)
+class Failed:
+    """In place of an output: why there is none."""
+    error: BaseException
+
+
 class Instances(list):
     """The inputs of one request: (value, where it was found)."""
 
@@ -94,7 +100,6 @@ class OwnTask(Task):
     """
     example = None
     input_schema, answer_schema = {}, {}
-    max_batch = 1
     batch_wait_ms = 2
     threads = None
     self_test_within_s = 60
@@ -152,8 +157,10 @@ class OwnTask(Task):
         if not self.takes or not set(self.takes) <= set(KINDS) or len(self.takes) > 1 and not set(self.takes) <= set(
                 FILES):
             return f"takes must be one of {', '.join(KINDS)}, or several of the first three"
-        if type(self).predict is OwnTask.predict:
+        if type(self).predict is OwnTask.predict or not callable(self.predict):
             return "it has no method predict"
+        if not all(isinstance(schema, dict) for schema in (self.input_schema, self.answer_schema)):
+            return "input_schema and answer_schema must be JSON Schemas, as dicts"
         if not isinstance(self.field, str | None):
             return f"field must be a text or None, got {self.field!r}"
         if not isinstance(self.media_types, tuple):
@@ -161,6 +168,14 @@ class OwnTask(Task):
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
         names = [option.name for option in self.options]
+        odd = [name for name in names if not re.fullmatch("[a-z][a-z0-9_]{0,39}", str(name))]
+        if odd:
+            return f"the name of an option must have lower-case letters, digits and _, not {odd[0]!r}"
+        for option in self.options:
+            if option.default is not None and not has_valid_default(option):
+                return f"the default of {option.name} must be {option.takes}, got {option.default!r}"
+        if set(self.takes) <= set(FILES) and {"data", "file", "files", "image", "video"} & set(names):
+            return "data, file, files, image and video are names of the input: an option needs another one"
         if {"help", "json", "labels", "save", "save_crop"} & set(names):
             return "help, json, labels, save and save_crop are taken: an option needs another name"
         if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
@@ -194,7 +209,7 @@ class OwnTask(Task):
             grow(slots, min(MOST_SLOTS, 2 * self.max_batch))
         if self.max_batch > 1 or self.threads:
             threads = min(self.threads or self.place.plan.streams, slots.count)
-            self.batcher = Batcher(self.predicted, threads, self.max_batch, self.batch_wait_ms / 1000)
+            self.batcher = Batcher(self.predicted_together, threads, self.max_batch, self.batch_wait_ms / 1000)
 
     def self_test(self):
         """Answer the example. An own one must be answered; the default one may be refused, but nothing else."""
@@ -228,6 +243,9 @@ class OwnTask(Task):
         with call.stages("inference"):
             outputs = self.batcher.run(inputs, call.deadline) if self.batcher else self.one_by_one(inputs, call)
         with call.stages("encode"):
+            failed = next((output.error for output in outputs if isinstance(output, Failed)), None)
+            if failed is not None:
+                raise failed
             answers = [self.encoded(output, options) for output in outputs]
         return answers if isinstance(data, Instances) else answers[0], {}
 
@@ -266,6 +284,24 @@ class OwnTask(Task):
             del self.due[thread]
         return outputs
 
+    def predicted_together(self, batch):
+        """The outputs of several requests' inputs. If `predict` fails, each is predicted again on its own, so that one
+        input's failure (Failed) is not that of the others."""
+        if len(batch) == 1:
+            return self.predicted(batch)
+        try:
+            return self.predicted(batch)
+        except BaseException as e:
+            log.warning("%s failed for a batch of %d: predicting them one by one", type(self).__name__, len(batch),
+                        exc_info=e)
+        return [self.predicted_alone(one) for one in batch]
+
+    def predicted_alone(self, one):
+        try:
+            return self.predicted([one])[0]
+        except BaseException as e:
+            return Failed(e)
+
     def predicted(self, batch):
         """What `predict` returns, checked. Raises TypeError."""
         outputs = self.predict(batch)
@@ -285,7 +321,7 @@ class OwnTask(Task):
         return plain(answer)
 
     def identity(self):
-        return [self.place.source.own, self.token]
+        return [self.place.source.own, self.token, str(imported.get(type(self).__module__))]
 
     def curl_sample(self):
         """curl's arguments that send the example, if it is no file."""
@@ -296,7 +332,7 @@ class OwnTask(Task):
 
     def info(self):
         example = None if self.is_file else self.example
-        return {"description": (type(self).__doc__ or "").strip().partition("\n")[0], "example": example,
+        return {"description": str(type(self).__doc__ or "").strip().partition("\n")[0], "example": example,
                 "engine": "own", "class": self.place.source.own, "max_batch": self.max_batch}
 
     def hung_seconds(self):
@@ -317,6 +353,13 @@ class OwnTask(Task):
 
 
 # --- further options ---
+
+def has_valid_default(option):
+    try:
+        return not option.is_file and option.parse(str(option.default)) == option.default
+    except ValueError:
+        return False
+
 
 def text(name, most=1000, **more):
     def parse(text):

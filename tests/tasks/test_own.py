@@ -146,6 +146,9 @@ class Keys(OwnTask):
     assert client.post("/predict", json={"instances": [{"c": 1}, {}]}).json["predictions"] == [["c"], []]
     assert error_of(client.post("/predict", json={"instances": [{}, [1]]})) == (
         400, "INVALID_PARAMETER", "instances[1] must be an object, got a list")
+    batch = client.post("/predict/batch", json={"instances": [{"c": 1}, [1], {}]}).json
+    assert [one.get("predictions", one.get("message")) for one in batch["results"]] == [
+        ["c"], "instances[1] must be an object, got a list", []]
 
 
 @pytest.mark.parametrize("sent", [
