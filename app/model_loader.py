@@ -167,12 +167,14 @@ class ModelLoader:
             self.close_unused(model)
 
     def close_unused(self, model):
-        """Free a retired model once it is unused, in a thread of its own, as this may take a while."""
+        """Free a retired model if it is unused, in a thread of its own, as this may take a while; returned, or None."""
         with self.lock:
             if not model.retired or model.users:
-                return
+                return None
             model.retired = False
-        threading.Thread(target=model.task.end, name="close-model").start()
+        thread = threading.Thread(target=model.task.end, name="close-model")
+        thread.start()
+        return thread
 
     def needs_restart(self):
         """Why this process must be replaced, as a phrase for the log, or None."""

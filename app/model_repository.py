@@ -5,6 +5,7 @@ another. The first of MODELS is the default one, which always stays. Only servic
 """
 import collections
 import contextlib
+import gc
 import logging
 import os
 import threading
@@ -22,6 +23,7 @@ from app.tasks import Call, Place, create
 
 RETRY_LOAD_AFTER_S = 10   # a model that cannot be loaded
 MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its file in memory
+CLOSE_WITHIN_S = 5        # an unloaded model
 SHADOW_WAITS_S = 2        # for idle slots
 LOOK_S = 0.01
 
@@ -98,10 +100,12 @@ class ModelRepository(ModelLoader):
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
             files = files_bytes(self.sources[key])
             # Requests meanwhile take and free memory too: a bundle takes its files' size, at most three times.
+            # Without files, what they freed may hide what the model took: its largest size counts until a reload.
             grown = resident_bytes() - grown
-            self.sizes[key] = max(files, min(grown, 3 * files) if files else grown)
             with self.lock:
                 before = self.by_key.get(key)
+                known = self.sizes.get(key, 0) if before is None else 0
+                self.sizes[key] = max(files, min(grown, 3 * files) if files else max(grown, known))
                 self.by_key[key] = model
                 self.by_key.move_to_end(key)
                 if key == self.default:
@@ -133,7 +137,11 @@ class ModelRepository(ModelLoader):
             model.retired = True
         log.info("model unloaded", extra={"model": key, "bytes": self.sizes[key]})
         counters.note_model(model, 0)
-        self.close_unused(model)
+        closing = self.close_unused(model)
+        del model
+        if closing:  # so that the memory is free, and does not seem to be taken by the model that is loaded next
+            closing.join(CLOSE_WITHIN_S)
+            gc.collect()
 
     def when_loaded(self, call, deadline):
         """Make a call in a greenlet; if it needs a model that is not loaded, load that and make the call again. Raises

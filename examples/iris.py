@@ -24,6 +24,7 @@ class Iris(OwnTask):
     """The species of an iris, from the lengths and widths of its sepals and petals in cm."""
     takes = "json"
     field = "features"
+    input_schema = {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4}
     example = [5.1, 3.5, 1.4, 0.2]  # sepal length, sepal width, petal length, petal width
 
     def load(self):

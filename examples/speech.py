@@ -19,7 +19,7 @@ from piper.config import PiperConfig
 
 from app.tasks.own import InvalidInput, Media, OwnTask, choice, number
 
-# One core of an AMD EPYC (Zen 5) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
+# One core of an AMD EPYC (Zen 4) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
 MAX_CHARACTERS = 500  # English: 520 to 630 phonemes, 28 s of sound
 MAX_PHONEMES = 650    # 3 s of calculation, 6 s at speed 0.5; beyond 1,000, espeak-ng drops the end of a clause
 MAX_PIECE = 150       # at speed 1; memory grows with the square: 2,400 phonemes at once take 1.3 GB

@@ -48,6 +48,12 @@ class Large(Counts):
         self.weights = np.ones(40 * 2**20, np.uint8)
 
 
+class SlowToClose(Large):
+    def close(self):
+        time.sleep(0.3)
+        del self.weights
+
+
 class Fails(Counts):
     def predict(self, batch):
         if batch == [7]:
@@ -198,6 +204,16 @@ def test_the_model_used_least_recently_makes_room(serve, folder):
     assert 'model_info{device="cpu",engine="own",model="m2"' not in text
 
 
+def test_memory_that_is_freed_meanwhile_hides_no_models_size(serve):
+    app = serve("m0=several_models:Counts,m1=several_models:SlowToClose,m2=several_models:SlowToClose",
+                LOAD_MODELS="first_use", MODELS_MEMORY="70MiB")
+    for name in ("m1", "m2", "m1", "m2"):
+        assert ask(app.test_client(), f"/models/{name}/predict") == 5
+        loaded = app.extensions["model"].by_key
+        assert list(loaded) == ["m0", name]
+        assert app.extensions["model"].sizes[name] > 30 * 2**20
+
+
 def test_a_model_in_use_is_unloaded_after_its_last_request(serve):
     app = serve("m0=several_models:Large,m1=several_models:Large,m2=several_models:Large", LOAD_MODELS="first_use",
                 MODELS_MEMORY="110MiB")
@@ -215,7 +231,7 @@ def test_a_model_in_use_is_unloaded_after_its_last_request(serve):
 
 
 def test_a_model_too_large_for_the_memory_is_refused(serve):
-    app = serve("m0=several_models:Large,lite=efficientnet_lite0", LOAD_MODELS="first_use", MODELS_MEMORY="50MiB")
+    app = serve("m0=several_models:Large,lite=efficientnet_lite0", LOAD_MODELS="first_use", MODELS_MEMORY="15MiB")
     response = app.test_client().post("/models/lite/predict", data=CAT, content_type="image/jpeg")
     assert (response.status_code, response.json["error"]) == (503, "OUT_OF_MEMORY")
     assert ask(app.test_client()) == 5

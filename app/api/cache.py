@@ -145,8 +145,8 @@ def call_here(call, *arguments):
 
 
 def key_of(data, options, model):
-    if not isinstance(data, bytes):  # text or JSON
-        data = json.dumps(data, sort_keys=True).encode()
+    if not isinstance(data, bytes):  # text or JSON; a list is one input, Instances are several
+        data = json.dumps([type(data).__name__, data], sort_keys=True).encode()
     content = hashlib.sha256(data).digest()
     asked = json.dumps(options, sort_keys=True, default=lambda file: hashlib.sha256(file).hexdigest()).encode()
     return KEY_PREFIX + hashlib.sha256(b"\0".join([content, asked, VERSION.encode(), model.identity])).hexdigest()

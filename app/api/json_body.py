@@ -36,8 +36,7 @@ def parse(text, most_parts):
         why = e.args[0] if isinstance(e, NotJSON) else "it cannot be parsed"
         raise ServiceError(400, "INVALID_JSON", f"The body is not valid JSON: {why}.") from e
     if not isinstance(body, dict):
-        raise ServiceError(400, "INVALID_JSON", "The body must be a JSON object such as {\"image\": \"<base64>\"}, "
-                                                f"got {json_type(body)}.")
+        raise ServiceError(400, "INVALID_JSON", f"The body must be a JSON object, got {json_type(body)}.")
     return body
 
 

@@ -167,7 +167,7 @@ def inputs(settings, tasks):
                              "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
                              "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}
         else:
-            schema = {"type": "string", "minLength": 1} if "text" in task.takes else {}
+            schema = {"type": "string", "minLength": 1} if "text" in task.takes else task.input_schema
             if "text" in task.takes:
                 form[task.field] = schema
                 raws["text/plain"] = {"schema": schema}

@@ -45,6 +45,8 @@ def listed(task, body):
     """[(input, its name in messages)] of `instances`; each alone, or as the only member of an object."""
     if task.field and body.get(task.field) is not None:
         raise ServiceError(400, "INVALID_PARAMETER", f"The object has {task.field} and instances; send one of them.")
+    if body[uploads.INSTANCES] == []:
+        raise missing_input(task)
     found = json_body.instances(body[uploads.INSTANCES], "inputs")
     return [(checked(task, one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one, field),
              field) for one, field in found]
@@ -81,6 +83,8 @@ def checked(task, value, field):
         raise invalid_parameter(field, "text", json_body.json_type(value))
     if task.takes == ("text",) and not is_unicode(value):
         raise invalid_parameter(field, "text in Unicode", "half of a surrogate pair")
+    if task.takes == ("json",) and task.field is None and not isinstance(value, dict):
+        raise invalid_parameter(field, "an object", json_body.json_type(value))
     if value == "":
         raise missing_input(task)
     return value

@@ -45,6 +45,7 @@ BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav
               "json": "application/json"}
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
+END_WITHIN_S = 5
 
 __all__ = ["InvalidInput", "Media", "OwnTask", "choice", "file", "integer", "number", "text", "yes_or_no"]
 
@@ -83,6 +84,7 @@ class OwnTask(Task):
     options: a tuple of what choice, file, integer, number, text and yes_or_no make
     example: an input (a file: its bytes or Path), for the self-test and the documentation
     media_types: what the Media that `encode` returns may be
+    input_schema: a JSON Schema of the input, if it is JSON
     answer_schema: a JSON Schema of what `encode` returns
     max_batch: how many inputs, of concurrent requests too, `predict` gets at most
     batch_wait_ms: how long an incomplete batch waits for more
@@ -91,7 +93,7 @@ class OwnTask(Task):
     self_test_within_s: how long the example may take at the start
     """
     example = None
-    answer_schema = {}
+    input_schema, answer_schema = {}, {}
     max_batch = 1
     batch_wait_ms = 2
     threads = None
@@ -152,6 +154,10 @@ class OwnTask(Task):
             return f"takes must be one of {', '.join(KINDS)}, or several of the first three"
         if type(self).predict is OwnTask.predict:
             return "it has no method predict"
+        if not isinstance(self.field, str | None):
+            return f"field must be a text or None, got {self.field!r}"
+        if not isinstance(self.media_types, tuple):
+            return f"media_types must be a tuple such as (\"audio/wav\",), got {self.media_types!r}"
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
         names = [option.name for option in self.options]
@@ -207,6 +213,15 @@ class OwnTask(Task):
         within(self.self_test_within_s, test, f"{type(self).__name__}'s self-test")
 
     def answer(self, data, options, call):
+        try:
+            return self.answer_of(data, options, call)
+        except BaseException as e:
+            if isinstance(e, Exception):
+                raise
+            # Outside of a slot, SystemExit would end the process, and others a request without an answer.
+            raise RuntimeError(f"{type(self).__name__} raised {type(e).__name__}") from e
+
+    def answer_of(self, data, options, call):
         sent = data if isinstance(data, Instances) else [(data, call.field)]
         with call.stages("decode"):
             inputs = [self.decoded(self.value(one, options, call), options, field) for one, field in sent]
@@ -290,10 +305,15 @@ class OwnTask(Task):
         return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
 
     def end(self):
-        """Stop the threads, then `close`."""
-        if self.batcher:
-            self.batcher.close()
-        self.close()
+        """Stop the threads, then `close`. A failure is logged; a `predict` that hangs is not waited for."""
+        def stop():
+            if self.batcher:
+                self.batcher.close()
+            self.close()
+        try:
+            within(END_WITHIN_S, stop, f"{type(self).__name__}.close")
+        except StartError as e:
+            log.warning("%s", e)
 
 
 # --- further options ---
@@ -323,7 +343,11 @@ imported = {}  # {module's name: SHA-256 of its file when it was imported}
 
 def create(place):
     """The task of a place whose source is a class of one's own. Raises ModelError."""
-    return class_of(place.source.own)(place)
+    try:
+        return class_of(place.source.own)(place)
+    except Exception as e:
+        raise e if isinstance(e, StartError) else ModelError(
+            f"{place.source.own} cannot be served: {one_line(e)}") from e
 
 
 def class_of(name):

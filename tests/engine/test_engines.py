@@ -66,7 +66,7 @@ def test_many_threads_get_their_own_answers(loaded):
 def two_streams(loaded):
     """An engine as on a machine of two cores; resnet18's weights are small enough for a second copy."""
     loader = loaded("openvino", WORKERS="1")
-    folder = prepared(loader.settings, "openvino").folder
+    folder = prepared(loader.settings, "openvino")[0].folder
     return engines.create(loader.current.task.manifest, folder, 2, loader.settings, "cpu", None), folder
 
 
@@ -164,7 +164,7 @@ def test_first_inferences_from_many_threads_do_not_hang(app, settings):
             "threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]\n"
             "[thread.start() for thread in threads]\n[thread.join(20) for thread in threads]\n"
             "sys.exit(len(answers) != 3)")
-    folder = str(prepared(settings, "openvino").folder)
+    folder = str(prepared(settings, "openvino")[0].folder)
     for _ in range(4):
         processes = [subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT) for _ in range(3)]
         try:

@@ -110,7 +110,7 @@ def test_json_in_json_out(serve):
     ({"numbers": [1], "times": 11}, "INVALID_PARAMETER", "times must be an integer from 1 to 10, got 11"),
     ({"numbers": [1], "times": [1]}, "INVALID_PARAMETER", "times must be a single value, got a list"),
     ({"instances": [[1], ["a"]]}, "INVALID_PARAMETER", "instances[1] must be a list of numbers"),
-    ({"instances": []}, "MISSING_FILE", "No file provided: the list instances is empty."),
+    ({"instances": []}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
     ({"instances": [[1]] * 33}, "TOO_MANY_FILES", "A request may have at most 32 instances, found 33; send the others "
                                                   "in a second one."),
     ({}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
@@ -143,6 +143,9 @@ class Keys(OwnTask):
 ''', "Keys").test_client()
     answer = client.post("/predict", json={"b": 1, "a": 2, "top_k": 50, "model": "keys"}).json
     assert answer["predictions"] == ["a", "b"]
+    assert client.post("/predict", json={"instances": [{"c": 1}, {}]}).json["predictions"] == [["c"], []]
+    assert error_of(client.post("/predict", json={"instances": [{}, [1]]})) == (
+        400, "INVALID_PARAMETER", "instances[1] must be an object, got a list")
 
 
 @pytest.mark.parametrize("sent", [
@@ -267,7 +270,7 @@ class Kinds(OwnTask):
     ("7", "expected 1, got int"), ("'x'", "expected 1, got str"), ("iter(batch)", "got list_iterator"),
     ("[float('nan')]", "the answer has nan, which JSON lacks"), ("[{'a': [1, {2}]}]", "the answer['a'][1] has a set"),
     ("[Media(b'x', 'audio/wav')]", "encode returned audio/wav, which media_types lacks"),
-    ("1 / 0", "ZeroDivisionError"),
+    ("1 / 0", "ZeroDivisionError"), ("exit(3)", "RuntimeError: Wrong raised SystemExit"),
 ])
 def test_a_mistake_costs_its_request_a_clear_error(serve, caplog, returned, why):
     """The example is answered, another input is not."""
@@ -282,6 +285,8 @@ class Wrong(OwnTask):
     assert error_of(client.post("/predict", json={"x": 1})) == (
         500, "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID.")
     assert why in caplog.text
+    batch = client.post("/predict/batch", json={"instances": [1, 0]}).json
+    assert [one.get("error", one.get("predictions")) for one in batch["results"]] == ["INTERNAL_ERROR", 0]
     assert client.post("/predict", json={"x": 0}).json["predictions"] == 0
     assert client.get("/health").status_code == 200
 
@@ -335,6 +340,8 @@ def test_the_cache_knows_the_input_the_options_and_the_model(serve):
     assert cached(numbers=[1, 2], times=2) == ("miss", 6)
     assert cached(instances=[[1], [2]]) == ("miss", [1, 2])
     assert cached(instances=[[1], [2]]) == ("hit", [1, 2])
+    odd = client.post("/predict", json={"numbers": [[[1], "instances[0]"], [[2], "instances[1]"]]})
+    assert error_of(odd) == (400, "INVALID_PARAMETER", "numbers must be a list of numbers")
     loader = client.application.extensions["model"]
     loader.load([type(loader.current.task.place.source)(None, own=loader.settings.model_name, token="another")])
     assert cached(numbers=[1, 2])[0] == "miss"
@@ -465,6 +472,12 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
      "options must be a tuple of what choice, file"),
     ("class A(OwnTask):\n    takes = 'text'\n    options = (text('model'),)\n    def predict(self, batch): ...", "A",
      "options need distinct names"),
+    ("class A(OwnTask):\n    takes, field = 'json', ['x']\n    def predict(self, batch): ...", "A",
+     "field must be a text or None, got ['x']"),
+    ("class A(OwnTask):\n    takes, media_types = 'text', 'audio/wav'\n    def predict(self, batch): ...", "A",
+     "media_types must be a tuple such as (\"audio/wav\",), got 'audio/wav'"),
+    ("class A(OwnTask):\n    takes, example = 'json', {1, 2}\n    def predict(self, batch): ...", "A",
+     "A cannot be served: TypeError: Object of type set is not JSON serializable"),
     ("class A(OwnTask):\n    takes = 'text'\n    max_batch = 0\n    def predict(self, batch): ...", "A",
      "max_batch must be an integer of at least 1"),
     ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        open('/nowhere/x')\n"
@@ -474,6 +487,9 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
      "gets inputs: expected 1, got 2"),
     ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        raise SystemExit(3)\n"
      "    def predict(self, batch): ...", "A", "A.load failed: SystemExit: 3"),
+    ("class A(OwnTask):\n    takes = 'text'\n    def load(self):\n        self.model = open('/nowhere/x')\n"
+     "    def predict(self, batch): ...\n    def close(self):\n        self.model.close()", "A",
+     "A.load failed: FileNotFoundError: [Errno 2] No such file"),
 ])
 def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
     with pytest.raises(StartError) as e:
@@ -482,10 +498,12 @@ def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
     assert "\n" not in str(e.value)
 
 
-def test_a_self_test_that_hangs_ends_the_start(module):
-    source = ("class A(OwnTask):\n    takes, self_test_within_s = 'text', 1\n    def predict(self, batch):\n"
-              "        time.sleep(5)")
-    with pytest.raises(StartError, match="self-test did not end within 1 s"):
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_self_test_that_hangs_ends_the_start(module, monkeypatch, threads):
+    monkeypatch.setattr("app.tasks.own.END_WITHIN_S", 0.1)
+    source = (f"class A(OwnTask):\n    takes, self_test_within_s, threads = 'text', 1, {threads}\n"
+              "    def predict(self, batch):\n        time.sleep(600)")
+    with pytest.raises(StartError, match="self-test did not end within 1 s|ran out"):
         create_app(Settings.parse({"MODEL_NAME": f"{module(source)}:A", "DEVICE": "cpu"}))
 
 
