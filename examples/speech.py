@@ -19,20 +19,20 @@ from piper.config import PiperConfig
 
 from app.tasks.own import InvalidInput, Media, OwnTask, choice, number
 
-# One core of an AMD EPYC (Zen 5) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
+# One core of an AMD EPYC (Zen 4) takes 0.1 s for a second of sound, 22 phonemes at speed 1.
 MAX_CHARACTERS = 500  # English: 520 to 630 phonemes, 28 s of sound
 MAX_PHONEMES = 650    # 3 s of calculation, 6 s at speed 0.5; beyond 1,000, espeak-ng drops the end of a clause
-MAX_PIECE = 200       # time and memory grow with the square: 2,400 phonemes at once take 1.3 GB
+MAX_PIECE = 150       # at speed 1; memory grows with the square: 2,400 phonemes at once take 1.3 GB
 
 UNSPEAKABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]+")  # espeak-ng raises for NUL and surrogates
 
 
-def pieces(sentence):
-    """Cut a list of phonemes into lists of at most MAX_PIECE: after a comma, else between words, else anywhere."""
-    while len(sentence) > MAX_PIECE:
-        spaces = [i for i in range(1, MAX_PIECE + 1) if sentence[i] == " "]
+def pieces(sentence, most):
+    """Cut a list of phonemes into lists of at most `most`: after a comma, else between words, else anywhere."""
+    while len(sentence) > most:
+        spaces = [i for i in range(1, most + 1) if sentence[i] == " "]
         pauses = [i for i in spaces if sentence[i - 1] in ",;:"]
-        end = (pauses or spaces or [MAX_PIECE])[-1]
+        end = (pauses or spaces or [most])[-1]
         yield sentence[:end]
         sentence = sentence[end:]
     yield sentence
@@ -75,7 +75,8 @@ class Speech(OwnTask):
         if phonemes > MAX_PHONEMES:
             raise InvalidInput(f"must be at most {MAX_PHONEMES} phonemes long when read aloud, numbers and symbols "
                                f"spelled out, got {phonemes}")
-        return [piece for sentence in sentences for piece in pieces(sentence)], SynthesisConfig(
+        most = int(MAX_PIECE * options["speed"])
+        return [piece for sentence in sentences for piece in pieces(sentence, most)], SynthesisConfig(
             speaker_id=self.speakers[options["voice"]], length_scale=config.length_scale / options["speed"],
             noise_scale=config.noise_scale * options["variation"],
             noise_w_scale=config.noise_w_scale * options["variation"])

@@ -3,6 +3,8 @@ import base64
 import functools
 import io
 import json
+import os
+import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,14 +128,24 @@ def cpu_ticks(service):
     return {thread: int(values[11]) + int(values[12]) for thread, values in fields.items()}
 
 
-def test_long_sentences_are_cut_between_words():
+def test_what_nobody_waits_for_is_not_read_to_its_end(service):
+    before = used = sum(cpu_ticks(service).values())
+    response = post(service, "1234567890 " * 6, {"X-Request-Timeout": "1"}, speed=0.5)  # takes 5 s
+    assert (response.status_code, response.json()["error"]) == (504, "DEADLINE_EXCEEDED")
+    while used != (now := sum(cpu_ticks(service).values())):
+        used = now
+        time.sleep(0.3)
+    assert used - before < 3 * os.sysconf("SC_CLK_TCK")
+
+
+def test_long_sentences_are_cut_after_commas_or_between_words():
     sentence = [*"one two three" * 40, *"x" * 450, *" end."]
-    cut = list(speech.pieces(sentence))
+    cut = list(speech.pieces(sentence, 200))
     assert sum(cut, []) == sentence
-    assert max(map(len, cut)) <= speech.MAX_PIECE
+    assert max(map(len, cut)) <= 200
     assert [piece[0] for piece in cut[1:3]] == [" ", " "]
-    assert list(speech.pieces([*"Hello."])) == [[*"Hello."]]
-    assert next(speech.pieces([*"one two, three four ", *"five " * 50])) == [*"one two,"]
+    assert list(speech.pieces([*"Hello."], 6)) == [[*"Hello."]]
+    assert next(speech.pieces([*"one two, three four ", *"five " * 50], 200)) == [*"one two,"]
 
 
 def test_two_readings_differ_unless_variation_is_0(service):
