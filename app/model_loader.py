@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 
 HUNG_AFTER_S = 10         # past the deadline, for an inference
 SLOT_HUNG_AFTER_S = 30    # likewise for decoding and face detection, which rarely check the deadline
-ALL_HUNG_AFTER_S = 3      # if this is so in all slots, so that nobody is served
 RETEST_AFTER_S = 10       # a model that fails is tested again, but not for each of its failures
 
 
@@ -183,11 +182,8 @@ class ModelLoader:
                 return "the model failed its self-test"
             if model.task.hung_seconds() > HUNG_AFTER_S:
                 return f"an inference has been hanging for more than {HUNG_AFTER_S} s past its deadline"
-        most, least = self.slots.overdue_seconds()
-        if most > SLOT_HUNG_AFTER_S:
+        if self.slots.overdue_seconds() > SLOT_HUNG_AFTER_S:
             return f"a slot has been hanging for more than {SLOT_HUNG_AFTER_S} s past a deadline"
-        if least > ALL_HUNG_AFTER_S:
-            return f"all slots have been hanging for more than {ALL_HUNG_AFTER_S} s past their deadlines"
         return None
 
 

@@ -13,7 +13,7 @@ import requests
 from conftest import ROOT, encoded, photo
 
 from app import create_app
-from app.config import Settings
+from app.config import Settings, StartError
 from app.engine.slots import Slots
 
 MODULE = """
@@ -52,6 +52,28 @@ class SlowToClose(Large):
     def close(self):
         time.sleep(0.3)
         del self.weights
+
+
+class Wide(Counts):
+    max_batch = 16
+
+
+class Crowd(Counts):
+    now, most = 0, 0
+
+    def predict(self, batch):
+        Crowd.now += 1
+        Crowd.most = max(Crowd.most, Crowd.now)
+        time.sleep(0.05)
+        Crowd.now -= 1
+        return batch
+
+
+class Hangs(Counts):
+    def predict(self, batch):
+        if batch == [7]:
+            time.sleep(3)
+        return [1 for _ in batch]
 
 
 class Fails(Counts):
@@ -270,6 +292,29 @@ def test_a_shadow_that_fails_is_counted_and_not_noticed(serve):
     assert ask(client, x=7) == 5
     wait_for(lambda: shadows(client).get("failed", 0) - before["failed"] == 1)
     assert client.get("/health").status_code == 200
+
+
+def test_a_shadow_that_hangs_is_switched_off(serve, caplog):
+    client = serve("counts@1=several_models:Counts,counts@2=several_models:Hangs", COUNTS__SHADOW="2",
+                   REQUEST_TIMEOUT="0.3").test_client()
+    assert ask(client, x=7) == 5
+    wait_for(lambda: not any(one["shadow"] for one in client.get("/models").json["models"]))
+    assert "the shadow counts@2 exceeded its deadline and is switched off" in caplog.text
+    assert ask(client, x=7) == 5
+
+
+def test_a_model_with_large_batches_does_not_let_others_have_more_than_the_cores(serve):
+    app = serve("crowd=several_models:Crowd,wide=several_models:Wide")
+    loader = app.extensions["model"]
+    assert loader.slots.count == 32
+    greenlets = [gevent.spawn(ask, app.test_client(), "/predict", x=i) for i in range(24)]
+    assert [greenlet.get(timeout=30) for greenlet in greenlets] == list(range(24))
+    assert 1 <= loader.by_key["crowd"].task.most <= loader.plan.slots
+
+
+def test_a_default_model_that_does_not_fit_stops_the_start_in_one_line(serve):
+    with pytest.raises(StartError, match="lite: The model lite does not fit into the memory for models"):
+        serve("lite=efficientnet_lite0,counts=several_models:Counts", MODELS_MEMORY="1MiB")
 
 
 def test_the_shadow_takes_no_slot_while_there_is_work(serve, monkeypatch):

@@ -17,7 +17,7 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 def openapi():
     from app.api.openapi import document  # only needed here
     return jsonify(document(current_app.extensions["settings"],
-                            [model.task for model in current_app.extensions["model"].models()]))
+                            current_app.extensions["model"].tasks(None)))
 
 
 @bp.get("/docs")

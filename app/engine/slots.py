@@ -157,10 +157,8 @@ class Slots:
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
     def overdue_seconds(self):
-        """(how long the most overdue call has been running past its deadline; the least overdue, if all slots are)."""
-        overdue = sorted([0.0] * (self.count - len(self.running))
-                         + [max(0.0, -job.deadline.remaining()) for job in list(self.running.values())])
-        return overdue[-1], overdue[0]
+        """How long the most overdue call has been running past its deadline."""
+        return max([0.0, *(-job.deadline.remaining() for job in list(self.running.values()))])
 
 
 def in_native_thread(call, *arguments):

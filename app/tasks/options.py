@@ -51,7 +51,7 @@ class Option:
 
 def integer(name, low, high, **more):
     def parse(text):
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        if not re.fullmatch(r"-?[0-9]{1,9}", text) or not low <= int(text) <= high:
             raise ValueError
         return int(text)
     return Option(name, f"an integer from {low} to {high}", parse,
@@ -68,6 +68,9 @@ def number(name, low, high, unit="", **more):
 
 
 def choice(name, choices, **more):
+    if isinstance(choices, str):
+        raise TypeError(f"the choices of {name} must be a tuple of texts")
+
     def parse(text):
         value = text.lower().replace(" ", "+")  # a + in a query means a space
         for one in choices:

@@ -9,6 +9,7 @@
 Each worker calls load once, and decode, predict and encode for each request. They run in native threads.
 """
 import base64
+import difflib
 import hashlib
 import importlib
 import io
@@ -19,6 +20,7 @@ import os
 import re
 import shlex
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -43,6 +45,9 @@ FILES = ("picture", "video", "audio")
 KINDS = (*FILES, "text", "json")
 BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
               "json": "application/json"}
+ATTRIBUTES = ("takes", "field", "options", "example", "media_types", "input_schema", "answer_schema", "max_batch",
+              "batch_wait_ms", "threads", "deterministic", "self_test_within_s", "load", "decode", "predict", "encode",
+              "close")
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
 END_WITHIN_S = 5
@@ -156,7 +161,7 @@ class OwnTask(Task):
         """What is wrong with the class's attributes, or None."""
         if not self.takes or not set(self.takes) <= set(KINDS) or len(self.takes) > 1 and not set(self.takes) <= set(
                 FILES):
-            return f"takes must be one of {', '.join(KINDS)}, or several of the first three"
+            return f"takes must be one of {', '.join(KINDS)}, or several of the first three, got {type(self).takes!r}"
         if type(self).predict is OwnTask.predict or not callable(self.predict):
             return "it has no method predict"
         if not all(isinstance(schema, dict) for schema in (self.input_schema, self.answer_schema)):
@@ -167,18 +172,27 @@ class OwnTask(Task):
             return f"media_types must be a tuple such as (\"audio/wav\",), got {self.media_types!r}"
         if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
             return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
+        for name in vars(type(self)):
+            meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
+            if meant and name not in dir(OwnTask):
+                return f"it has an attribute {name}: did you mean {meant[0]}?"
+        if self.takes == ("text",) and not isinstance(self.example, str | None):
+            return f"example must be a text, got {self.example!r}"
         names = [option.name for option in self.options]
         odd = [name for name in names if not re.fullmatch("[a-z][a-z0-9_]{0,39}", str(name))]
         if odd:
             return f"the name of an option must have lower-case letters, digits and _, not {odd[0]!r}"
         for option in self.options:
+            if option.schema.get("minimum", 0) > option.schema.get("maximum", float("inf")):
+                return f"{option.name} must be {option.takes}: there is no such number"
             if option.default is not None and not has_valid_default(option):
                 return f"the default of {option.name} must be {option.takes}, got {option.default!r}"
         if set(self.takes) <= set(FILES) and {"data", "file", "files", "image", "video"} & set(names):
             return "data, file, files, image and video are names of the input: an option needs another one"
         if {"help", "json", "labels", "save", "save_crop"} & set(names):
             return "help, json, labels, save and save_crop are taken: an option needs another name"
-        if len(set(names)) < len(names) or {"model", "instances", self.field} & set(names):
+        field = self.field or ("text" if self.takes == ("text",) else None)
+        if len(set(names)) < len(names) or {"model", "instances", field} & set(names):
             return "options need distinct names, other than model, instances and the field"
         for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1),
                             ("self_test_within_s", 1)):
@@ -222,6 +236,8 @@ class OwnTask(Task):
             call = Call(Deadline(self.self_test_within_s), Stages(), self.field or "the example")
             try:
                 self.answer(data, options, call)
+                if self.max_batch > 1:
+                    self.predicted([self.decoded(self.value(data, options, call), options, call.field)] * 2)
             except ServiceError as e:
                 if self.has_example or e.status >= 500:
                     raise
@@ -414,17 +430,29 @@ def import_fresh(name):
     """Import a module, again if its file has changed since: a reload serves new code."""
     before = sys.modules.get(name)
     if before is not None and name in imported and imported[name] != digest_of(before):
-        del sys.modules[name]
+        for one in beside(before):
+            del sys.modules[one]
     importlib.invalidate_caches()
     module = importlib.import_module(name)
     imported[name] = digest_of(module)
     return module
 
 
+def beside(module):
+    """The names of a module and of the imported ones in its folder and below, but for installed ones and the
+    service's."""
+    folder = Path(module.__file__).parent
+    return [name for name, one in list(sys.modules.items())
+            if name.partition(".")[0] not in ("app", "__main__") and getattr(one, "__file__", None)
+            and folder in Path(one.__file__).parents and "site-packages" not in one.__file__]
+
+
 def digest_of(module):
+    """A hash of the files of the modules `beside` this one."""
     try:
-        return hashlib.sha256(Path(module.__file__).read_bytes()).digest()
-    except (OSError, TypeError, AttributeError):
+        files = sorted({sys.modules[name].__file__ for name in beside(module)})
+        return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)).hexdigest()
+    except (OSError, TypeError, AttributeError, KeyError):
         return None
 
 
@@ -454,7 +482,9 @@ def within(seconds, call, what):
 def one_line(e):
     """An exception, and where in its own code it was raised."""
     frames = [frame for frame in traceback.extract_tb(e.__traceback__) if "importlib" not in frame.filename]
-    where = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
+    installed = ("site-packages", sysconfig.get_path("stdlib"))
+    where = [frame for frame in frames if not any(path in frame.filename for path in installed)
+             and frame.filename != __file__]
     place = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
     text = str(e).strip().partition("\n")[0]
     return f"{type(e).__name__}{': ' + text if text else ''}"[:400] + place
