@@ -28,7 +28,7 @@ MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its f
 LOAD_ALONE_S = 30         # how long a model waits for another one that is being loaded
 CLOSE_WITHIN_S = 5        # an unloaded model
 SHADOW_WAITS_S = 2        # for idle slots
-LOOK_S = 0.01
+QUIET_S, LOOK_S = 0.02, 0.005  # how long all slots must have been idle, and how often to look
 
 log = logging.getLogger(__name__)
 
@@ -285,23 +285,29 @@ class ModelRepository(ModelLoader):
         while True:
             self.shadow_waits.wait()
             self.shadow_waits.clear()
+            idle_since = None
             while self.shadowed:
-                since, model, version, *rest = self.shadowed[0]
-                if not self.is_idle() and time.monotonic() < since + SHADOW_WAITS_S:
+                now, (since, model, version, *rest) = time.monotonic(), self.shadowed[0]
+                idle_since = (idle_since or now) if self.is_idle() else None
+                if now > since + SHADOW_WAITS_S:
+                    self.shadowed.popleft()
+                    count_shadow(model.name, version, "skipped")
+                elif idle_since is None or now < idle_since + QUIET_S:
                     gevent.sleep(LOOK_S)
-                    continue
-                self.shadowed.popleft()
-                outcome = "skipped"
-                if self.is_idle():
-                    try:
-                        outcome = self.shadow(model, f"{model.key.partition('@')[0]}@{version}", *rest)
-                    except DeadlineExceeded:
-                        self.end_shadow(model.key.partition("@")[0], version)
-                        outcome = "failed"
-                    except Exception as e:
-                        log.info("the shadow %s@%s failed: %s", model.name, version, e)
-                        outcome = "failed"
-                count_shadow(model.name, version, outcome)
+                else:
+                    self.shadowed.popleft()
+                    idle_since = None
+                    count_shadow(model.name, version, self.outcome_of_shadow(model, version, *rest))
+
+    def outcome_of_shadow(self, model, version, *asked):
+        name = model.key.partition("@")[0]
+        try:
+            return self.shadow(model, f"{name}@{version}", *asked)
+        except DeadlineExceeded:
+            self.end_shadow(name, version)
+        except Exception as e:
+            log.info("the shadow %s@%s failed: %s", name, version, e)
+        return "failed"
 
     def end_shadow(self, name, version):
         """Switch off, in all workers, a shadow that exceeded its deadline: it may hang, and hold a slot for good."""
