@@ -73,7 +73,8 @@ $(VENV)-voice-cloning/installed: examples/requirements-voice-cloning.txt $(VENV)
 	@$(@D)/bin/python -c 'import torchaudio' 2>/dev/null || rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*.so
 	@touch $@
 
-test-voice-cloning: $(VENV)-voice-cloning/installed  ## Run examples/voice_cloning.py with VoxCPM and random weights
+test-examples: $(VENV)-voice-cloning/installed  ## Run the tests of examples/; VoxCPM has random weights there
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/examples/test_iris.py tests/examples/test_speech.py $(ARGS)
 	@env -u MODEL_FALLBACK $(VENV)-voice-cloning/bin/python -m pytest tests/examples/test_voice_cloning.py $(ARGS)
 
 SECONDS := 60
@@ -86,5 +87,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines audit bench bench-quick exam test-voice-cloning fuzz docker-build
+.PHONY: help run test lint lines audit bench bench-quick exam test-examples fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -20,6 +20,8 @@ from sklearn.preprocessing import FunctionTransformer
 from app import load_model
 from app.config import Settings, StartError
 
+pytestmark = pytest.mark.slow  # make test-examples
+
 FLOWERS, SPECIES = load_iris(return_X_y=True)  # (150, 4) in cm, (150,) 0..2
 FLOWERS, SPECIES = FLOWERS.tolist(), load_iris().target_names[SPECIES]
 SETOSA, VIRGINICA = FLOWERS[0], FLOWERS[-1]
@@ -117,8 +119,6 @@ BAD = {
     '[5.1, 3.5, 1.4, "0.2"]': FOUR + "[5.1, 3.5, 1.4, '0.2']",
     "[5.1, 3.5, 1.4, true]": FOUR + "[5.1, 3.5, 1.4, True]",
     "[5.1, 3.5, 1.4, null]": FOUR + "[5.1, 3.5, 1.4, None]",
-    "[5.1, 3.5, 1.4, 1e999]": FOUR + "[5.1, 3.5, 1.4, inf]",
-    "[5.1, 3.5, 1.4, -1e999]": FOUR + "[5.1, 3.5, 1.4, -inf]",
     f"[5.1, 3.5, 1.4, 1{'0' * 400}]": FOUR + "[5.1, 3.5, 1.4, 10000000000",
     "[5.1, 3.5, 1.4, -0.2]": FOUR + "[5.1, 3.5, 1.4, -0.2]",
     "[5.1, 3.5, 1.4, 100.1]": FOUR + "[5.1, 3.5, 1.4, 100.1]",
@@ -147,7 +147,7 @@ def test_bad_instance(iris, value):
     assert answer.json()["message"].startswith("instances[1] " + BAD[value])
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 def test_what_json_has_no_number_for(iris, number):
     answer = post(iris, f'{{"features": [5.1, 3.5, 1.4, {number}]}}')
     assert (answer.status_code, answer.json()["error"]) == (400, "INVALID_JSON")

@@ -19,6 +19,8 @@ from piper import PiperVoice, SynthesisConfig
 
 from examples import speech
 
+pytestmark = pytest.mark.slow  # make test-examples
+
 MODEL = {"MODEL_NAME": "examples.speech:Speech", "DEVICE": "cpu", "WORKERS": "1"}
 RATE = 22_050
 FOX = "The quick brown fox jumps over the lazy dog."

@@ -1,4 +1,4 @@
-"""examples/voice_cloning.py with VoxCPM's real code and a tiny checkpoint of random weights: `make test-voice-cloning`.
+"""examples/voice_cloning.py with VoxCPM's real code and a tiny checkpoint of random weights: `make test-examples`.
 Random weights make noise, so that nothing here is about how it sounds."""
 import base64
 import contextlib
@@ -14,7 +14,7 @@ import pytest
 import requests
 from conftest import Service, need
 
-pytest.importorskip("voxcpm", reason="VoxCPM is not installed: make test-voice-cloning")
+pytest.importorskip("voxcpm", reason="VoxCPM is not installed: make test-examples")
 soundfile = pytest.importorskip("soundfile")
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")  # VoxCPM's own
 
