@@ -653,6 +653,7 @@ class Slow(OwnTask):
     loader = app.extensions["model"]
     response = app.test_client().post("/predict", json={"x": 2}, headers={"X-Request-Timeout": "0.1"})
     assert response.status_code == 504
+    time.sleep(0.3)
     assert 0.1 < loader.current.task.hung_seconds() < 2
     assert loader.needs_restart() is None  # not yet
     assert app.test_client().post("/predict", json={"x": 0}).status_code == 200
