@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 import wave
 from pathlib import Path
 
