@@ -106,6 +106,8 @@ class ModelRepository(ModelLoader):
         is_first = self.load_lock.acquire(timeout=LOAD_ALONE_S)
         try:
             self.make_room(key)
+            if self.settings.models_memory is not None:
+                gc.collect()  # what is freed while the model loads would hide a part of its size
             grown = resident_bytes()
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
             if model.task.max_batch == 1:

@@ -160,10 +160,10 @@ def test_an_overrun_costs_its_caller_the_deadline_and_its_slot_comes_back(busy):
 
 
 def test_a_call_that_notices_its_deadline_itself_says_what_it_was_in():
-    deadline = Deadline(0.05)
+    deadline = Deadline(0.5)
 
     def call():
-        time.sleep(0.1)
+        time.sleep(0.6)
         deadline.check("decode")
     with pytest.raises(DeadlineExceeded, match="during decode"):
         Slots(1, 1).run(call, deadline, Stages())
