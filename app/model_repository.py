@@ -103,7 +103,7 @@ class ModelRepository(ModelLoader):
     def load_one(self, key):
         """Load a model, or load it again, in a native thread. Raises StartError, or ServiceError OUT_OF_MEMORY."""
         name, _, version = key.partition("@")
-        is_first = self.load_lock.acquire(timeout=LOAD_ALONE_S)
+        is_alone = self.load_lock.acquire(timeout=LOAD_ALONE_S)
         try:
             self.make_room(key)
             if self.settings.models_memory is not None:
@@ -127,7 +127,7 @@ class ModelRepository(ModelLoader):
             self.replaced(before, model)
             self.make_room(key, is_loaded=True)
         finally:
-            if is_first:
+            if is_alone:
                 self.load_lock.release()
 
     def within_cores(self, answer, data, options, call):

@@ -9,7 +9,6 @@
 Each worker calls load once, and decode, predict and encode for each request. They run in native threads.
 """
 import base64
-import difflib
 import hashlib
 import importlib
 import io
@@ -39,15 +38,11 @@ from app.media import containers, pictures
 from app.model_settings import snake_case
 from app.server.counters import Stages
 from app.tasks import Call, ModelError, Task
+from app.tasks.declarations import FILES, mistake
 from app.tasks.options import AT, FRAMES, Option, choice, integer, number, yes_or_no
 
-FILES = ("picture", "video", "audio")
-KINDS = (*FILES, "text", "json")
 BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
               "json": "application/json"}
-ATTRIBUTES = ("takes", "field", "options", "example", "media_types", "input_schema", "answer_schema", "max_batch",
-              "batch_wait_ms", "threads", "deterministic", "self_test_within_s", "load", "decode", "predict", "encode",
-              "close")
 MOST_SLOTS = 64  # native threads, for tasks that collect batches
 LOAD_WITHIN_S = 600
 END_WITHIN_S = 5
@@ -143,7 +138,7 @@ class OwnTask(Task):
         self.token = place.source.token or os.urandom(8).hex()
         self.takes = (self.takes,) if isinstance(self.takes, str) else tuple(self.takes or ()) if isinstance(
             self.takes, tuple | list) else ()
-        error = self.mistake()
+        error = mistake(self, OwnTask)
         if error:
             raise ModelError(f"{place.source.own} cannot be served: {error}")
         self.is_file = self.takes[0] in FILES
@@ -156,50 +151,6 @@ class OwnTask(Task):
         self.body_types, self.how_to_send = self.accepted()
         self.body_type = BODY_TYPES[self.takes[0]]
         self.batcher, self.due = None, {}  # {a thread: when its request's time is up}
-
-    def mistake(self):
-        """What is wrong with the class's attributes, or None."""
-        if not self.takes or not set(self.takes) <= set(KINDS) or len(self.takes) > 1 and not set(self.takes) <= set(
-                FILES):
-            return f"takes must be one of {', '.join(KINDS)}, or several of the first three, got {type(self).takes!r}"
-        if type(self).predict is OwnTask.predict or not callable(self.predict):
-            return "it has no method predict"
-        if not all(isinstance(schema, dict) for schema in (self.input_schema, self.answer_schema)):
-            return "input_schema and answer_schema must be JSON Schemas, as dicts"
-        if not isinstance(self.field, str | None):
-            return f"field must be a text or None, got {self.field!r}"
-        if not isinstance(self.media_types, tuple):
-            return f"media_types must be a tuple such as (\"audio/wav\",), got {self.media_types!r}"
-        if not isinstance(self.options, tuple) or not all(isinstance(option, Option) for option in self.options):
-            return "options must be a tuple of what choice, file, integer, number, text and yes_or_no make"
-        for name in vars(type(self)):
-            meant = difflib.get_close_matches(name, ATTRIBUTES, 1, 0.85)
-            if meant and name not in dir(OwnTask):
-                return f"it has an attribute {name}: did you mean {meant[0]}?"
-        if self.takes == ("text",) and not isinstance(self.example, str | None):
-            return f"example must be a text, got {self.example!r}"
-        names = [option.name for option in self.options]
-        odd = [name for name in names if not re.fullmatch("[a-z][a-z0-9_]{0,39}", str(name))]
-        if odd:
-            return f"the name of an option must have lower-case letters, digits and _, not {odd[0]!r}"
-        for option in self.options:
-            if option.schema.get("minimum", 0) > option.schema.get("maximum", float("inf")):
-                return f"{option.name} must be {option.takes}: there is no such number"
-            if option.default is not None and not has_valid_default(option):
-                return f"the default of {option.name} must be {option.takes}, got {option.default!r}"
-        if set(self.takes) <= set(FILES) and {"data", "file", "files", "image", "video"} & set(names):
-            return "data, file, files, image and video are names of the input: an option needs another one"
-        if {"help", "json", "labels", "save", "save_crop"} & set(names):
-            return "help, json, labels, save and save_crop are taken: an option needs another name"
-        field = self.field or ("text" if self.takes == ("text",) else None)
-        if len(set(names)) < len(names) or {"model", "instances", field} & set(names):
-            return "options need distinct names, other than model, instances and the field"
-        for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1),
-                            ("self_test_within_s", 1)):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= least or name == "threads" and value is None):
-                return f"{name} must be an integer of at least {least}"
-        return None
 
     def accepted(self):
         """(pattern of the Content-Types of raw bodies, how to send an input)."""
@@ -369,13 +320,6 @@ class OwnTask(Task):
 
 
 # --- further options ---
-
-def has_valid_default(option):
-    try:
-        return not option.is_file and option.parse(str(option.default)) == option.default
-    except ValueError:
-        return False
-
 
 def text(name, most=1000, **more):
     def parse(text):
