@@ -24,6 +24,7 @@ def create_app(settings=None, loader=None):
     app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
     app.extensions["cache"] = None
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
+    app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
     requests.register(app)
     error_handlers.register(app)
     if settings.cache_url:
@@ -32,6 +33,9 @@ def create_app(settings=None, loader=None):
     if settings.api_keys or settings.rate_limit or settings.cors_origins or settings.trusted_proxies:
         from app.api import access
         access.register(app, settings)
+    if settings.optional:
+        from app import optional_parts
+        optional_parts.register(app, settings)
     for module in (predict, health, info, metrics, docs):
         app.register_blueprint(module.bp)
     return app

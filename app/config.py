@@ -5,6 +5,7 @@ import os
 import re
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 from dotenv import dotenv_values
 
@@ -17,6 +18,7 @@ YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
 HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by handing_down.variables
+SWITCHES = ("JOBS", "HISTORY", "INPUT_URLS")  # of the optional parts
 
 BUILT_IN = r"[a-z0-9_]{1,64}"
 OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -179,6 +181,7 @@ class Settings:
     log_level: str = setting(one_of("debug", "info", "warning", "error", "critical", then=str.upper), "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
     of_models: tuple = ()  # of the models in `models`: (NAME__VARIABLE, text) of those that are set
+    optional: Any = None   # an OptionalSettings, if any optional part is on
 
     def __post_init__(self):
         object.__setattr__(self, "model_dir", self.model_dir.absolute())
@@ -192,18 +195,26 @@ class Settings:
     def parse(cls, variables):
         """Settings from a mapping of variables to strings; an empty string counts as unset. Raises SettingsError."""
         texts = {variable: text.strip() for variable, text in variables.items() if text and text.strip()}
-        settings = cls(**{field.name: field.metadata["read"](field.name.upper(), texts[field.name.upper()])
-                          for field in SETTINGS if field.name.upper() in texts})
+        settings = cls(**read(SETTINGS, texts))
         if settings.models:
             from app import model_settings
             try:
-                return model_settings.checked(settings, texts)
+                settings = model_settings.checked(settings, texts)
             except ValueError as e:
                 raise SettingsError(str(e)) from e
+        if any(variable in texts for variable in SWITCHES):
+            from app.optional_settings import OptionalSettings
+            settings = dataclasses.replace(settings, optional=OptionalSettings.parse(texts))
         return settings
 
 
 SETTINGS = [field for field in dataclasses.fields(Settings) if field.metadata]
+
+
+def read(fields, texts):
+    """{field: its value} of those that {variable: text} sets. Raises SettingsError."""
+    return {field.name: field.metadata["read"](field.name.upper(), texts[field.name.upper()])
+            for field in fields if field.name.upper() in texts}
 
 
 @dataclasses.dataclass(frozen=True)

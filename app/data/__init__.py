@@ -1,0 +1,1 @@
+"""What stays: the database of jobs and history, and the storage of what jobs work on. The core never imports it."""

@@ -1,0 +1,1 @@
+"""History: what was predicted, in a database. The core never imports it."""

@@ -1,0 +1,1 @@
+"""Jobs: work that takes longer than a client waits, carried by Celery to workers. The core never imports it."""

@@ -1,0 +1,17 @@
+"""Registers the optional parts that the settings ask for: jobs, history, inputs by reference."""
+
+
+def register(app, settings):
+    from app.data.database import Database
+    optional = settings.optional
+    if optional.jobs or optional.history:
+        app.extensions["database"] = Database(optional.database)
+    if optional.input_urls:
+        from app.outbound import references
+        references.register(app, settings)
+    if optional.jobs:
+        from app.jobs import api as jobs
+        jobs.register(app, settings)
+    if optional.history:
+        from app.history import api as history
+        history.register(app, settings)

@@ -1,0 +1,95 @@
+"""The settings of the optional parts: jobs, history, inputs by reference. Imported only if one of them is on."""
+import dataclasses
+import importlib.util
+import ipaddress
+import re
+from pathlib import Path
+
+from app import config
+from app.config import SettingsError, byte_size, integer, listed, path, seconds, setting, yes_or_no
+
+DAY_S = 86_400
+HOST = r"(\*\.)?[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]"
+URL_PREFIX = rf"(https?://({HOST})(:\d{{1,5}})?|s3://[a-z0-9.-]{{3,63}})(/[^\s,?#]*)?"
+REQUIREMENTS = "app/jobs/requirements.txt"
+
+
+def url(pattern, takes):
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise ValueError(takes)
+        return text
+    return parse
+
+
+def storage(text):
+    """A folder's absolute path, or an s3:// URL, as text without a slash at its end."""
+    if "://" not in text:
+        return str(Path(text).expanduser().absolute())
+    if text.startswith("file:///"):
+        return text.removeprefix("file://").rstrip("/")
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?", text):
+        raise ValueError("a folder, or s3://bucket/prefix")
+    return text.rstrip("/")
+
+
+def networks(text):
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(",") if part.strip())
+    except ValueError as e:
+        raise ValueError("comma-separated networks such as 10.0.0.0/8 or 127.0.0.1/32") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionalSettings:
+    """One field a variable, of the same name in capitals, as in Settings."""
+    jobs: bool = setting(yes_or_no, False)
+    data_dir: Path = setting(path, Path("data"))
+    jobs_broker: str | None = setting(url(r"rediss?://\S+", "the URL of a Redis server such as "
+                                                            "redis://127.0.0.1:6379/0"), None, secret=True)
+    database_url: str | None = setting(url(r"postgresql\+psycopg://\S+|sqlite:////\S+",
+                                           "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or sqlite:////PATH"),
+                                       None, secret=True)
+    storage_url: str | None = setting(storage, None)
+    job_timeout: float = setting(seconds(1, DAY_S), 600.0)
+    jobs_ttl: int = setting(integer(1, 366 * DAY_S), DAY_S)
+    max_jobs: int = setting(integer(1, 1_000_000), 1000)
+    max_jobs_storage: int = setting(byte_size, 10 * 2**30)
+    max_job_files: int = setting(integer(1, 10_000), 256)
+    max_job_size: int = setting(byte_size, 256 * 2**20)
+    short_workers: int = setting(integer(0, 256), 1)
+    long_workers: int = setting(integer(0, 256), 1)
+    worker_port: int | None = setting(integer(1, 65535), None)
+    callback_secret: str | None = setting(url(r"[!-~]{16,}", "at least 16 visible ASCII characters"), None, secret=True)
+    callback_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "
+                                                             "https://example.org/hooks/"), None)
+    input_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "
+                                                          "https://images.example.org/ or s3://bucket/prefix/"), None)
+    private_networks: tuple = setting(networks, ())
+    history: bool = setting(yes_or_no, False)
+    history_days: int = setting(integer(1, 36_600), 30)
+    admin_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
+                                       None, secret=True)
+
+    @classmethod
+    def parse(cls, texts):
+        """From a mapping of variables to texts; None if all parts are off. Raises SettingsError."""
+        optional = cls(**config.read(SETTINGS, texts))
+        if not (optional.jobs or optional.history or optional.input_urls):
+            return None
+        if optional.jobs and importlib.util.find_spec("celery") is None or importlib.util.find_spec("aiohttp") is None:
+            raise SettingsError("JOBS, HISTORY and INPUT_URLS need further packages: pip install -r " + REQUIREMENTS)
+        return dataclasses.replace(optional, data_dir=optional.data_dir.absolute())
+
+    @property
+    def database(self):
+        """DATABASE_URL, or that of the embedded database."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'service.db'}"
+
+    @property
+    def storage(self):
+        """STORAGE_URL, or the embedded folder."""
+        return self.storage_url or str(self.data_dir / "storage")
+
+
+SETTINGS = dataclasses.fields(OptionalSettings)
