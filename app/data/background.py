@@ -7,7 +7,6 @@ import time
 import gevent
 from gevent.threadpool import ThreadPool
 
-from app.config import StartError
 from app.engine.slots import Outcome
 from app.errors import ServiceError
 

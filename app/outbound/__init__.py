@@ -1,2 +1,2 @@
-"""Requests that the service makes itself: inputs by reference and webhooks, guarded against addresses of its own network.
-The core never imports it."""
+"""Requests that the service makes itself, for inputs and webhooks; not to its own network. The core never imports it.
+"""
