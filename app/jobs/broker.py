@@ -1,0 +1,57 @@
+"""The broker, which carries the IDs of jobs to workers: Redis, or files in a folder. Celery does the work."""
+import logging
+import os
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+QUEUES = ("short", "long")
+TASK = "jobs.run"
+PUBLISH_WITHIN_S = 2    # each step of it
+POLL_S = 0.02           # how often a worker looks into the folder
+EXCHANGE = "jobs"
+
+log = logging.getLogger(__name__)
+
+
+class Broker:
+    """celery: the Celery application, which has one task."""
+
+    def __init__(self, optional, timeout_s=PUBLISH_WITHIN_S):
+        self.folder = None if optional.jobs_broker else optional.data_dir / "queue"
+        if self.folder:
+            for path in (self.folder, self.folder / "control"):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            options = {"data_folder_in": str(self.folder), "data_folder_out": str(self.folder),
+                       "control_folder": str(self.folder / "control"), "polling_interval": POLL_S}
+        else:
+            options = {"socket_timeout": timeout_s, "socket_connect_timeout": PUBLISH_WITHIN_S,
+                       "socket_keepalive": True, "health_check_interval": 10}
+        self.celery = Celery("jobs", broker=optional.jobs_broker or "filesystem://", set_as_current=False,
+                             fixups=[])
+        self.celery.conf.update(
+            broker_transport_options=options, broker_connection_retry_on_startup=True,
+            broker_connection_max_retries=None, task_serializer="json", accept_content=["json"],
+            task_ignore_result=True, task_store_errors_even_if_ignored=False, task_default_queue=QUEUES[0],
+            task_create_missing_queues=True, worker_enable_remote_control=False, worker_send_task_events=False,
+            worker_hijack_root_logger=False, worker_redirect_stdouts=False)
+
+    def publish(self, job_id, queue):
+        """Send a job's ID. Raises OSError."""
+        try:
+            self.celery.send_task(TASK, (job_id,), queue=queue, retry=False, ignore_result=True)
+        except OperationalError as e:
+            raise ConnectionError(f"the broker is away: {e}") from e
+
+    def empty_queues(self):
+        """Names of the queues in which there is no message. Raises OSError."""
+        if self.folder:
+            waiting = {name.rpartition(".")[0].rpartition(".")[2] for name in os.listdir(self.folder)}
+            return [queue for queue in QUEUES if queue not in waiting]
+        connection = self.celery.connection_for_write()
+        try:
+            with connection:
+                client = connection.default_channel.client
+                return [queue for queue in QUEUES if not client.llen(queue)]
+        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as e:
+            raise ConnectionError(f"the broker is away: {e}") from e

@@ -1,0 +1,248 @@
+"""Jobs in the database, which alone says what state a job is in. A message of the broker says no more than that there
+may be something to do, so that a lost one is sent again and a repeated one does nothing.
+
+    queued ──claim──> running ──finish──> succeeded, failed, cancelled
+      ^                  │
+      └─── worker lost ──┘      at most ATTEMPTS times, then failed with WORKER_LOST
+
+Every step is one conditional UPDATE, so that of several processes that try it, one succeeds. All functions block.
+"""
+import json
+import time
+import uuid
+
+from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from app.data.schema import deliveries, jobs
+from app.errors import ServiceError
+
+ATTEMPTS = 3
+LEASE_S = 15               # a worker that has not renewed its lease for so long counts as lost
+MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
+SEND_AGAIN_AFTER_S = 300   # if it is not
+AT_ONCE = 100              # jobs that one sweep changes at most
+
+UNFINISHED = ("queued", "running")
+FINAL = ("succeeded", "failed", "cancelled")
+LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
+
+
+class Lost(Exception):
+    """The job is no longer this worker's: its lease ran out, and another may have it now."""
+
+
+class Store:
+    def __init__(self, database, optional):
+        self.database, self.optional = database, optional
+
+    # --- for the API ---
+
+    def find_idempotent(self, owner, key):
+        """The row of the job that this client has sent with this Idempotency-Key, or None."""
+        with self.database.read() as connection:
+            return row_of(connection.execute(select(jobs).where(jobs.c.owner == owner, jobs.c.idempotency_key == key)))
+
+    def add(self, row):
+        """(row as stored, True), or, if another request with the same key came first, (its row, False). The caller
+        publishes the job next. Raises ServiceError OVERLOADED if there are too many unfinished jobs."""
+        now = time.time()
+        try:
+            with self.database.begin() as connection:
+                count, size = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
+                                                 .where(jobs.c.state.in_(UNFINISHED))).one()
+                if count >= self.optional.max_jobs or size + row["input_bytes"] > self.optional.max_jobs_storage:
+                    raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
+                                       retry_after_s=30)
+                stored = connection.execute(insert(jobs).values(
+                    **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, done=0,
+                    cancel_requested=False).returning(*jobs.columns)).mappings().one()
+                return dict(stored), True
+        except IntegrityError:
+            earlier = row["idempotency_key"] and self.find_idempotent(row["owner"], row["idempotency_key"])
+            if not earlier:
+                raise
+            return earlier, False
+
+    def remove(self, job_id):
+        """Forget a job and its deliveries."""
+        with self.database.begin() as connection:
+            connection.execute(delete(deliveries).where(deliveries.c.job_id == job_id))
+            connection.execute(delete(jobs).where(jobs.c.id == job_id))
+
+    def get(self, job_id, owner):
+        """The row, or None. owner: whose it must be; None: anybody's."""
+        with self.database.read() as connection:
+            return row_of(connection.execute(select(jobs).where(*mine(job_id, owner))))
+
+    def deliveries(self, job_id):
+        with self.database.read() as connection:
+            found = connection.execute(select(deliveries).where(deliveries.c.job_id == job_id)
+                                       .order_by(deliveries.c.created_at))
+            return [dict(row) for row in found.mappings()]
+
+    def listed(self, owner, states=(), model=None, since=None, until=None, after=None, limit=20):
+        """Rows without their results, newest first. after: (created_at, id) of the last one that has been seen."""
+        where = [] if owner is None else [jobs.c.owner == owner]
+        if states:
+            where.append(jobs.c.state.in_(states))
+        if model is not None:
+            where.append(jobs.c.model == model)
+        if since is not None:
+            where.append(jobs.c.created_at >= since)
+        if until is not None:
+            where.append(jobs.c.created_at < until)
+        if after is not None:
+            where.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*after))
+        with self.database.read() as connection:
+            found = connection.execute(select(*LISTED).where(*where)
+                                       .order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit))
+            return [dict(row) for row in found.mappings()]
+
+    def cancel(self, job_id, owner):
+        """The row afterwards, or None. A queued job is cancelled, a running one is asked to stop."""
+        with self.database.begin() as connection:
+            if not self.end(connection, job_id, "cancelled", [jobs.c.state == "queued", *mine(job_id, owner)]):
+                connection.execute(update(jobs).where(jobs.c.state == "running", *mine(job_id, owner))
+                                   .values(cancel_requested=True))
+            return row_of(connection.execute(select(jobs).where(*mine(job_id, owner))))
+
+    # --- for workers ---
+
+    def claim(self, job_id, worker):
+        """Begin an attempt: the row, or None if there is nothing to do. worker: "INSTANCE/process ID"."""
+        now = time.time()
+        with self.database.begin() as connection:
+            return row_of(connection.execute(
+                update(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued").values(
+                    state="running", attempt=jobs.c.attempt + 1, worker=worker, lease_until=now + LEASE_S,
+                    started_at=now, done=0).returning(*jobs.columns)))
+
+    def renew(self, job_id, attempt, done):
+        """Say that the attempt goes on. Returns whether it should stop, as the client has cancelled it. Raises Lost."""
+        with self.database.begin() as connection:
+            found = connection.execute(
+                update(jobs).where(*running(job_id, attempt)).values(lease_until=time.time() + LEASE_S, done=done)
+                .returning(jobs.c.cancel_requested)).scalar()
+        if found is None:
+            raise Lost(job_id)
+        return found
+
+    def finish(self, job_id, attempt, state, done, result=None, error=None):
+        """End the attempt; result, error: JSON types. Raises Lost."""
+        with self.database.begin() as connection:
+            if not self.end(connection, job_id, state, running(job_id, attempt), done=done,
+                            result_json=result and json.dumps(result, ensure_ascii=False),
+                            error_json=error and json.dumps(error, ensure_ascii=False)):
+                raise Lost(job_id)
+
+    def end(self, connection, job_id, state, where, **values):
+        """Make it final if `where` holds, and order its webhook in the same transaction. Returns whether it did."""
+        now = time.time()
+        found = connection.execute(
+            update(jobs).where(jobs.c.id == job_id, *where).values(
+                state=state, ended_at=now, expires_at=now + self.optional.jobs_ttl, lease_until=None, **values)
+            .returning(jobs.c.callback_url)).first()
+        if found is not None and found.callback_url:
+            connection.execute(insert(deliveries).values(
+                id=uuid.uuid4().hex, job_id=job_id, url=found.callback_url, state="pending", created_at=now,
+                next_at=now, attempts_json="[]"))
+        return found is not None
+
+    # --- for upkeep ---
+
+    def give_up_lost(self, instance=None, is_alive=None):
+        """[(id, its new state)] of jobs whose worker was lost: queued again, or final. instance, is_alive(process ID):
+        of the workers that the caller can see, which need no lease to run out."""
+        now, changed = time.time(), []
+        columns = (jobs.c.id, jobs.c.attempt, jobs.c.worker, jobs.c.started_at, jobs.c.cancel_requested,
+                   jobs.c.lease_until)
+        with self.database.read() as connection:
+            of_mine = jobs.c.worker.startswith(f"{instance}/", autoescape=True) if instance else False
+            found = connection.execute(select(*columns).where(jobs.c.state == "running",
+                                                              or_(jobs.c.lease_until < now, of_mine))
+                                       .limit(AT_ONCE)).all()
+        for row in found:
+            if row.lease_until >= now and is_alive(int(row.worker.rpartition("/")[2])):
+                continue
+            state, values = after_loss(row, now, self.optional.job_timeout)
+            where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
+            with self.database.begin() as connection:
+                if state == "queued":
+                    done = connection.execute(update(jobs).where(*where).values(
+                        state="queued", lease_until=None, dispatched_at=None, done=0)).rowcount
+                else:
+                    done = self.end(connection, row.id, state, where, **values)
+            if done:
+                changed.append((row.id, state))
+        return changed
+
+    def due(self, empty_queues):
+        """[(id, queue)] of queued jobs whose message seems to be lost, now noted as sent again. empty_queues: names of
+        those in which the broker has no message."""
+        now = time.time()
+        lost = or_(jobs.c.dispatched_at.is_(None), jobs.c.dispatched_at < now - SEND_AGAIN_AFTER_S,
+                   and_(jobs.c.queue.in_(empty_queues), jobs.c.dispatched_at < now - MESSAGE_LOST_AFTER_S))
+        with self.database.begin() as connection:
+            some = select(jobs.c.id).where(jobs.c.state == "queued", lost).order_by(jobs.c.created_at).limit(AT_ONCE)
+            found = connection.execute(update(jobs).where(jobs.c.id.in_(some), jobs.c.state == "queued").values(
+                dispatched_at=now, dispatches=jobs.c.dispatches + 1).returning(jobs.c.id, jobs.c.queue))
+            return [tuple(row) for row in found]
+
+    def not_sent(self, ids):
+        """Undo `due` for jobs that could not be sent."""
+        with self.database.begin() as connection:
+            connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.state == "queued")
+                               .values(dispatched_at=None))
+
+    def expire(self):
+        """Remove the jobs whose time is over, with their deliveries. Returns how many."""
+        with self.database.begin() as connection:
+            ids = list(connection.execute(select(jobs.c.id).where(jobs.c.expires_at < time.time())
+                                          .limit(AT_ONCE)).scalars())
+            if ids:
+                connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(ids)))
+                connection.execute(delete(jobs).where(jobs.c.id.in_(ids)))
+            return len(ids)
+
+    def unfinished(self, ids):
+        """Those of these jobs that are unfinished, as a set."""
+        with self.database.read() as connection:
+            return set(connection.execute(select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state.in_(UNFINISHED)))
+                       .scalars())
+
+    def counts(self):
+        """{(queue, state): number} of unfinished jobs."""
+        with self.database.read() as connection:
+            found = connection.execute(select(jobs.c.queue, jobs.c.state, func.count())
+                                       .where(jobs.c.state.in_(UNFINISHED)).group_by(jobs.c.queue, jobs.c.state))
+            return {(queue, state): number for queue, state, number in found}
+
+
+def row_of(result):
+    row = result.mappings().first()
+    return None if row is None else dict(row)
+
+
+def mine(job_id, owner):
+    return [jobs.c.id == job_id, *([] if owner is None else [jobs.c.owner == owner])]
+
+
+def running(job_id, attempt):
+    return [jobs.c.id == job_id, jobs.c.state == "running", jobs.c.attempt == attempt]
+
+
+def after_loss(row, now, job_timeout):
+    """(state, values) of a job whose worker was lost."""
+    if row.cancel_requested:
+        return "cancelled", {}
+    if row.started_at + job_timeout < now:
+        return "failed", {"error_json": json.dumps(overdue_error(job_timeout))}
+    if row.attempt >= ATTEMPTS:
+        return "failed", {"error_json": json.dumps({
+            "error": "WORKER_LOST", "message": f"The worker ended during this job, {ATTEMPTS} times."})}
+    return "queued", {}
+
+
+def overdue_error(job_timeout):
+    return {"error": "DEADLINE_EXCEEDED", "message": f"The job took longer than {job_timeout:g} s, the time allowed."}
