@@ -30,7 +30,7 @@ UNFINISHED = ("queued", "running")
 FINAL = ("succeeded", "failed", "cancelled")
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
 
-AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # the attempt's number stays, so that it cannot end the next
+AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one
 
 
 class Lost(Exception):
@@ -269,3 +269,8 @@ def after_loss(row, now, job_timeout):
 
 def overdue_error(job_timeout):
     return {"error": "DEADLINE_EXCEEDED", "message": f"The job took longer than {job_timeout:g} s, the time allowed."}
+
+
+def first_line(error):
+    """An exception of a library in one line, for the log."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.api import batch
 from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
-from app.jobs.store import LEASE_S, Lost, overdue_error
+from app.jobs.store import LEASE_S, Lost, first_line, overdue_error
 from app.server import counters, logs
 from app.server.counters import Stages
 from app.tasks import Call
@@ -242,7 +242,3 @@ class Work:
 def files_position(row, about):
     """The place of a file in its batch, else 0; its key ends with it."""
     return int(about["key"].rpartition("/")[2]) if row["is_batch"] else 0
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
