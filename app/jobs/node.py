@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 from celery import signals
 from celery.apps.worker import Worker
+from celery.platforms import SecurityWarning
 
 from app import load_model
 from app.config import Settings, StartError
@@ -43,6 +45,7 @@ def main():
     end_with_parent()
     settings = Settings.load()
     logging.config.dictConfig(logging_config(settings))
+    quieten()
     metrics.register()
     if arguments.memory is not None:
         attach(arguments)
@@ -72,6 +75,14 @@ def end_with_parent():
         return
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def quieten():
+    """Celery's lines about each message say less than ours, and its warning about root is for brokers that carry
+    code: ours carry IDs."""
+    for name in ("celery", "kombu"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=SecurityWarning)
 
 
 def attach(arguments):
