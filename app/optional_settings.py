@@ -79,6 +79,8 @@ class OptionalSettings:
             return None
         if optional.jobs and importlib.util.find_spec("celery") is None or importlib.util.find_spec("aiohttp") is None:
             raise SettingsError("JOBS, HISTORY and INPUT_URLS need further packages: pip install -r " + REQUIREMENTS)
+        if optional.admin_keys and "API_KEYS" not in texts:
+            raise SettingsError("ADMIN_KEYS needs API_KEYS: without them, everyone sees all jobs and records anyway")
         return dataclasses.replace(optional, data_dir=optional.data_dir.absolute())
 
     @property

@@ -2,9 +2,7 @@
 import contextlib
 import io
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ import pytest
 import requests
 import skimage
 from PIL import Image
+from servers import Postgres, Redis, find_program, free_port
 from urllib3 import encode_multipart_formdata
 
 from app import create_app
@@ -42,16 +41,10 @@ def encoded(image, format="PNG", **options):
     return buffer.getvalue()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def need(program):
     """The path of a program beyond Python; skips the test where it is missing, fails it where REQUIRE_PROGRAMS is
     set."""
-    path = shutil.which(program)
+    path = find_program(program)
     if path is None and os.environ.get("REQUIRE_PROGRAMS"):
         pytest.fail(f"{program} is not installed, and REQUIRE_PROGRAMS is set")
     if path is None:
@@ -233,3 +226,31 @@ def service(tmp_path_factory, settings, app):
                                                            "MODEL_DIR": str(settings.model_dir)})
     yield running.wait_ready()
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A running Redis of this test process; each test takes a database of its own: redis_server.database()."""
+    need("redis-server")
+    server = Redis(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory):
+    """A running PostgreSQL of this test process; each test takes a database of its own: postgres_server.database()."""
+    need("initdb")
+    server = Postgres(tmp_path_factory.mktemp("postgres")).start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["embedded", "servers"])
+def engines(request, tmp_path):
+    """Variables of a service whose jobs and history are in files of this test's, or on servers."""
+    variables = {"DATA_DIR": str(tmp_path / "data")}
+    if request.param == "servers":
+        variables |= {"DATABASE_URL": request.getfixturevalue("postgres_server").database(),
+                      "JOBS_BROKER": request.getfixturevalue("redis_server").database()}
+    return variables

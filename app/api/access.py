@@ -1,6 +1,7 @@
-"""Authentication, CORS and rate limits (API_KEYS, CORS_ORIGINS, RATE_LIMIT), checked before the body is read.
+"""Authentication, CORS and rate limits (API_KEYS, ADMIN_KEYS, CORS_ORIGINS, RATE_LIMIT), checked before the body is
+read.
 
-The probes, the page at / and the API's description need no key. Only predictions count against RATE_LIMIT.
+The probes, the page at / and the API's description need no key. Only predictions and jobs count against RATE_LIMIT.
 """
 import hashlib
 import hmac
@@ -13,7 +14,7 @@ from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs")
-LIMITED_BLUEPRINTS = ("predict",)
+LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs"), ("POST", "PUT")
 FAILURES = "30/minute"  # requests without a valid key from one address
 MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 
@@ -24,29 +25,31 @@ def register(app, settings):
     if settings.cors_origins:
         from flask_cors import CORS
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
-             methods=["GET", "HEAD", "POST", "PUT"], max_age=600,
-             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout",
-                            *filter(None, [settings.split_header])],
-             expose_headers=["Retry-After", "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
+             methods=["GET", "HEAD", "POST", "PUT", "DELETE"], max_age=600,
+             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-ID",
+                            "X-Request-Timeout", *filter(None, [settings.split_header])],
+             expose_headers=["Idempotent-Replayed", "Location", "Retry-After", "Server-Timing", "X-Cache", "X-Model",
+                             "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:
         from app.api.rate_limits import Counts
         counts = Counts(settings.rate_limit_storage)
         if settings.api_keys:
-            require_keys(app, settings.api_keys, counts)
+            require_keys(app, settings.api_keys, settings.optional and settings.optional.admin_keys or (), counts)
         if settings.rate_limit:
             limit_predictions(app, settings.rate_limit, counts)
 
 
 # --- keys ---
 
-def require_keys(app, keys, counts):
+def require_keys(app, keys, admin_keys, counts):
     """Refuse requests without a valid key: with 401, or with 429 if their address has sent too many of them.
 
     From such an address, valid keys are refused as well: being let in would tell a guesser that its guess was right.
     Exempt are keys that were used from there before, so that a guesser does not lock out those who share its address.
     """
     from app.api import rate_limits
-    known, failures = [digest(key) for key in keys], rate_limits.parse(FAILURES)
+    known, failures = [digest(key) for key in (*keys, *admin_keys)], rate_limits.parse(FAILURES)
+    admins = {digest(key) for key in admin_keys}
     proven = set()  # (address, digest of a key)
 
     @app.before_request
@@ -68,7 +71,7 @@ def require_keys(app, keys, counts):
             if len(proven) >= MOST_PROVEN:
                 proven.clear()
             proven.add((address, given))
-        g.client = given.hex()
+        g.client, g.is_admin = given.hex(), given in admins
 
 
 def given_key():
@@ -83,7 +86,7 @@ def digest(key):
 # --- limits ---
 
 def limit_predictions(app, text, counts):
-    """Count each prediction against RATE_LIMIT before its body is read, and a batch's further files once it is."""
+    """Count each prediction or job against RATE_LIMIT before its body is read, and its further files once it is."""
     from app.api import rate_limits
     limits = rate_limits.parse(text)
 
@@ -97,7 +100,7 @@ def limit_predictions(app, text, counts):
 
     @app.before_request
     def check_request():
-        if request.method != "OPTIONS" and request.blueprint in LIMITED_BLUEPRINTS:
+        if request.method in LIMITED_METHODS and request.blueprint in LIMITED_BLUEPRINTS:
             check(1, False)
 
     def count_batch(files):
@@ -110,6 +113,11 @@ def client_id():
     """Who asks, for versions that are chosen by client: the header SPLIT_HEADER, a key, or an address."""
     header = current_app.extensions["settings"].split_header
     return header and request.headers.get(header) or g.get("client") or client_address()
+
+
+def whose():
+    """Whose jobs and records the request may see: the SHA-256 of its key, "" if there are no keys, None for all."""
+    return None if g.get("is_admin") else g.get("client", "")
 
 
 def client_address():

@@ -16,8 +16,8 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 @bp.get("/openapi.json")
 def openapi():
     from app.api.openapi import document  # only needed here
-    return jsonify(document(current_app.extensions["settings"],
-                            current_app.extensions["model"].tasks(None)))
+    extensions = current_app.extensions
+    return jsonify(document(extensions["settings"], extensions["model"].tasks(None), extensions.get("documented", ())))
 
 
 @bp.get("/docs")

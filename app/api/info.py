@@ -40,7 +40,8 @@ def index():
     if request.accept_mimetypes.best_match(["application/json", "text/html"]) == "text/html":
         response = make_response(render_template("index.html"), PAGE_HEADERS)
     else:
-        response = jsonify({"name": NAME, "version": VERSION, "status": "running", "endpoints": ENDPOINTS})
+        response = jsonify({"name": NAME, "version": VERSION, "status": "running",
+                            "endpoints": ENDPOINTS | current_app.extensions.get("endpoints", {})})
     response.vary.add("Accept")
     return response
 

@@ -7,9 +7,10 @@ from app.tasks.from_pictures import FromPictures
 PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
 
 
-def document(settings, tasks):
-    """The OpenAPI 3.1 document for these settings and the tasks that answer, as JSON types."""
-    return {
+def document(settings, tasks, parts=()):
+    """The OpenAPI 3.1 document for these settings and the tasks that answer, as JSON types. parts: functions of the
+    optional parts, called with the document and the settings, which add what is theirs."""
+    made = {
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "Models behind HTTP.",
                  "description": "Send an input in any common form and get the model's answer. "
@@ -22,6 +23,9 @@ def document(settings, tasks):
         "components": {"schemas": schemas(settings, tasks), "headers": HEADERS,
                        "securitySchemes": SECURITY,
                        "responses": {status: error_response(status, settings) for status in ERRORS}}}
+    for add in parts:
+        add(made, settings)
+    return made
 
 
 def options(tasks):
