@@ -40,13 +40,18 @@ def predict_batch(name):
         files, outcomes = loader.when_loaded(answers, deadline)
     for o in outcomes:
         counters.count("batch_files", o.code if isinstance(o, ServiceError) else "")
-    failures = [o for o in outcomes if isinstance(o, ServiceError)]
-    results = [{"index": i, "filename": file.filename, **(o.body() if isinstance(o, ServiceError) else o)}
-               for i, (file, o) in enumerate(zip(files, outcomes, strict=True))]
-    body = {"count": len(results), "failed": len(failures), "results": results}
-    if len(failures) == len(results):
+    body, failures = body_of([file.filename for file in files], outcomes)
+    if len(failures) == len(files):
         raise all_failed(failures, body)
     return jsonify({"status": "success", **body})
+
+
+def body_of(filenames, outcomes):
+    """(members of the answer, the ServiceErrors among the outcomes)."""
+    failures = [o for o in outcomes if isinstance(o, ServiceError)]
+    results = [{"index": i, "filename": filename, **(o.body() if isinstance(o, ServiceError) else o)}
+               for i, (filename, o) in enumerate(zip(filenames, outcomes, strict=True))]
+    return {"count": len(results), "failed": len(failures), "results": results}, failures
 
 
 def outcome(model, file, chosen, deadline):

@@ -37,8 +37,9 @@ jobs = Table(
     Column("callback_url", Text),
     Column("dispatched_at", Double),                       # when its message was last given to the broker
     Column("dispatches", Integer, nullable=False, default=0),
-    Column("attempt", Integer, nullable=False, default=0),
-    Column("worker", String(255)),                         # host:pid of the process that runs it, or ran it last
+    Column("attempt", Integer, nullable=False, default=0),  # number of the last one
+    Column("losses", Integer, nullable=False, default=0),   # attempts that ended because their worker did
+    Column("worker", String(255)),                         # INSTANCE/process ID of who runs it, or ran it last
     Column("lease_until", Double),                         # while running: after it, the worker counts as lost
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("done", Integer, nullable=False, default=0),

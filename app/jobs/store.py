@@ -3,7 +3,7 @@ may be something to do, so that a lost one is sent again and a repeated one does
 
     queued ──claim──> running ──finish──> succeeded, failed, cancelled
       ^                  │
-      └─── worker lost ──┘      at most ATTEMPTS times, then failed with WORKER_LOST
+      └─── worker lost ──┘      at the third loss: failed with WORKER_LOST
 
 Every step is one conditional UPDATE, so that of several processes that try it, one succeeds. All functions block.
 """
@@ -17,15 +17,20 @@ from sqlalchemy.exc import IntegrityError
 from app.data.schema import deliveries, jobs
 from app.errors import ServiceError
 
-ATTEMPTS = 3
+LOSSES = 3                 # of a worker in the middle of a job, after which it fails
 LEASE_S = 15               # a worker that has not renewed its lease for so long counts as lost
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
 AT_ONCE = 100              # jobs that one sweep changes at most
 
+STORAGE_AWAY_AT_MOST_S = 3600  # since the job was accepted
+STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input could not be read for an hour."}
+
 UNFINISHED = ("queued", "running")
 FINAL = ("succeeded", "failed", "cancelled")
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
+
+AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one
 
 
 class Lost(Exception):
@@ -55,7 +60,7 @@ class Store:
                     raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
                                        retry_after_s=30)
                 stored = connection.execute(insert(jobs).values(
-                    **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, done=0,
+                    **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, losses=0, done=0,
                     cancel_requested=False).returning(*jobs.columns)).mappings().one()
                 return dict(stored), True
         except IntegrityError:
@@ -149,14 +154,32 @@ class Store:
                 next_at=now, attempts_json="[]"))
         return found is not None
 
+    def give_back(self, job_id, attempt):
+        """End the attempt as if it had not been: the storage is away. Its message is sent again after a while. The job
+        fails when that has gone on for too long."""
+        now = time.time()
+        with self.database.begin() as connection:
+            if self.end(connection, job_id, "failed",
+                        [*running(job_id, attempt), jobs.c.created_at < now - STORAGE_AWAY_AT_MOST_S],
+                        error_json=json.dumps(STORAGE_AWAY)):
+                return
+            connection.execute(update(jobs).where(*running(job_id, attempt)).values(**AGAIN, dispatched_at=now))
+
+    def give_back_all(self, instance):
+        """Queue the jobs of workers that have ended in the middle of them because they were told to."""
+        with self.database.begin() as connection:
+            return connection.execute(update(jobs).where(
+                jobs.c.state == "running", jobs.c.worker.startswith(f"{instance}/", autoescape=True))
+                .values(**AGAIN, dispatched_at=None)).rowcount
+
     # --- for upkeep ---
 
     def give_up_lost(self, instance=None, is_alive=None):
         """[(id, its new state)] of jobs whose worker was lost: queued again, or final. instance, is_alive(process ID):
         of the workers that the caller can see, which need no lease to run out."""
         now, changed = time.time(), []
-        columns = (jobs.c.id, jobs.c.attempt, jobs.c.worker, jobs.c.started_at, jobs.c.cancel_requested,
-                   jobs.c.lease_until)
+        columns = (jobs.c.id, jobs.c.attempt, jobs.c.losses, jobs.c.worker, jobs.c.started_at,
+                   jobs.c.cancel_requested, jobs.c.lease_until)
         with self.database.read() as connection:
             of_mine = jobs.c.worker.startswith(f"{instance}/", autoescape=True) if instance else False
             found = connection.execute(select(*columns).where(jobs.c.state == "running",
@@ -170,7 +193,7 @@ class Store:
             with self.database.begin() as connection:
                 if state == "queued":
                     done = connection.execute(update(jobs).where(*where).values(
-                        state="queued", lease_until=None, dispatched_at=None, done=0)).rowcount
+                        **AGAIN, dispatched_at=None, losses=jobs.c.losses + 1)).rowcount
                 else:
                     done = self.end(connection, row.id, state, where, **values)
             if done:
@@ -238,11 +261,16 @@ def after_loss(row, now, job_timeout):
         return "cancelled", {}
     if row.started_at + job_timeout < now:
         return "failed", {"error_json": json.dumps(overdue_error(job_timeout))}
-    if row.attempt >= ATTEMPTS:
-        return "failed", {"error_json": json.dumps({
-            "error": "WORKER_LOST", "message": f"The worker ended during this job, {ATTEMPTS} times."})}
+    if row.losses + 1 >= LOSSES:
+        return "failed", {"losses": LOSSES, "error_json": json.dumps({
+            "error": "WORKER_LOST", "message": f"The worker ended in the middle of this job, {LOSSES} times."})}
     return "queued", {}
 
 
 def overdue_error(job_timeout):
     return {"error": "DEADLINE_EXCEEDED", "message": f"The job took longer than {job_timeout:g} s, the time allowed."}
+
+
+def first_line(error):
+    """An exception of a library in one line, for the log."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -60,6 +60,7 @@ def upgrade():
         sa.Column("dispatched_at", sa.Double()),
         sa.Column("dispatches", sa.Integer(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("losses", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(length=255)),
         sa.Column("lease_until", sa.Double()),
         sa.Column("cancel_requested", sa.Boolean(), nullable=False),

@@ -1,0 +1,244 @@
+"""One job in a worker's process: from the database and the storage to its answer, through the same model, slots and
+checks as a prediction."""
+import json
+import logging
+import os
+import threading
+import time
+
+from gevent.pool import Pool
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.api import batch
+from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
+from app.jobs.store import LEASE_S, Lost, first_line, overdue_error
+from app.server import counters, logs
+from app.server.counters import Stages
+from app.tasks import Call
+
+RENEW_EVERY_S = LEASE_S / 5
+TRY_AGAIN_S = 1                 # to write to a database that is away
+
+log = logging.getLogger(__name__)
+
+
+class StorageAway(Exception):
+    """The storage cannot be read now."""
+
+
+class Cancelled(Exception):
+    """The client has cancelled the job."""
+
+
+class Attempt:
+    """One attempt at a job: it keeps the lease, in a thread of its own, and notes the progress."""
+
+    def __init__(self, store, row):
+        self.store, self.row, self.done = store, row, 0
+        self.deadline = Deadline(store.optional.job_timeout)
+        self.stopped = None  # Cancelled or Lost, once the work should end
+        self.ended, self.lock = threading.Event(), threading.Lock()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.keep, name="lease", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+    def keep(self):
+        while not self.ended.wait(RENEW_EVERY_S) and self.deadline.remaining() > 0:
+            try:
+                if self.store.renew(self.row["id"], self.row["attempt"], self.done):
+                    self.stop(Cancelled)
+            except Lost:
+                self.stop(Lost)
+            except SQLAlchemyError as e:
+                log.warning("the lease cannot be renewed now: %s", first_line(e))
+
+    def stop(self, why):
+        self.stopped = self.stopped or why
+        self.deadline.at = 0  # what is under way ends at its next check
+
+    def progress(self, *_):
+        """One more file or frame is done."""
+        with self.lock:
+            self.done = min(self.done + 1, self.row["total"])
+
+    def check(self):
+        if self.stopped:
+            raise self.stopped(self.row["id"])
+
+
+class Work:
+    """Runs jobs one at a time. loader: a ModelLoader; record: of history.Recorder, or None."""
+
+    def __init__(self, settings, loader, store, storage, instance, record=None):
+        self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
+        self.worker, self.record = f"{instance}/{os.getpid()}", record
+
+    def run(self, job_id):
+        """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
+        try:
+            row = self.store.claim(job_id, self.worker)
+        except SQLAlchemyError as e:  # the upkeep sends the message again
+            log.error("a job cannot be claimed now: %s", first_line(e))
+            return
+        if row is None:
+            return
+        logs.request_id.set(row["request_id"])
+        counters.observe("job_wait_seconds", max(0.0, row["started_at"] - row["created_at"]), row["queue"])
+        try:
+            with Attempt(self.store, row) as attempt:
+                state, result, error = self.outcome(row, attempt)
+                self.insist(lambda: self.store.finish(job_id, row["attempt"], state, attempt.done, result, error))
+        except Lost:
+            log.warning("the job was given to another worker", extra={"job": job_id, "attempt": row["attempt"]})
+            return
+        except StorageAway as e:
+            log.error("the storage is away: %s", e, extra={"job": job_id})
+            self.insist(lambda: self.store.give_back(job_id, row["attempt"]))
+            return
+        finally:
+            logs.request_id.set(None)
+        self.note(row, state, error)
+        try:
+            self.storage.delete_all(job_id)
+        except OSError as e:  # the upkeep removes it later
+            log.warning("the job's files cannot be removed now: %s", first_line(e))
+
+    def insist(self, write):
+        """Write to the database, as often as it takes, but not if the job is lost. Raises Lost."""
+        while True:
+            try:
+                return write()
+            except SQLAlchemyError as e:
+                log.error("the database is away: %s", first_line(e))
+                time.sleep(TRY_AGAIN_S)
+
+    def note(self, row, state, error):
+        seconds = time.time() - row["started_at"]
+        counters.count("jobs", row["queue"], state, (error or {}).get("error", ""))
+        counters.observe("job_duration_seconds", seconds, row["queue"])
+        log.info("job", extra={"job": row["id"], "state": state, "queue": row["queue"], "model": row["model"],
+                               "attempt": row["attempt"], "duration_ms": round(1000 * seconds, 2),
+                               "waited_ms": round(1000 * (row["started_at"] - row["created_at"]), 2),
+                               "request_id": row["request_id"], **({"error": error["error"]} if error else {})})
+
+    def outcome(self, row, attempt):
+        """(state, result, error). Raises Lost, StorageAway."""
+        try:
+            return "succeeded", self.answer(row, attempt), None
+        except Cancelled:
+            return "cancelled", None, None
+        except (Lost, StorageAway):
+            raise
+        except DeadlineExceeded:
+            return "failed", None, overdue_error(self.store.optional.job_timeout)
+        except ServiceError as e:
+            error = e
+        except MemoryError as e:
+            error = out_of_memory(e)
+        except Exception as e:  # a bug costs one job
+            error = internal_error(e)
+        body = error.body()
+        return "failed", {**body, **error.details} if error.details else None, {
+            "error": body["error"], "message": body["message"]}
+
+    def answer(self, row, attempt):
+        """The body that /predict or /predict/batch would have answered. Raises ServiceError, Cancelled, Lost."""
+        name = f"{row['model']}@{row['version']}" if row["version"] else row["model"]
+
+        def answers():
+            with self.loader.lease(name) as model:
+                options = self.options(row)
+                answer = self.batch if row["is_batch"] else self.single
+                return answer(row, attempt, model, options)
+        try:
+            return self.loader.when_loaded(answers, attempt.deadline)
+        except ServiceError:
+            attempt.check()
+            raise
+
+    def single(self, row, attempt, model, options):
+        about, = json.loads(row["inputs_json"])
+        found = self.one(about, row, attempt, model, options)
+        if row["unit"] == "files":
+            attempt.progress()
+        return {"status": "success", "predictions": found["predictions"],
+                "metadata": {"filename": about["filename"], **found["metadata"]}}
+
+    def batch(self, row, attempt, model, options):
+        files = json.loads(row["inputs_json"])
+
+        def outcome(about):
+            try:
+                return {"status": "success", **self.one(about, row, attempt, model, options)}
+            except (DeadlineExceeded, Cancelled, Lost, StorageAway):
+                raise
+            except ServiceError as e:
+                return e
+            except MemoryError as e:
+                return out_of_memory(e)
+            except Exception as e:
+                return internal_error(e)
+            finally:
+                attempt.progress()
+        outcomes = list(Pool(self.loader.slots.count).imap(outcome, files))
+        body, failures = batch.body_of([about["filename"] for about in files], outcomes)
+        if len(failures) == len(files):
+            raise batch.all_failed(failures, body)
+        return {"status": "success", **body}
+
+    def one(self, about, row, attempt, model, options):
+        """The answer to one input, in a slot."""
+        if "error" in about:
+            raise ServiceError(400, about["error"]["error"], about["error"]["message"])
+        attempt.check()
+        stages = Stages()
+        see = attempt.progress if row["unit"] == "frames" else None
+
+        def answer():
+            with stages("read"):
+                data = self.input(about)
+            found = model.answer(data, options, Call(attempt.deadline, stages, about["field"], see))
+            if self.record:
+                self.record(model, data, options, found, row, files_position(row, about))
+            return found
+        try:
+            return self.loader.slots.run(answer, attempt.deadline, stages, admitted=True)
+        except ServiceError:
+            attempt.check()
+            raise
+        finally:
+            stages.count()
+
+    def input(self, about):
+        """The input as the task takes it. Raises ServiceError, StorageAway."""
+        data = self.read(about["key"], about["bytes"])
+        if about["kind"] == "file":
+            return data
+        value = json.loads(data)
+        if about["kind"] == "json":
+            return value
+        from app.tasks.own import Instances
+        return Instances(tuple(pair) for pair in value)
+
+    def options(self, row):
+        return {name: self.read(value["key"], None) if isinstance(value, dict) else value
+                for name, value in json.loads(row["options_json"]).items()}
+
+    def read(self, key, most):
+        try:
+            return self.storage.get(key, self.settings.optional.max_job_size if most is None else most)
+        except FileNotFoundError as e:
+            raise ServiceError(500, "INPUT_LOST", "The job's input is no longer in the storage.") from e
+        except OSError as e:
+            raise StorageAway(first_line(e)) from e
+
+
+def files_position(row, about):
+    """The place of a file in its batch, else 0; its key ends with it."""
+    return int(about["key"].rpartition("/")[2]) if row["is_batch"] else 0
