@@ -12,7 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from flask import Blueprint, Response, current_app, g, request
+from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from app.api import access, json_body, listing, uploads
 from app.api.predict import client, request_deadline
@@ -26,6 +26,7 @@ from app.jobs.broker import Broker
 from app.jobs.store import Store
 from app.media.containers import is_video
 from app.tasks import options
+from app.tasks.from_pictures import FromPictures
 from app.tasks.own import Instances
 
 bp = Blueprint("jobs", __name__)
@@ -70,7 +71,9 @@ class Jobs:
             return earlier, self.store.deliveries(earlier["id"]), False
         is_kept = False
         try:
+            self.store.check(row["input_bytes"])  # which also asks whether the database is there
             self.keep(contents, left)
+            check_wanted(left)
             added, is_kept = self.store.add(row)
             if not is_kept:  # another request with this key came first
                 if not self.store.rely_on(added["id"]):  # and failed
@@ -226,17 +229,18 @@ def job_of(option, model, name, settings):
         else:
             hashed[option_name] = value
     is_long = has_video or len(files) > SHORT_FILES or "audio" in task.takes or bool(task.media_types)
-    key_name, _, version = (model.key or model.name).partition("@")  # with MODEL_FALLBACK, a model has another name
-    frames = 1 if chosen.get("at") is not None else chosen.get("frames") or 1
-    same = [name or option("model") or key_name, is_batch, hashed, url,
+    # The name by which a worker finds it: of several models, one that MODEL_FALLBACK replaces answers to both.
+    model_name = model.key.partition("@")[0] if settings.models else model.name
+    by_frames = has_video and not is_batch and isinstance(task, FromPictures)
+    frames = chosen["frames"] if by_frames and chosen["at"] is None else 1
+    same = [name or option("model") or model_name, is_batch, hashed, url,
             [[one["filename"], one.get("sha256"), one.get("kind"), one.get("error")] for one in inputs]]
     return {
-        "id": job_id, "queue": "long" if is_long else "short", "model": key_name if model.key else model.name,
-        "version": version or model.version, "is_batch": is_batch, "options_json": json.dumps(chosen),
+        "id": job_id, "queue": "long" if is_long else "short", "model": model_name,
+        "version": model.version, "is_batch": is_batch, "options_json": json.dumps(chosen),
         "inputs_json": json.dumps(inputs), "input_bytes": size, "callback_url": url,
         "fingerprint": sha256(json.dumps(same, sort_keys=True).encode()),
-        **({"total": frames, "unit": "frames"} if has_video and not is_batch else
-           {"total": len(files), "unit": "files"})}, contents
+        **({"total": frames, "unit": "frames"} if by_frames else {"total": len(files), "unit": "files"})}, contents
 
 
 def callback_url(option, optional):
@@ -299,21 +303,21 @@ def cancel(job_id):
 
 @bp.get("/jobs")
 def jobs():
+    owner, since, until, after = access.whose(), listing.moment("since"), listing.moment("until"), listing.after(ID)
     states = (listing.text("state") or "").split(",")
     for state in filter(None, states):
         if state not in STATES:
             raise invalid_parameter("state", "one or more of " + ", ".join(STATES), ascii(state[:40]))
-    model, limit = listing.text("model"), listing.limit(100, 20)
+    model = listing.text("model")
     if model and not re.fullmatch(r"\w{1,64}", model):
         raise invalid_parameter("model", "a model's name, without its version", ascii(model[:40]))
-    of_jobs = current_app.extensions["jobs"]
+    limit, of_jobs = listing.limit(100, 20), current_app.extensions["jobs"]
     found = of_jobs.asking.run(lambda: of_jobs.listed(
-        owner=whose, states=[state for state in states if state], model=model, since=since, until=until, after=place,
+        owner=owner, states=[state for state in states if state], model=model, since=since, until=until, after=after,
         limit=limit + 1))
-    more = found[limit:]
-    body = {"status": "success", "jobs": found[:limit],
-            "next": listing.cursor(found[limit - 1]["created_at"], found[limit - 1]["id"]) if more else None}
-    return Response(as_json(body), content_type="application/json")
+    last = found[limit - 1] if len(found) > limit else None
+    return jsonify({"status": "success", "jobs": found[:limit],
+                    "next": last and listing.cursor(last["created_at"], last["id"])})
 
 
 def asked(call, job_id):
