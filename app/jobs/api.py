@@ -112,6 +112,9 @@ class Jobs:
     def cancelled(self, job_id, owner):
         """The same, after it was cancelled."""
         row = self.store.cancel(job_id, owner)
+        if row and row["state"] == "cancelled":
+            with suppress(OSError):
+                self.storage.delete_all(job_id)
         return row and (row, self.text(row))
 
     def listed(self, **asked):
@@ -132,7 +135,7 @@ def check_wanted(left):
 
 
 def as_json(body):
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return json.dumps(body, separators=(",", ":")) + "\n"
 
 
 # --- submitting ---
@@ -190,7 +193,9 @@ def accepted(jobs, row, contents, deadline):
         with g.stages("store"):
             return jobs.submitting.run(jobs.accept, row, contents, left, within_s=deadline.remaining())
     except ServiceError as e:
-        raise DeadlineExceeded("store") if deadline.remaining() <= 0 else e
+        if deadline.remaining() <= 0:
+            raise DeadlineExceeded("store") from e
+        raise
     finally:
         left.set()
 
