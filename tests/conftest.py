@@ -154,6 +154,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
@@ -254,3 +255,17 @@ def engines(request, tmp_path):
         variables |= {"DATABASE_URL": request.getfixturevalue("postgres_server").database(),
                       "JOBS_BROKER": request.getfixturevalue("redis_server").database()}
     return variables
+
+
+@pytest.fixture
+def start_worker(tmp_path, model_dir):
+    """start_worker(**variables): a Worker that is stopped when the test ends; not yet waited for."""
+    from job_workers import Worker
+    workers = []
+
+    def start(**variables):
+        workers.append(Worker(tmp_path, {"MODEL_DIR": str(model_dir), "DEVICE": "cpu", "JOBS": "on", **variables}))
+        return workers[-1]
+    yield start
+    for worker in workers:
+        worker.stop()
