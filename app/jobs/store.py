@@ -54,11 +54,7 @@ class Store:
         now = time.time()
         try:
             with self.database.begin() as connection:
-                count, size = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
-                                                 .where(jobs.c.state.in_(UNFINISHED))).one()
-                if count >= self.optional.max_jobs or size + row["input_bytes"] > self.optional.max_jobs_storage:
-                    raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
-                                       retry_after_s=30)
+                self.check_room(connection, row["input_bytes"])
                 stored = connection.execute(insert(jobs).values(
                     **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, losses=0, done=0,
                     cancel_requested=False).returning(*jobs.columns)).mappings().one()
@@ -69,11 +65,30 @@ class Store:
                 raise
             return earlier, False
 
-    def remove(self, job_id):
-        """Forget a job and its deliveries."""
+    def check(self, size):
+        """Raises ServiceError OVERLOADED if a job with inputs of this size could not be added now."""
+        with self.database.read() as connection:
+            self.check_room(connection, size)
+
+    def check_room(self, connection, size):
+        count, total = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
+                                          .where(jobs.c.state.in_(UNFINISHED))).one()
+        if count >= self.optional.max_jobs or total + size > self.optional.max_jobs_storage:
+            raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
+                               retry_after_s=30)
+
+    def rely_on(self, job_id):
+        """Whether the job is still there, and then stays: a client that has sent it again is about to be told of it."""
         with self.database.begin() as connection:
-            connection.execute(delete(deliveries).where(deliveries.c.job_id == job_id))
-            connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            return bool(connection.execute(update(jobs).where(jobs.c.id == job_id)
+                                           .values(dispatches=jobs.c.dispatches + 1)).rowcount)
+
+    def withdraw(self, job_id):
+        """Forget a job that could not be published. Returns whether it is gone: it stays if someone relies on it, or
+        if it was sent again meanwhile."""
+        with self.database.begin() as connection:
+            return bool(connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued",
+                                                              jobs.c.dispatches == 1)).rowcount)
 
     def get(self, job_id, owner):
         """The row, or None. owner: whose it must be; None: anybody's."""
