@@ -172,8 +172,9 @@ def begins(target, prefix):
         return False
     if not any_subdomain and target.host != allowed.host:
         return False
-    path = allowed.path.rstrip("/")
-    return target.path == path or target.path.startswith(path + "/" if path or target.scheme != "s3" else "")
+    if not allowed.path or allowed.path.endswith("/"):
+        return target.path.startswith(allowed.path)
+    return target.path == allowed.path or target.path.startswith(allowed.path + "/")
 
 
 def is_address(text):
