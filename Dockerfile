@@ -3,6 +3,7 @@
 # docker build -t … --build-arg MODEL_NAME=efficientnet_lite0 .                  another model
 # docker build -t … --build-arg PIP_EXTRA_INDEX_URL=<index of CPU builds> .      torch without CUDA: gigabytes smaller
 # docker build -t … --target slim .                                              without torch: the baked model only
+# docker build -t … --build-arg WITH_JOBS=1 .                                    with what JOBS, HISTORY and INPUT_URLS need
 ARG BASE_IMAGE=python:3.11-slim
 
 # --- packages and the exported model, the only parts of this stage that are shipped ---
@@ -12,22 +13,26 @@ ARG MODEL_NAME=resnet50
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 RUN python3 -m venv /opt/venv
+ARG WITH_JOBS=
 COPY requirements.txt .
-RUN pip install -r requirements.txt
+COPY app/jobs/requirements.txt jobs/
+RUN pip install -r requirements.txt ${WITH_JOBS:+-r jobs/requirements.txt}
 COPY app app
 RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && cp -a models slim-models \
     && MODEL_NAME=${MODEL_NAME} DEVICE=cpu ENGINE=torch python -m app prepare && rm -rf models/weights slim-models/weights
-# The same packages, without those that only the export needs.
+# The same packages, without those that only the export needs; jobs need fsspec, too.
 RUN cp -a /opt/venv /opt/slim && /opt/slim/bin/python -m pip freeze | sed 's/[ =@].*//' \
     | grep -E '^(torch|torchvision|triton|sympy|networkx|mpmath|fsspec|nvidia-.*|cuda-.*)$' \
+    | grep -vx "${WITH_JOBS:+fsspec}" \
     | xargs /opt/slim/bin/python -m pip uninstall --yes --quiet
 
 # --- common to all images ---
 FROM ${BASE_IMAGE} AS base
 ARG MODEL_NAME=resnet50
+ARG WITH_JOBS=
 ENV MODEL_NAME=${MODEL_NAME} PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN useradd --system --uid 10001 --home-dir /app --shell /usr/sbin/nologin service \
-    && mkdir -p /app/models && chown service /app /app/models
+    && mkdir -p /app/models ${WITH_JOBS:+/app/data} && chown service /app /app/models ${WITH_JOBS:+/app/data}
 WORKDIR /app
 COPY gunicorn.conf.py .
 COPY app app

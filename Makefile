@@ -13,12 +13,25 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
+$(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r app/jobs/requirements.txt
+	@touch $@
+
+# Those packages, if the environment or .env sets one of these variables.
+OPTIONAL := $(if $(JOBS)$(HISTORY)$(INPUT_URLS)$(shell grep -sE '^ *(export +)?(JOBS|HISTORY|INPUT_URLS) *= *[^ \#]' .env),$(VENV)/jobs-installed)
+
+$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-run: $(VENV)/installed  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
+run: $(VENV)/installed $(OPTIONAL)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
+
+worker: $(VENV)/jobs-installed  ## Run the jobs that a service with JOBS=on accepts
+	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
+
+jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a webhook and the history at work; ARGS=--embedded without Redis and PostgreSQL
+	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
 test: $(VENV)/tests-installed  ## Run the tests
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
@@ -90,5 +103,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines audit bench bench-quick bench-jobs exam test-examples fuzz docker-build
+.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs exam test-examples fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed
