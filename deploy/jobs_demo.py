@@ -59,7 +59,7 @@ class Program:
         log_path = self.folder / f"{self.name}.log"
         environment = {name: value for name, value in os.environ.items() if name not in OTHERS}
         environment = {"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(ROOT / "models"), **environment,
-                       "PYTHONPATH": str(ROOT), **self.variables}
+                       "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder), **self.variables}
         with open(log_path, "w") as log:
             # In the folder, so that no .env is read; in a session of its own, so that Ctrl-C is for this script alone.
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -128,27 +128,29 @@ def start_redis(folder, stack, user):
 
 
 def start_postgres(folder, stack, user):
-    """Its URL, by a socket in the folder, which is this user's alone."""
-    data = folder / "database"
-    initdb = [program("initdb"), "--pgdata", data, "--username", "jobs", "--auth", "trust", "--encoding", "UTF8",
-              "--locale", "C", "--no-sync"]
-    postgres = Program(folder, "postgres", [program("postgres"), "-D", data, "-k", data, "-c", "listen_addresses="],
-                       user=user)
+    """Its URL."""
+    data, port, password = folder / "database", free_port(), secrets.token_hex(16)
+    (folder / "password").write_text(password)
+    initdb = [program("initdb"), "--pgdata", data, "--username", "jobs", "--pwfile", folder / "password",
+              "--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C", "--no-sync"]
+    postgres = Program(folder, "postgres", [program("postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port),
+                                            "-c", "unix_socket_directories="], user=user)
 
     def answers():
         try:
-            psycopg.connect(host=str(data), user="jobs", dbname="postgres", connect_timeout=5).close()
+            psycopg.connect(host="127.0.0.1", port=port, user="jobs", password=password, dbname="postgres",
+                            connect_timeout=5).close()
         except psycopg.OperationalError:
             return False
         return True
-    show(f"initdb --pgdata {data} --username jobs")
+    show(f"initdb --pgdata {data} --username jobs --pwfile {folder / 'password'} --auth scram-sha-256")
     done = subprocess.run(initdb, user=user, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DemoError(f"initdb failed:\n{done.stderr[-2000:]}")
-    show(f"postgres -D {data} -k {data} -c listen_addresses= &")
+    show(f"postgres -D {data} -h 127.0.0.1 -p {port} &")
     stack.callback(postgres.stop)
     postgres.start(answers)
-    return f"postgresql+psycopg://jobs@/postgres?host={data}"
+    return f"postgresql+psycopg://jobs:{password}@127.0.0.1:{port}/postgres"
 
 
 def start_servers(folder, stack):
