@@ -13,6 +13,7 @@ import pytest
 import requests
 import skimage
 from PIL import Image
+from s3_server import S3
 from servers import Postgres, Redis, find_program, free_port
 from urllib3 import encode_multipart_formdata
 
@@ -269,3 +270,11 @@ def start_worker(tmp_path, model_dir):
     yield start
     for worker in workers:
         worker.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A running S3 server of this test process; each test takes a bucket of its own: s3_server.bucket()."""
+    server = S3(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.stop()

@@ -18,7 +18,7 @@ from app.data.schema import deliveries, jobs
 from app.errors import ServiceError
 
 LOSSES = 3                 # of a worker in the middle of a job, after which it fails
-LEASE_S = 15               # a worker that has not renewed its lease for so long counts as lost
+LEASE_S = 10               # a worker that has not renewed its lease for so long counts as lost
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
 AT_ONCE = 100              # jobs that one sweep changes at most

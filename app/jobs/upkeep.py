@@ -26,7 +26,7 @@ class Upkeep:
         self.optional, self.database, self.store = optional, database, store
         self.broker, self.storage, self.instance = broker, storage, instance
         steps = [(self.find_lost, TURN_S), (self.send_again, 2), (self.call_back, TURN_S), (self.count, 2),
-                 (self.expire, 10), (self.remove_left_overs, 600)]
+                 (self.expire, 3), (self.remove_left_overs, 600)]
         if optional.history:
             steps.append((self.purge_history, 3600))
         self.away = set()  # names of steps that fail, each logged once
@@ -69,6 +69,8 @@ class Upkeep:
         for job_id, state in self.store.give_up_lost(self.instance, is_alive):
             counters.count("jobs_lost", state)
             log.warning("a worker was lost in the middle of a job", extra={"job": job_id, "state": state})
+            if state != "queued":
+                self.storage.delete_all(job_id)
 
     def send_again(self):
         due = self.store.due(self.broker.empty_queues())

@@ -60,7 +60,7 @@ class Attempt:
 
     def stop(self, why):
         self.stopped = self.stopped or why
-        self.deadline.at = 0  # what is under way ends at its next check
+        self.deadline.at = min(self.deadline.at, time.monotonic())  # what is under way ends at its next check
 
     def progress(self, *_):
         """One more file or frame is done."""

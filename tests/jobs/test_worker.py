@@ -17,7 +17,7 @@ def troubled(request, tmp_path_factory, model_dir):
     """(Jobs, Worker, Service) of the Troubled model for the tests of a module, over each of the engines."""
     folder = tmp_path_factory.mktemp("troubled")
     variables = {"JOBS": "on", "MODEL_NAME": "tests.jobs.troubled:Troubled", "MODEL_DIR": str(model_dir),
-                 "DATA_DIR": str(folder / "data"), "JOB_TIMEOUT": "6", "MAX_BATCH_FILES": "64"}
+                 "DATA_DIR": str(folder / "data"), "JOB_TIMEOUT": "3", "MAX_BATCH_FILES": "64"}
     if request.param == "servers":
         variables |= {"DATABASE_URL": request.getfixturevalue("postgres_server").database(),
                       "JOBS_BROKER": request.getfixturevalue("redis_server").database()}
@@ -52,7 +52,7 @@ def test_job_fails_as_the_prediction_would(troubled, order, code):
 
 def test_job_whose_process_is_killed_is_run_again(troubled):
     jobs, worker, _ = troubled
-    job_id = jobs.accepted("wait 3")
+    job_id = jobs.accepted("wait 1.5")
     jobs.wait(job_id, ["running"])
     time.sleep(0.3)
     for pid in worker.nodes():
@@ -77,12 +77,13 @@ def test_poison_job_fails_at_the_third_loss_and_takes_no_other_along(troubled):
 
 def test_running_job_is_cancelled(troubled):
     jobs, _, _ = troubled
-    job_id = jobs.accepted("wait 5")
+    job_id = jobs.accepted("wait 2.5")
     jobs.wait(job_id, ["running"])
     assert jobs.cancel(job_id).status_code == 202
     job = jobs.wait(job_id)
     assert job["state"] == "cancelled"
-    assert job["ended_at"] - job["started_at"] < 5
+    assert job["ended_at"] - job["started_at"] < 2.5
+    assert job["progress"]["done"] == 0
 
 
 def test_job_that_hangs_fails_at_its_deadline_and_its_process_is_replaced(troubled):
@@ -113,11 +114,13 @@ def test_metrics_count_jobs_by_queue_state_and_error(troubled):
     jobs, worker, _ = troubled
     jobs.wait(jobs.accepted("wait 0"))
     jobs.wait(jobs.accepted("refuse"))
+    jobs.accepted("wait 2.9")
     until = time.monotonic() + 5
     while not all(line in (found := worker.metrics()) for line in (
             'jobs_total{error="",queue="short",state="succeeded"}',
             'jobs_total{error="INVALID_PARAMETER",queue="short",state="failed"}',
-            'job_wait_seconds_bucket{le="+Inf",queue="short"}', 'jobs_unfinished{queue="long",state="queued"} 0.0')):
+            'job_wait_seconds_bucket{le="+Inf",queue="short"}',
+            'jobs_unfinished{queue="short",state="running"} 1.0')):
         assert time.monotonic() < until, found
         time.sleep(0.1)
 
@@ -165,9 +168,10 @@ def test_long_jobs_do_not_starve_short_ones(engines, start_worker, start_service
     assert any(jobs.get(job_id)["state"] == "queued" for job_id in long)
 
 
-def test_results_are_removed_after_their_time(engines, start_worker, start_service):
-    service = start_service(**TROUBLED, **engines, JOBS="on", JOBS_TTL="1")
-    start_worker(**TROUBLED, **engines, JOBS_TTL="1")
+def test_results_are_removed_after_their_time(start_worker, start_service, tmp_path):
+    variables = {**TROUBLED, "DATA_DIR": str(tmp_path / "data"), "JOBS": "on", "JOBS_TTL": "1"}
+    service = start_service(**variables)
+    start_worker(**variables)
     jobs = jobs_of(service)
     job_id = jobs.accepted("wait 0")
     until = time.monotonic() + 40
@@ -176,8 +180,8 @@ def test_results_are_removed_after_their_time(engines, start_worker, start_servi
         time.sleep(0.1)
 
 
-def test_reload_replaces_the_processes_one_after_the_other(engines, start_worker):
-    worker = start_worker(**TROUBLED, **engines).wait_ready()
+def test_reload_replaces_the_processes_one_after_the_other(start_worker, tmp_path):
+    worker = start_worker(**TROUBLED, DATA_DIR=str(tmp_path / "data")).wait_ready()
     before = set(worker.nodes())
     worker.process.send_signal(signal.SIGHUP)
     until = time.monotonic() + 60

@@ -10,6 +10,11 @@ class Troubled(OwnTask):
     takes = "text"
     example = "wait 0"
 
+    def decode(self, text, options):
+        if text == "refuse":
+            raise InvalidInput("must be an order, as told")
+        return text
+
     def predict(self, batch):
         return [self.obey(*text.split()) for text in batch]
 
@@ -18,8 +23,6 @@ class Troubled(OwnTask):
             os.kill(os.getpid(), signal.SIGKILL)
         elif order == "fail":
             raise RuntimeError("as told")
-        elif order == "refuse":
-            raise InvalidInput("refused, as told")
         elif order == "hang":
             time.sleep(3600)
         until = time.monotonic() + float(seconds)
