@@ -165,6 +165,7 @@ class Work:
     def single(self, row, attempt, model, options):
         about, = json.loads(row["inputs_json"])
         found = self.one(about, row, attempt, model, options)
+        attempt.check()
         if row["unit"] == "files":
             attempt.progress()
         return {"status": "success", "predictions": found["predictions"],
@@ -184,9 +185,13 @@ class Work:
                 return out_of_memory(e)
             except Exception as e:
                 return internal_error(e)
-            finally:
-                attempt.progress()
-        outcomes = list(Pool(self.loader.slots.count).imap(outcome, files))
+
+        def counted(about):
+            found = outcome(about)
+            attempt.check()
+            attempt.progress()
+            return found
+        outcomes = list(Pool(self.loader.slots.count).imap(counted, files))
         body, failures = batch.body_of([about["filename"] for about in files], outcomes)
         if len(failures) == len(files):
             raise batch.all_failed(failures, body)
