@@ -57,6 +57,19 @@ def run_all(programs):
     return [process.returncode for process in processes], "".join(texts)
 
 
+def run_forked(number, url, body):
+    """Run a program in that many processes at once, forked from one that has imported all; returns what they print."""
+    program = (f"import os, sys, traceback\nimport app.data.migrations\nfrom app.data.database import Database\n"
+               f"from app.data.schema import *\nchildren, database = [], Database({url!r})\n"
+               f"def body(number):\n    {body}\n"
+               f"for number in range({number}):\n    children.append(os.fork())\n    if not children[-1]:\n"
+               "        try: body(number)\n        except BaseException: traceback.print_exc(); os._exit(1)\n"
+               "        os._exit(0)\n"
+               "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))")
+    codes, text = run_all([program])
+    assert codes == [0], text
+
+
 def test_migrations_make_the_tables_that_the_code_expects(database):
     with database.begin() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
@@ -77,12 +90,8 @@ def test_tables_that_are_up_to_date_cost_no_import_of_alembic(database, url):
 
 
 def test_one_of_several_processes_migrates(url):
-    program = (f"from app.data.database import Database; from app.data.schema import *; import os\n"
-               f"database = Database({url!r})\n"
-               "with database.begin() as c: c.execute(deliveries.insert().values(id=os.getpid(), job_id='a', url='',"
-               "state='pending', created_at=1.0, attempts_json='[]'))")
-    codes, text = run_all([program] * 8)
-    assert codes == [0] * 8, text
+    run_forked(8, url, "with database.begin() as c: c.execute(deliveries.insert().values(id=number, job_id='a', url='',"
+                       "state='pending', created_at=1.0, attempts_json='[]'))")
     database = Database(url)
     assert count(database) == 8
     assert database.revision() == REVISION
@@ -149,16 +158,13 @@ def test_nobody_else_may_read_the_file(tmp_path):
 
 
 def test_several_processes_write_at_once(url):
-    program = (f"from app.data.database import Database; from app.data.schema import *; import sys\n"
-               f"database = Database({url!r})\n"
-               "for i in range(60):\n"
-               "    with database.begin() as c:\n"
-               "        found = c.execute(deliveries.select().limit(1)).all()\n"  # a deadlock, if deferred
-               "        c.execute(deliveries.insert().values(id=f'%d-{i}', job_id='a', url='', state='pending',"
-               "created_at=1.0, attempts_json='[]'))\n"
-               "    with database.read() as c: c.execute(deliveries.select().limit(1)).all()")
-    codes, text = run_all([program % number for number in range(4)])
-    assert codes == [0] * 4, text
+    run_forked(4, url, """for i in range(60):
+        with database.begin() as c:
+            c.execute(deliveries.select().limit(1)).all()  # a deadlock, if the lock for writing came later
+            c.execute(deliveries.insert().values(id=f"{number}-{i}", job_id="a", url="", state="pending",
+                                                 created_at=1.0, attempts_json="[]"))
+        with database.read() as c:
+            c.execute(deliveries.select().limit(1)).all()""")
     database = Database(url)
     assert count(database) == 240
     database.close()
