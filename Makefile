@@ -53,6 +53,9 @@ bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Benchmark against the limit and
 bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Run a shorter benchmark (4 minutes)
 	@$(BIN)/python -m bench --quick $(ARGS)
 
+bench-jobs: $(VENV)/tests-installed  ## Benchmark jobs: 1, 2 and 4 workers, with and without servers (6 minutes)
+	@$(BIN)/python -m bench.jobs $(ARGS)
+
 exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, on an idle machine); ARGS="--quick --only 2,3"
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -p tests.exam.plugin tests/exam $(ARGS)
 
@@ -87,5 +90,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run test lint lines audit bench bench-quick exam test-examples fuzz docker-build
+.PHONY: help run test lint lines audit bench bench-quick bench-jobs exam test-examples fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

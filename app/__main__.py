@@ -1,4 +1,4 @@
-"""The command line: python -m app prepare | reload | traffic | migrate | health | predict | evaluate."""
+"""The command line: python -m app prepare | reload | traffic | worker | migrate | health | predict | evaluate."""
 import argparse
 import dataclasses
 import json
@@ -26,12 +26,14 @@ def main():
     traffic.add_argument("split", nargs="?", metavar="SPLIT", help="such as 1:90,2:10, or the version that gets all")
     traffic.add_argument("--shadow", metavar="VERSION", help="the version that answers too, unseen, or none")
     traffic.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
+    commands.add_parser("worker", help="run jobs (JOBS=on), on this machine or another one")
     commands.add_parser("migrate", help="make or migrate the tables of jobs and history before the service starts")
     commands.add_parser("health", help="check whether the service at HOST and PORT is ready")
     add_predict_and_evaluate(commands)
     arguments = parser.parse_args()
-    return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "migrate": run_migrate,
-            "health": run_health, "predict": run_answering, "evaluate": run_answering}[arguments.command](arguments)
+    return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "worker": run_worker,
+            "migrate": run_migrate, "health": run_health, "predict": run_answering,
+            "evaluate": run_answering}[arguments.command](arguments)
 
 
 def add_predict_and_evaluate(commands):
@@ -99,6 +101,15 @@ def run_traffic(arguments):
         return 1
     print("\n".join(lines))
     return 0
+
+
+def run_worker(arguments):
+    try:
+        from app.jobs import worker
+    except ImportError as e:
+        print(f"error: {e.name} is not installed: pip install -r app/jobs/requirements.txt", file=sys.stderr)
+        return 1
+    return worker.main()
 
 
 def run_migrate(arguments):

@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,11 @@ def byte_size(text):
     return int(match[1]) * UNITS[match[2]]
 
 
-def store_url(*schemes):
+def rare(name, *arguments):
+    """A parser of setting_formats.py, which is imported with the first setting that needs it."""
     def parse(text):
-        parts = urllib.parse.urlsplit(text)
-        where = parts.path if parts.scheme == "unix" else parts.netloc
-        if text != "memory://" and (parts.scheme not in schemes or not where):
-            raise ValueError("memory:// or the URL of a Redis server such as redis://127.0.0.1:6379/0")
-        return text
+        from app import setting_formats
+        return getattr(setting_formats, name)(text, *arguments)
     return parse
 
 
@@ -91,23 +88,6 @@ def yes_or_no(text):
     if text.lower() not in YES_OR_NO:
         raise ValueError("true or false")
     return YES_OR_NO[text.lower()]
-
-
-def rate_limit(text):
-    import limits
-    with contextlib.suppress(ValueError):
-        if all(limit.amount for limit in limits.parse_many(text)):
-            return text
-    raise ValueError("a limit such as 60/minute, or several separated by ;")
-
-
-def preprocessing(text):
-    three = ",".join([r"[0-9](\.[0-9]{1,9})?"] * 3)
-    pair = rf"(resize|crop)=[1-9][0-9]{{1,3}}|interpolation=(bilinear|bicubic)|(mean|std)={three}"
-    names = [part.partition("=")[0] for part in text.split()]
-    if not all(re.fullmatch(pair, part) for part in text.split()) or len(set(names)) < len(names):
-        raise ValueError("pairs such as resize=256 crop=224 interpolation=bilinear mean=0.485,0.456,0.406 std=1,1,1")
-    return text
 
 
 def listed(part, takes):
@@ -138,7 +118,7 @@ class Settings:
                                        "mobilenet_v2, or your class as package.module:Class"), "resnet50")
     model_path: Path | None = setting(path, None, each=True)
     labels_path: Path | None = setting(path, None, each=True)
-    preprocessing: str | None = setting(preprocessing, None, each=True)
+    preprocessing: str | None = setting(rare("preprocessing"), None, each=True)
     model_fallback: str | None = setting(matching(BUILT_IN, "a model's name such as resnet50"), None, each=True)
     models: tuple | None = setting(listed(ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"), None)
     split_header: str | None = setting(matching("[A-Za-z0-9-]{1,64}", "a header's name such as X-User"), None)
@@ -164,7 +144,7 @@ class Settings:
     max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
     max_body_memory: int = setting(byte_size, 512 * 2**20)
-    cache_url: str | None = setting(store_url("redis", "rediss", "unix"), None, secret=True)
+    cache_url: str | None = setting(rare("store_url", "redis", "rediss", "unix"), None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5, each=True)
     face_method: str = setting(one_of(*FACE_METHODS), "face+middle", each=True)
@@ -172,8 +152,8 @@ class Settings:
     video_frames: int = setting(integer(1, MOST_FRAMES), 1, each=True)
     api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
                                      None, secret=True)
-    rate_limit: str | None = setting(rate_limit, None)
-    rate_limit_storage: str = setting(store_url("redis", "rediss"), "memory://", secret=True)
+    rate_limit: str | None = setting(rare("rate_limit"), None)
+    rate_limit_storage: str = setting(rare("store_url", "redis", "rediss"), "memory://", secret=True)
     trusted_proxies: int = setting(integer(0, 10), 0)
     cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
                                                 "* or comma-separated origins such as https://example.org"),

@@ -13,6 +13,7 @@ import pytest
 import requests
 import skimage
 from PIL import Image
+from s3_server import S3
 from servers import Postgres, Redis, find_program, free_port
 from urllib3 import encode_multipart_formdata
 
@@ -154,6 +155,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
@@ -254,3 +256,25 @@ def engines(request, tmp_path):
         variables |= {"DATABASE_URL": request.getfixturevalue("postgres_server").database(),
                       "JOBS_BROKER": request.getfixturevalue("redis_server").database()}
     return variables
+
+
+@pytest.fixture
+def start_worker(tmp_path, model_dir):
+    """start_worker(**variables): a Worker that is stopped when the test ends; not yet waited for."""
+    from job_workers import Worker
+    workers = []
+
+    def start(**variables):
+        workers.append(Worker(tmp_path, {"MODEL_DIR": str(model_dir), "DEVICE": "cpu", "JOBS": "on", **variables}))
+        return workers[-1]
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A running S3 server of this test process; each test takes a bucket of its own: s3_server.bucket()."""
+    server = S3(tmp_path_factory.mktemp("s3")).start()
+    yield server
+    server.stop()

@@ -3,8 +3,9 @@ import base64
 import binascii
 import json
 import re
+import urllib.parse
 
-from flask import g, request
+from flask import current_app, g, request
 
 from app.api import uploads
 from app.errors import ServiceError, invalid_parameter
@@ -44,15 +45,38 @@ def parse(text, most_parts):
 def files(fields, task):
     """[uploads.Upload] of the object's files."""
     body = members()
-    found = [name for name in (*fields, uploads.INSTANCES) if body.get(name) is not None]
+    found = [name for name in (*fields, uploads.INSTANCES, "url") if body.get(name) is not None]
     if len(found) > 1:
         raise ServiceError(400, "TOO_MANY_FILES", f"The object has {' and '.join(found)}; send one of them.")
     if not found:
         return []
     name, value = found[0], body[found[0]]
+    if name == "url":
+        return [upload({"url": value}, name)]
     if name != uploads.INSTANCES:
-        return [uploads.Upload(value, None, name)]
-    return [uploads.Upload(one, None, field) for one, field in instances(value, "{\"b64\": \"…\"}")]
+        return [upload(value, name)]
+    return [upload(one, field) for one, field in instances(value, "{\"b64\": \"…\"}")]
+
+
+def upload(value, field):
+    url = url_of(value)
+    if url is None:
+        return uploads.Upload(value, None, field)
+    path = urllib.parse.unquote(re.sub(r"^[^/]*//[^/]*|[?#].*", "", url, flags=re.S))
+    fetched = g.get("fetched", {}).get(url)
+    return uploads.Upload(not_fetched() if fetched is None else fetched, uploads.base_name(path), field)
+
+
+def url_of(value):
+    """The URL of {"url": "…"}; None for anything else."""
+    is_url = isinstance(value, dict) and len(value) == 1 and isinstance(value.get("url"), str)
+    return value["url"] if is_url else None
+
+
+def not_fetched():
+    if current_app.extensions["fetch"] is None:
+        return uploads.missing_file("inputs by URL are off in this service, INPUT_URLS turns them on; send the file")
+    return uploads.missing_file("with inputs by URL, a body may have at most 256 KiB")
 
 
 def instances(value, of):
@@ -99,6 +123,8 @@ def from_base64(value, field, media_type=FILE_TYPE):
     White space, the URL-safe alphabet and missing padding are accepted. media_type: a pattern of what a data: URL may
     hold; None: anything. Raises ServiceError.
     """
+    if isinstance(value, ServiceError):  # of an input by URL
+        raise ServiceError(value.status, value.code, value.message)
     for _ in range(2):
         if isinstance(value, dict) and len(value) == 1:
             value = next(iter(value.values()))

@@ -124,6 +124,8 @@ def received(max_bytes, deadline, tasks):
     with bodies.one() as key:
         with g.stages("read"):
             body = receive(most, deadline, bodies, key)
+            if current_app.extensions["fetch"]:
+                current_app.extensions["fetch"](body, max_bytes, deadline, tasks, bodies, key)
         request.max_content_length = most  # which it does not exceed
         request.environ["CONTENT_LENGTH"], request.stream = str(len(body)), io.BytesIO(body)  # shares the bytes
         del body

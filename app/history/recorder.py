@@ -29,6 +29,9 @@ HOUR_S, DAY_S = 3600, 86_400
 AT_ONCE = 5000             # rows removed in one transaction
 MOST_ANSWER, MOST_OPTION, MOST_CLASS = 4096, 1000, 255  # characters
 
+MEASURES = {"history_dropped": counters.Measure("counter", "Predictions missing in the history, as the database did "
+                                                           "not take them in time.")}
+
 log = logging.getLogger(__name__)
 encoder = json.JSONEncoder()
 
@@ -45,8 +48,7 @@ class Recorder:
         self.wakes, self.ended = threading.Event(), threading.Event()
         self.dropped, self.dropped_before, self.log_at = 0, 0, {}
         self.purge_at = time.monotonic() + random.uniform(10, HOUR_S)  # not in all processes at once
-        counters.MEASURES.setdefault("history_dropped", counters.Measure(
-            "counter", "Predictions missing in the history, as the database did not take them in time."))
+        counters.MEASURES.update(MEASURES)
 
     # --- from any thread or greenlet ---
 

@@ -18,7 +18,7 @@ from app.data.schema import deliveries, jobs
 from app.errors import ServiceError
 
 LOSSES = 3                 # of a worker in the middle of a job, after which it fails
-LEASE_S = 15               # a worker that has not renewed its lease for so long counts as lost
+LEASE_S = 10               # a worker that has not renewed its lease for so long counts as lost
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
 AT_ONCE = 100              # jobs that one sweep changes at most
@@ -30,7 +30,7 @@ UNFINISHED = ("queued", "running")
 FINAL = ("succeeded", "failed", "cancelled")
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
 
-AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # the attempt's number stays, so that it cannot end the next
+AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one
 
 
 class Lost(Exception):
@@ -54,11 +54,7 @@ class Store:
         now = time.time()
         try:
             with self.database.begin() as connection:
-                count, size = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
-                                                 .where(jobs.c.state.in_(UNFINISHED))).one()
-                if count >= self.optional.max_jobs or size + row["input_bytes"] > self.optional.max_jobs_storage:
-                    raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
-                                       retry_after_s=30)
+                self.check_room(connection, row["input_bytes"])
                 stored = connection.execute(insert(jobs).values(
                     **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, losses=0, done=0,
                     cancel_requested=False).returning(*jobs.columns)).mappings().one()
@@ -69,11 +65,30 @@ class Store:
                 raise
             return earlier, False
 
-    def remove(self, job_id):
-        """Forget a job and its deliveries."""
+    def check(self, size):
+        """Raises ServiceError OVERLOADED if a job with inputs of this size could not be added now."""
+        with self.database.read() as connection:
+            self.check_room(connection, size)
+
+    def check_room(self, connection, size):
+        count, total = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
+                                          .where(jobs.c.state.in_(UNFINISHED))).one()
+        if count >= self.optional.max_jobs or total + size > self.optional.max_jobs_storage:
+            raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
+                               retry_after_s=30)
+
+    def rely_on(self, job_id):
+        """Whether the job is still there, and then stays: a client that has sent it again is about to be told of it."""
         with self.database.begin() as connection:
-            connection.execute(delete(deliveries).where(deliveries.c.job_id == job_id))
-            connection.execute(delete(jobs).where(jobs.c.id == job_id))
+            return bool(connection.execute(update(jobs).where(jobs.c.id == job_id)
+                                           .values(dispatches=jobs.c.dispatches + 1)).rowcount)
+
+    def withdraw(self, job_id):
+        """Forget a job that could not be published. Returns whether it is gone: it stays if someone relies on it, or
+        if it was sent again meanwhile."""
+        with self.database.begin() as connection:
+            return bool(connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued",
+                                                              jobs.c.dispatches == 1)).rowcount)
 
     def get(self, job_id, owner):
         """The row, or None. owner: whose it must be; None: anybody's."""
@@ -269,3 +284,8 @@ def after_loss(row, now, job_timeout):
 
 def overdue_error(job_timeout):
     return {"error": "DEADLINE_EXCEEDED", "message": f"The job took longer than {job_timeout:g} s, the time allowed."}
+
+
+def first_line(error):
+    """An exception of a library in one line, for the log."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.api import batch
 from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
-from app.jobs.store import LEASE_S, Lost, overdue_error
+from app.jobs.store import LEASE_S, Lost, first_line, overdue_error
 from app.server import counters, logs
 from app.server.counters import Stages
 from app.tasks import Call
@@ -60,7 +60,7 @@ class Attempt:
 
     def stop(self, why):
         self.stopped = self.stopped or why
-        self.deadline.at = 0  # what is under way ends at its next check
+        self.deadline.at = min(self.deadline.at, time.monotonic())  # what is under way ends at its next check
 
     def progress(self, *_):
         """One more file or frame is done."""
@@ -73,11 +73,11 @@ class Attempt:
 
 
 class Work:
-    """Runs jobs one at a time. loader: a ModelLoader; record: of history.Recorder, or None."""
+    """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None."""
 
-    def __init__(self, settings, loader, store, storage, instance, record=None):
+    def __init__(self, settings, loader, store, storage, instance, recorder=None):
         self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
-        self.worker, self.record = f"{instance}/{os.getpid()}", record
+        self.worker, self.recorder = f"{instance}/{os.getpid()}", recorder
 
     def run(self, job_id):
         """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
@@ -204,8 +204,8 @@ class Work:
             with stages("read"):
                 data = self.input(about)
             found = model.answer(data, options, Call(attempt.deadline, stages, about["field"], see))
-            if self.record:
-                self.record(model, data, options, found, row, files_position(row, about))
+            if self.recorder:
+                self.recorder.of_job(model, data, options, found, row, files_position(row, about))
             return found
         try:
             return self.loader.slots.run(answer, attempt.deadline, stages, admitted=True)
@@ -242,7 +242,3 @@ class Work:
 def files_position(row, about):
     """The place of a file in its batch, else 0; its key ends with it."""
     return int(about["key"].rpartition("/")[2]) if row["is_batch"] else 0
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -41,8 +41,8 @@ def mistake(task, base):
             return f"{option.name} must be {option.takes}: there is no such number"
         if option.default is not None and not has_valid_default(option):
             return f"the default of {option.name} must be {option.takes}, got {option.default!r}"
-    if set(task.takes) <= set(FILES) and {"data", "file", "files", "image", "video"} & set(names):
-        return "data, file, files, image and video are names of the input: an option needs another one"
+    if set(task.takes) <= set(FILES) and {"data", "file", "files", "image", "url", "video"} & set(names):
+        return "data, file, files, image, url and video are names of the input: an option needs another one"
     if {"help", "json", "labels", "save", "save_crop"} & set(names):
         return "help, json, labels, save and save_crop are taken: an option needs another name"
     field = task.field or ("text" if task.takes == ("text",) else None)

@@ -546,7 +546,7 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
      "it has an attribute max_batches: did you mean max_batch?"),
     ("class A(OwnTask):\n    takes = 'picture'\n    options = (text('image'),)\n"
      "    def predict(self, batch): ...", "A",
-     "data, file, files, image and video are names of the input"),
+     "data, file, files, image, url and video are names of the input"),
     ("class A(OwnTask):\n    takes, max_batch = 'text', 4\n"
      "    def predict(self, batch):\n        return batch[:1]", "A",
      "expected 2, got 1"),

@@ -1,0 +1,129 @@
+"""A process of `python -m app worker`: one model, one job at a time. Celery gets the jobs.
+
+    python -m app.jobs.node --number 1 --queues long,short --memory 5 --instance 0f4b…
+"""
+import argparse
+import logging.config
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+
+from celery import signals
+from celery.apps.worker import Worker
+from celery.platforms import SecurityWarning
+
+from app import load_model
+from app.config import Settings, StartError
+from app.data.database import Database
+from app.data.storage import Storage
+from app.jobs import metrics
+from app.jobs.broker import TASK, Broker
+from app.jobs.store import Store
+from app.jobs.work import Work
+from app.server import board, counters, logs
+from app.server.log_config import logging_config
+from app.server.shared_memory import regions_in
+
+BROKER_WITHIN_S = 30  # longer than a poll of it
+LOOK_EVERY_S = 1
+
+log = logging.getLogger(__name__)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m app.jobs.node")
+    parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--queues", required=True)
+    parser.add_argument("--memory", type=int)
+    parser.add_argument("--instance", required=True)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the API's workers: each slot is one core
+    end_with_parent()
+    settings = Settings.load()
+    logging.config.dictConfig(logging_config(settings))
+    quieten()
+    metrics.register()
+    if arguments.memory is not None:
+        attach(arguments)
+    try:
+        work = worker_of(settings, arguments.instance)
+    except StartError as e:
+        log.critical("this worker cannot run jobs: %s", e)
+        counters.own.failed(1)
+        logs.flush()
+        return 1
+    counters.own.serves(work.loader.generation)
+    threading.Thread(target=look_after, args=(work.loader,), daemon=True).start()
+    consume(work, arguments)
+    if work.recorder:
+        work.recorder.stop()
+    logging.shutdown()
+    os._exit(0)  # without waiting for threads that hang in native code
+
+
+def end_with_parent():
+    """Be killed when the supervisor is: it alone looks after this process."""
+    import ctypes
+    parent = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (AttributeError, OSError):
+        return
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def quieten():
+    """Celery's lines about each message say less than ours, and its warning about root is for brokers that carry
+    code: ours carry IDs."""
+    for name in ("celery", "kombu"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+
+
+def attach(arguments):
+    """Use the supervisor's memory: its Board, and this process's region of counters."""
+    memory = memoryview(mmap.mmap(arguments.memory, 0))
+    board.own = board.Board(memory, arguments.memory)
+    counters.regions = regions_in(memory)
+    counters.start_worker(arguments.number)
+
+
+def worker_of(settings, instance):
+    optional = settings.optional
+    database, recorder = Database(optional.database), None
+    if optional.history:
+        from app.history.recorder import Recorder
+        recorder = Recorder(database, optional)
+    return Work(settings, load_model(settings), Store(database, optional), Storage(optional.storage), instance,
+                recorder)
+
+
+def look_after(loader):
+    while True:
+        time.sleep(LOOK_EVERY_S)
+        logs.flush()
+        reason = loader.needs_restart()
+        if reason:
+            log.error("this worker restarts: %s", reason)
+            logs.flush()
+            os._exit(1)
+
+
+def consume(work, arguments):
+    """Run jobs until SIGTERM."""
+    celery = Broker(work.settings.optional, BROKER_WITHIN_S).celery
+    celery.conf.update(worker_prefetch_multiplier=1, task_acks_late=False, worker_hijack_root_logger=False)
+    celery.task(work.run, name=TASK, ignore_result=True)
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # it is set up
+    Worker(app=celery, pool_cls="solo", concurrency=1, queues=arguments.queues.split(","), without_gossip=True,
+           without_mingle=True, without_heartbeat=True, hostname=f"{arguments.number}@{arguments.instance}",
+           quiet=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

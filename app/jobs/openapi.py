@@ -1,0 +1,164 @@
+"""What the OpenAPI document says of jobs."""
+import copy
+
+from app.api.openapi import EVERYWHERE, SECURITY, errors, header, ref, success
+
+ID = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}, "description": "The job's `id`."}
+KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+       "description": "Of your choice, a new one for each job: sent again with the same content, it gets the same job."}
+CALLBACK = {"type": "string", "format": "uri", "maxLength": 2048, "pattern": "^[!-~]+$",
+            "description": "Where to send the job when it has ended; CALLBACK_URLS decides which URLs are allowed."}
+EXAMPLE_ID = "6f0e7a1c55d94c1b8f9a1b0f6c2d3e4a"
+UNAVAILABLE = ["Jobs are not available now.", ["JOBS_UNAVAILABLE"], "Jobs are not available now; try again later.",
+               "Retry-After"]
+
+
+def add(document, settings):
+    """Add the paths and schemas of jobs to the document."""
+    most = settings.optional.max_job_files
+    document["tags"].insert(1, {"name": "Jobs"})
+    document["components"]["schemas"] |= schemas(document["components"]["schemas"], most)
+    document["components"]["headers"] |= {
+        "Location": {"description": "The path of the job.", "required": True, "schema": {"type": "string"}},
+        "Idempotent-Replayed": {"description": "Sent if this job is that of an earlier request.",
+                                "schema": {"const": "true"}},
+        "Poll-After": {"description": "Seconds to wait before asking again; not sent once the job has ended.",
+                       "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+    paths = job_paths(document["paths"], settings)
+    for operations in paths.values():
+        for operation in operations.values():
+            operation["tags"] = ["Jobs"]
+            if settings.api_keys:
+                operation["security"] = [{name: []} for name in SECURITY]
+    document["paths"] |= paths
+
+
+def job_paths(paths, settings):
+    single, batch = paths["/predict"], paths["/predict/batch"]["post"]["requestBody"]["content"]
+    parameters = [*single["post"]["parameters"], KEY, {
+        "name": "callback_url", "in": "query", "schema": CALLBACK, "description": CALLBACK["description"]}]
+    form = content(single["post"]["requestBody"]["content"], batch, settings.optional.max_job_files)
+    raw = single["put"]["requestBody"]["content"]
+    named = next(one for one in paths["/models/{name}/predict"]["post"]["parameters"] if one["name"] == "name")
+    submitted = {
+        "202": success("Accepted.", ref("Job"), "Location", "Idempotent-Replayed"),
+        "422": refusal("The Idempotency-Key came with another request.", ["IDEMPOTENCY_KEY_REUSED"],
+                       "This Idempotency-Key came with another request; send a new key with each new job."),
+        "503": refusal("There are too many unfinished jobs, or jobs are not available now.",
+                       ["JOBS_UNAVAILABLE", "OVERLOADED", "OUT_OF_MEMORY", "MODEL_UNAVAILABLE"], UNAVAILABLE[2],
+                       "Retry-After"),
+        **errors("400", "401", "404", "413", "415", "429", "504", *EVERYWHERE)}
+    with_retry(submitted["202"])
+
+    def submit(name, further=()):
+        common = {"parameters": [*further, *parameters], "responses": submitted}
+        return {"post": {"summary": "Submit what /predict or /predict/batch takes, and get the result later",
+                         "description": f"At most {settings.optional.max_job_files} files, together at most "
+                                        f"{settings.optional.max_job_size} bytes. Several files, or one in `files`, "
+                                        "are answered as by /predict/batch.",
+                         "operationId": name, **common, "requestBody": {"required": True, "content": form}},
+                "put": {"summary": "The same for a raw body", "operationId": f"{name}ByPut", **common,
+                        "requestBody": {"required": True, "content": raw}}}
+    return {
+        "/jobs": {**submit("submitJob"), "get": {
+            "summary": "Your jobs, newest first", "operationId": "listJobs", "parameters": LIST_PARAMETERS,
+            "responses": {"200": success("A page of them.", ref("Jobs")), "503": refusal(*UNAVAILABLE),
+                          **errors("400", "401", "429", *EVERYWHERE)}}},
+        "/predict/async": submit("predictAsync"),
+        "/models/{name}/jobs": submit("submitJobForModel", [named]),
+        "/jobs/{job_id}": {
+            "get": {"summary": "A job's state and result", "operationId": "job", "parameters": [ID],
+                    "responses": {"200": with_retry(success("The job.", ref("Job"))), "503": refusal(*UNAVAILABLE),
+                                  **errors("401", "404", "429", *EVERYWHERE)}},
+            "delete": {"summary": "Cancel a job", "operationId": "cancelJob", "parameters": [ID], "responses": {
+                "200": success("It is cancelled.", ref("Job")),
+                "202": with_retry(success("It is running, and was asked to stop.", ref("Job"))),
+                "409": refusal("It has already ended.", ["JOB_FINISHED"],
+                               "The job has already succeeded; it can no longer be cancelled."),
+                "503": refusal(*UNAVAILABLE), **errors("401", "404", "429", *EVERYWHERE)}}}}
+
+
+def content(single, batch, most):
+    """{media type: schema} of a body for one input or several."""
+    made = copy.deepcopy(single)
+    one, several = made["application/json"]["schema"], copy.deepcopy(batch["application/json"]["schema"])
+    several["properties"]["instances"]["maxItems"] = most
+    one["anyOf"] = [*one["anyOf"][:-1], several]  # the last one is that of instances
+    for schema in one["anyOf"]:
+        schema["properties"]["callback_url"] = {**CALLBACK, "type": ["string", "null"]}
+    if "multipart/form-data" in made:
+        schema = made["multipart/form-data"]["schema"]
+        schema["properties"]["callback_url"] = CALLBACK
+        if "multipart/form-data" in batch:
+            files = copy.deepcopy(batch["multipart/form-data"]["schema"]["properties"]["files"])
+            schema["properties"]["files"] = {**files, "maxItems": most}
+            if schema.pop("required", None):
+                schema["anyOf"] = [{"required": ["file"]}, {"required": ["files"]}]
+    return made
+
+
+def refusal(description, codes, message, *headers):
+    example = {"status": "error", "error": codes[0], "message": message, "request_id": EXAMPLE_ID}
+    return {"description": description, "headers": header("X-Request-ID", *headers), "content": {"application/json": {
+        "schema": {"allOf": [ref("Error"), {"properties": {"error": {"enum": codes}}}]}, "example": example}}}
+
+
+def with_retry(response):
+    response["headers"]["Retry-After"] = {"$ref": "#/components/headers/Poll-After"}
+    return response
+
+
+def parameter(name, schema, description):
+    return {"name": name, "in": "query", "schema": schema, "description": description, "allowEmptyValue": True}
+
+
+STATES = ["queued", "running", "succeeded", "failed", "cancelled"]
+TIME = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1e10}, {"type": "string", "format": "date-time"}]}
+LIST_PARAMETERS = [
+    {"name": "state", "in": "query", "schema": {"type": "array", "items": {"enum": STATES}}, "style": "form",
+     "explode": False, "description": "One or more states, separated by commas."},
+    parameter("model", {"type": "string", "pattern": "^[a-z0-9_]{1,64}$"}, "The name of a model."),
+    parameter("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
+    parameter("until", TIME, "The time before which they were submitted."),
+    parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many at most."),
+    parameter("after", {"type": "string", "pattern": "^$"},
+              "`next` of the page before this one. Jobs that are submitted meanwhile move nothing.")]
+
+
+def schemas(existing, most):
+    text, number = {"type": "string"}, {"type": "number", "minimum": 0}
+    number_or_null, some = {"type": ["number", "null"], "minimum": 0}, {"type": "integer", "minimum": 0}
+
+    def record(required, further=None):
+        return {"type": "object", "properties": {**required, **(further or {})}, "required": list(required)}
+    error = record({"error": text, "message": text})
+    attempt = record({"at": number, "status": {"type": ["integer", "null"]}, "error": {"type": ["string", "null"]},
+                      "ms": number})
+    callback = record({"url": text, "state": {"enum": ["pending", "delivered", "failed", None]},
+                       "attempts": {"type": "array", "items": attempt}})
+    several = copy.deepcopy(existing["BatchAnswer"])
+    several["properties"]["results"]["maxItems"] = most
+    none_answered = copy.deepcopy(several)
+    none_answered["properties"] |= {"status": {"const": "error"}, "error": {"const": "ALL_FAILED"}, "message": text}
+    listed = {
+        "status": {"const": "success"}, "id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+        "state": {"enum": STATES}, "url": text, "model": text, "queue": {"enum": ["short", "long"]},
+        "created_at": {**number, "description": "Unix seconds, as all times."}, "started_at": number_or_null,
+        "ended_at": number_or_null,
+        "expires_at": {**number_or_null, "description": "When it will be removed; null until it has ended."},
+        "attempts": {**some, "description": "How often it was begun: again if a worker was lost."},
+        "cancel_requested": {"type": "boolean"},
+        "progress": record({"done": some, "total": some, "unit": {"enum": ["files", "frames"]}}),
+        "callback": {"anyOf": [callback, {"type": "null"}]}, "error": {"anyOf": [error, {"type": "null"}]}}
+    result = {"description": "What /predict or /predict/batch would have answered.",
+              "anyOf": [{"type": "null"}, ref("Answer"), several, none_answered]}
+    version = {"version": {**text, "description": "If the model has several."}}
+    example = {
+        "status": "success", "id": EXAMPLE_ID, "state": "queued", "url": f"/jobs/{EXAMPLE_ID}", "model": "resnet50",
+        "queue": "short", "created_at": 1767225600.5, "started_at": None, "ended_at": None, "expires_at": None,
+        "attempts": 0, "cancel_requested": False, "progress": {"done": 0, "total": 1, "unit": "files"},
+        "callback": None, "error": None, "result": None}
+    return {"Job": {**record({**listed, "result": result}, version), "example": example},
+            "ListedJob": record(listed, version),
+            "Jobs": record({"status": {"const": "success"}, "jobs": {"type": "array", "items": ref("ListedJob")},
+                            "next": {"type": ["string", "null"], "description": "`after` of the next page."}})}

@@ -1,0 +1,35 @@
+"""An asyncio event loop in a native thread, one per process, and how greenlets and native threads wait for what runs
+there."""
+import asyncio
+import os
+import threading
+
+import gevent
+from gevent.event import Event
+
+lock = threading.Lock()
+own = {}  # {process: its loop}, as a process that was forked has none
+
+
+def loop():
+    """The event loop of this process, started with the first call."""
+    with lock:
+        if os.getpid() not in own:
+            own.clear()
+            own[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=own[os.getpid()].run_forever, name="outbound", daemon=True).start()
+        return own[os.getpid()]
+
+
+def run(coroutine):
+    """Return a coroutine's value, or raise its exception. A greenlet that waits here blocks no other; whoever stops
+    waiting cancels the coroutine."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop())
+    try:
+        if isinstance(gevent.getcurrent(), gevent.Greenlet):
+            done, greenlets = Event(), gevent.get_hub().loop
+            future.add_done_callback(lambda _: greenlets.run_callback_threadsafe(done.set))
+            done.wait()
+        return future.result()
+    finally:
+        future.cancel()

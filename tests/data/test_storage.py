@@ -1,0 +1,171 @@
+"""The storage of jobs: the same behaviour in a folder and in S3."""
+import os
+import stat
+import threading
+import time
+
+import pytest
+from s3_server import S3
+
+from app.data.storage import Storage
+
+
+@pytest.fixture(params=["folder", "s3", "whole bucket"])
+def storage(request, tmp_path, monkeypatch):
+    if request.param == "folder":
+        return Storage(str(tmp_path / "not" / "there" / "yet"))
+    server = request.getfixturevalue("s3_server")
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    return Storage(f"s3://{server.bucket()}" + ("/some/prefix" if request.param == "s3" else ""))
+
+
+def test_what_is_put_is_got(storage):
+    contents = {"a1/0": b"first", "a1/option-voice": b"", "a1/1": bytes(range(256)) * 4000}
+    for key, data in contents.items():
+        storage.put(key, data)
+    assert {key: storage.get(key, len(data)) for key, data in contents.items()} == contents
+    storage.put("a1/0", b"again")
+    assert storage.get("a1/0", 5) == b"again"
+
+
+def test_more_than_expected_is_an_error(storage):
+    storage.put("a1/0", b"12345")
+    with pytest.raises(OSError, match="a1/0 has more than 4 bytes"):
+        storage.get("a1/0", 4)
+
+
+def test_what_is_missing_is_an_error(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.get("a1/0", 4)
+
+
+def test_a_job_is_deleted_with_all_that_is_its_own_and_nothing_else(storage):
+    for key in ("a1/0", "a1/1", "a1/option-x", "a10/0", "a2/0"):
+        storage.put(key, b"x")
+    storage.delete_all("a1")
+    storage.delete_all("a1")
+    storage.delete_all("never-there")
+    for key in ("a1/0", "a1/1", "a1/option-x"):
+        with pytest.raises(FileNotFoundError):
+            storage.get(key, 1)
+    assert storage.get("a10/0", 1) == storage.get("a2/0", 1) == b"x"
+    storage.delete_all("a2/0")
+    with pytest.raises(FileNotFoundError):
+        storage.get("a2/0", 1)
+
+
+def test_leftovers_are_found_by_their_age(storage):
+    assert storage.prefixes(-10) == []
+    storage.put("a1/0", b"x")
+    storage.put("a1/1", b"x")
+    storage.put("a2/0", b"x")
+    assert sorted(storage.prefixes(-10)) == ["a1", "a2"]
+    assert storage.prefixes(60) == []
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//x", "a/.", "a/..", ".a/x", "a/x\0", "a\\x",
+                                 "a/x y", "a/x\n", "a/é", "a/" + 129 * "x"])
+def test_no_key_leads_elsewhere(storage, key):
+    for call in (lambda: storage.put(key, b"x"), lambda: storage.get(key, 1), lambda: storage.delete_all(key)):
+        with pytest.raises(ValueError, match="no key of the storage"):
+            call()
+
+
+def test_several_threads_at_once(storage):
+    def work(number):
+        storage.put(f"a{number}/0", bytes([number]))
+        found[number] = storage.get(f"a{number}/0", 1)
+    found = {}
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == {number: bytes([number]) for number in range(8)}
+
+
+# --- folders ---
+
+def test_files_are_their_owners_alone_and_nothing_unfinished_stays(tmp_path):
+    Storage(str(tmp_path / "storage")).put("a1/0", b"x")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "storage").rglob("*")}
+    assert modes == {"a1": 0o700, "0": 0o600}
+    assert stat.S_IMODE((tmp_path / "storage").stat().st_mode) == 0o700
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    storage = Storage(str(tmp_path))
+    storage.put("a1/0", b"before")
+    seen = []
+    replace = os.replace
+
+    def watching(source, target):
+        seen.append((storage.get("a1/0", 10), open(source, "rb").read()))
+        return replace(source, target)
+    monkeypatch.setattr(os, "replace", watching)
+    monkeypatch.setattr("pathlib.Path.replace", lambda source, target: watching(source, target))
+    storage.put("a1/0", b"after")
+    assert seen == [(b"before", b"after")]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        storage.put("a1/0", b"too much")
+    assert storage.get("a1/0", 10) == b"after"
+    assert [path.name for path in (tmp_path / "a1").iterdir()] == ["0"]
+
+
+def test_a_link_in_the_storage_is_not_followed_when_it_is_deleted(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "kept").write_text("x")
+    storage = Storage(str(tmp_path / "storage"))
+    storage.put("a1/0", b"x")
+    (tmp_path / "storage" / "a1" / "link").symlink_to(tmp_path / "other")
+    storage.delete_all("a1")
+    assert (tmp_path / "other" / "kept").exists()
+
+
+def test_old_folders_are_leftovers(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.put("a1/0", b"x")
+    storage.put("a2/0", b"x")
+    os.utime(tmp_path / "a1", (time.time() - 100,) * 2)
+    assert storage.prefixes(60) == ["a1"]
+
+
+# --- S3 ---
+
+def test_a_server_that_is_away_or_refuses_is_an_os_error(tmp_path, monkeypatch):
+    server = S3(tmp_path).start()
+    try:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        storage = Storage(f"s3://{server.bucket()}")
+        storage.put("a1/0", b"x")
+        with pytest.raises(OSError, match="bucket"):
+            Storage("s3://no-such-bucket").put("a1/0", b"x")
+    finally:
+        server.kill()
+    for call in (lambda: storage.put("a1/0", b"x"), lambda: storage.get("a1/0", 1), lambda: storage.prefixes(0),
+                 lambda: storage.delete_all("a1")):
+        with pytest.raises(OSError, match="Could not connect"):
+            call()
+
+
+def test_more_objects_than_one_answer_lists(s3_server, monkeypatch):
+    for name, value in s3_server.variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("app.outbound.s3.MOST_DELETED", 3)
+    storage = Storage(f"s3://{s3_server.bucket()}")
+    call, pages = storage.s3.call, []
+
+    async def in_small_pages(method, **arguments):
+        pages.append(method)
+        return await call(method, **arguments, **({"MaxKeys": 3} if method == "list_objects_v2" else {}))
+    monkeypatch.setattr(storage.s3, "call", in_small_pages)
+    for number in range(8):
+        storage.put(f"a{number % 2}/{number}", b"x")
+    assert sorted(storage.prefixes(-10)) == ["a0", "a1"]
+    storage.delete_all("a1")
+    storage.delete_all("a0")
+    assert storage.prefixes(-10) == []
+    assert pages.count("delete_objects") == 4

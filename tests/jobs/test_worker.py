@@ -1,0 +1,216 @@
+"""Workers: what becomes of jobs whatever happens to the processes, over files and over servers."""
+import contextlib
+import os
+import signal
+import time
+
+import pytest
+import requests
+from conftest import Service
+from job_workers import Jobs, Worker
+
+TROUBLED = {"MODEL_NAME": "tests.jobs.troubled:Troubled"}
+
+
+@pytest.fixture(scope="module", params=["embedded", "servers"])
+def troubled(request, tmp_path_factory, model_dir):
+    """(Jobs, Worker, Service) of the Troubled model for the tests of a module, over each of the engines."""
+    folder = tmp_path_factory.mktemp("troubled")
+    variables = {"JOBS": "on", "MODEL_NAME": "tests.jobs.troubled:Troubled", "MODEL_DIR": str(model_dir),
+                 "DATA_DIR": str(folder / "data"), "JOB_TIMEOUT": "3", "MAX_BATCH_FILES": "64"}
+    if request.param == "servers":
+        variables |= {"DATABASE_URL": request.getfixturevalue("postgres_server").database(),
+                      "JOBS_BROKER": request.getfixturevalue("redis_server").database()}
+    worker, service = Worker(folder, variables), Service(folder, variables)
+    yield Jobs(service.wait_ready()), worker.wait_ready(), service
+    worker.stop()
+    service.stop()
+
+
+def test_job_is_run_with_progress_by_a_process_of_the_worker(troubled):
+    jobs, worker, _ = troubled
+    job = jobs.wait(jobs.accepted("wait 0.1"))
+    assert job["state"] == "succeeded"
+    assert job["result"]["status"] == "success"
+    assert job["result"]["predictions"]["process"] in worker.nodes()
+    assert job["progress"] == {"done": 1, "total": 1, "unit": "files"}
+    assert job["created_at"] <= job["started_at"] <= job["ended_at"] < job["expires_at"]
+    assert job["attempts"] == 1
+    assert job["error"] is None
+
+
+@pytest.mark.parametrize(("order", "code"), [("refuse", "INVALID_PARAMETER"), ("fail", "INTERNAL_ERROR")])
+def test_job_fails_as_the_prediction_would(troubled, order, code):
+    jobs, _, service = troubled
+    job = jobs.wait(jobs.accepted(order))
+    expected = requests.post(service.url + "/predict", json={"text": order}, timeout=30).json()
+    assert job["state"] == "failed"
+    assert job["error"] == {"error": expected["error"], "message": expected["message"]}
+    assert job["error"]["error"] == code
+    assert job["result"] is None
+
+
+def test_job_whose_process_is_killed_is_run_again(troubled):
+    jobs, worker, _ = troubled
+    job_id = jobs.accepted("wait 1.5")
+    jobs.wait(job_id, ["running"])
+    time.sleep(0.3)
+    for pid in worker.nodes():
+        os.kill(pid, signal.SIGKILL)
+    job = jobs.wait(job_id)
+    assert job["state"] == "succeeded"
+    assert job["attempts"] == 2
+
+
+def test_poison_job_fails_at_the_third_loss_and_takes_no_other_along(troubled):
+    jobs, worker, _ = troubled
+    poison = jobs.accepted("kill")
+    others = [jobs.accepted("wait 0.05") for _ in range(10)]
+    assert {jobs.wait(job_id)["state"] for job_id in others} == {"succeeded"}
+    job = jobs.wait(poison)
+    assert job["state"] == "failed"
+    assert job["error"]["error"] == "WORKER_LOST"
+    assert job["attempts"] == 3
+    worker.wait_ready()
+    assert jobs.wait(jobs.accepted("wait 0"))["state"] == "succeeded"
+
+
+def test_running_job_is_cancelled(troubled):
+    jobs, _, _ = troubled
+    job_id = jobs.accepted("wait 2.5")
+    jobs.wait(job_id, ["running"])
+    assert jobs.cancel(job_id).status_code == 202
+    job = jobs.wait(job_id)
+    assert job["state"] == "cancelled"
+    assert job["ended_at"] - job["started_at"] < 2.5
+    assert job["progress"]["done"] == 0
+
+
+def test_job_that_hangs_fails_at_its_deadline_and_its_process_is_replaced(troubled):
+    jobs, worker, _ = troubled
+    before = set(worker.nodes())
+    job = jobs.wait(jobs.accepted("hang"))
+    assert job["state"] == "failed"
+    assert job["error"]["error"] == "DEADLINE_EXCEEDED"
+    until = time.monotonic() + 40
+    while before <= set(worker.nodes()):
+        assert time.monotonic() < until, worker.log
+        time.sleep(0.1)
+    worker.wait_ready()
+
+
+def test_no_file_is_left_behind(troubled):
+    jobs, _, service = troubled
+    jobs.wait(jobs.accepted("wait 0"))
+    jobs.wait(jobs.accepted("fail"))
+    folder = os.path.join(service.variables["DATA_DIR"], "storage")
+    until = time.monotonic() + 5
+    while found := [file for _, _, files in os.walk(folder) for file in files]:
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+
+
+def test_metrics_count_jobs_by_queue_state_and_error(troubled):
+    jobs, worker, _ = troubled
+    jobs.wait(jobs.accepted("wait 0"))
+    jobs.wait(jobs.accepted("refuse"))
+    jobs.accepted("wait 2.9")
+    until = time.monotonic() + 5
+    while not all(line in (found := worker.metrics()) for line in (
+            'jobs_total{error="",queue="short",state="succeeded"}',
+            'jobs_total{error="INVALID_PARAMETER",queue="short",state="failed"}',
+            'job_wait_seconds_bucket{le="+Inf",queue="short"}',
+            'jobs_unfinished{queue="short",state="running"} 1.0')):
+        assert time.monotonic() < until, found
+        time.sleep(0.1)
+
+
+def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(engines, start_worker, start_service):
+    service = start_service(**TROUBLED, **engines, JOBS="on")
+    worker = start_worker(**TROUBLED, **engines)
+    jobs = jobs_of(service)
+    ids = [jobs.accepted("wait 0.2") for _ in range(12)]
+    jobs.wait(ids[0], ["running", "succeeded"])
+    nodes = worker.nodes()
+    worker.stop(signal.SIGKILL)
+    until = time.monotonic() + 5
+    while any(map(is_running, nodes)):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    worker.start()
+    found = [jobs.wait(job_id) for job_id in ids]
+    assert {job["state"] for job in found} == {"succeeded"}
+
+
+def test_stopping_worker_gives_back_what_it_cannot_end(engines, start_worker, start_service):
+    service = start_service(**TROUBLED, **engines, JOBS="on")
+    worker = start_worker(**TROUBLED, **engines, SHORT_WORKERS="1", LONG_WORKERS="0")
+    jobs = jobs_of(service)
+    job_id, waiting = jobs.accepted("wait 5"), jobs.accepted("wait 0")
+    jobs.wait(job_id, ["running"])
+    assert worker.stop() == 0
+    assert jobs.get(job_id)["state"] == "queued"
+    worker.start()
+    assert [jobs.wait(one)["state"] for one in (job_id, waiting)] == ["succeeded", "succeeded"]
+    assert jobs.get(job_id)["attempts"] == 2
+
+
+def test_long_jobs_do_not_starve_short_ones(engines, start_worker, start_service):
+    service = start_service(**TROUBLED, **engines, JOBS="on", MAX_JOB_FILES="64")
+    start_worker(**TROUBLED, **engines).wait_ready()
+    jobs = jobs_of(service)
+    long = [jobs.accepted(json={"instances": ["wait 1.5"] * 10}) for _ in range(4)]
+    jobs.wait(long[0], ["running"])
+    short = jobs.wait(jobs.accepted("wait 0"))
+    assert short["state"] == "succeeded"
+    assert short["queue"] == "short"
+    assert {jobs.get(job_id)["queue"] for job_id in long} == {"long"}
+    assert any(jobs.get(job_id)["state"] == "queued" for job_id in long)
+
+
+def test_results_are_removed_after_their_time(start_worker, start_service, tmp_path):
+    variables = {**TROUBLED, "DATA_DIR": str(tmp_path / "data"), "JOBS": "on", "JOBS_TTL": "1"}
+    service = start_service(**variables)
+    start_worker(**variables)
+    jobs = jobs_of(service)
+    job_id = jobs.accepted("wait 0")
+    until = time.monotonic() + 40
+    while requests.get(f"{service.url}/jobs/{job_id}", timeout=10).status_code == 200:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_reload_replaces_the_processes_one_after_the_other(start_worker, tmp_path):
+    worker = start_worker(**TROUBLED, DATA_DIR=str(tmp_path / "data")).wait_ready()
+    before = set(worker.nodes())
+    worker.process.send_signal(signal.SIGHUP)
+    until = time.monotonic() + 60
+    while before & set(worker.nodes()) or len(worker.nodes()) < 2:
+        assert time.monotonic() < until, worker.log
+        assert worker.nodes(), worker.log
+        time.sleep(0.05)
+    worker.wait_ready()
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"MODEL_NAME": "tests.jobs.nowhere:Nothing"}, "tests.jobs.nowhere"),
+    ({**TROUBLED, "SHORT_WORKERS": "0", "LONG_WORKERS": "0"}, "SHORT_WORKERS and LONG_WORKERS are both 0"),
+    ({**TROUBLED, "JOBS": ""}, "set JOBS=on"),
+])
+def test_worker_that_cannot_start_says_why(start_worker, tmp_path, variables, says):
+    worker = start_worker(DATA_DIR=str(tmp_path / "data"), **variables)
+    assert worker.process.wait(60) == 1
+    assert says in worker.log
+    assert "Traceback" not in worker.log
+
+
+def jobs_of(service):
+    return Jobs(service.wait_ready())
+
+
+def is_running(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+

@@ -1,0 +1,31 @@
+"""A model that does what its input says, for tests of jobs: kill, fail, hang, or wait for some seconds."""
+import os
+import signal
+import time
+
+from app.tasks.own import InvalidInput, OwnTask
+
+
+class Troubled(OwnTask):
+    takes = "text"
+    example = "wait 0"
+
+    def decode(self, text, options):
+        if text == "refuse":
+            raise InvalidInput("must be an order, as told")
+        return text
+
+    def predict(self, batch):
+        return [self.obey(*text.split()) for text in batch]
+
+    def obey(self, order, seconds="0"):
+        if order == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif order == "fail":
+            raise RuntimeError("as told")
+        elif order == "hang":
+            time.sleep(3600)
+        until = time.monotonic() + float(seconds)
+        while time.monotonic() < until and self.seconds_left() > 0:
+            time.sleep(0.01)
+        return {"order": order, "process": os.getpid()}
