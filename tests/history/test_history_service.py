@@ -102,6 +102,25 @@ def test_a_database_that_hangs_costs_no_prediction_anything(start_service, serve
     database.close()
 
 
+def test_a_job_is_recorded_by_the_worker_that_ran_it(start_service, start_worker, tmp_path):
+    variables = {"JOBS": "on", "HISTORY": "on", "DATA_DIR": str(tmp_path / "data"), "SHORT_WORKERS": "0",
+                 "MODEL_NAME": "efficientnet_lite0"}
+    service, worker = start_service(**variables), start_worker(**variables)
+    service.wait_ready()
+    files = [("files", ("a.jpg", PICTURE)), ("files", ("b.jpg", b"no picture")), ("files", ("c.jpg", PICTURE))]
+    accepted = requests.post(service.url + "/jobs", files=files, headers={"X-Request-ID": "of-a-job"}, timeout=10)
+    assert accepted.status_code == 202, accepted.text
+
+    def job():
+        return requests.get(service.url + accepted.json()["url"], timeout=10).json()
+    found = wait_for(lambda: (body := job())["result"] and body)
+    worker.stop()
+    history = requests.get(service.url + "/history/of-a-job", timeout=10).json()["history"]
+    assert sorted((one["position"], str(one["predictions"])) for one in history) == [
+        (i, str(found["result"]["results"][i]["predictions"])) for i in (0, 2)]
+    assert "history_dropped_total 0.0" in requests.get(service.url + "/metrics", timeout=10).text
+
+
 def test_a_service_starts_and_predicts_without_its_database(start_service):
     service = start_service(HISTORY="on", DATABASE_URL="postgresql+psycopg://postgres@127.0.0.1:1/none").wait_ready()
     predict(service, 2)
