@@ -3,11 +3,13 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import threading
 import time
 import uuid
 
 import pytest
+from conftest import ROOT
 from sqlalchemy import insert, select, update
 
 from app.config import Settings, SettingsError
@@ -141,6 +143,20 @@ def test_messages_are_signed(receiver, secret, key):
     assert made["ms"] >= 0
     assert abs(made["at"] - time.time()) < 60
     assert verified(receiver.requests[0], key) == {"event": "job.succeeded", "id": "d1", "job": body_of("j1")}
+
+
+def test_the_readmes_receiver_accepts_them_and_no_others(receiver):
+    code = re.search(r"<!-- verify -->\n```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    exec(code, readme := {})
+    body = b'{"event": "job.failed"}'
+    for secret in (SECRET, "whsec_" + base64.b64encode(bytes(32)).decode()):
+        headers = webhooks.signed(secret, "d1", int(time.time()), body)
+        readme["verify"](secret, headers, body)
+        old = webhooks.signed(secret, "d1", int(time.time()) - 400, body)
+        for forged in (("another" + SECRET, headers, body), (secret, headers, body + b" "), (secret, old, body),
+                       (secret, {**headers, "Webhook-Id": "d2"}, body)):
+            with pytest.raises(ValueError, match="not from this service"):
+                readme["verify"](*forged)
 
 
 # --- deliveries ---

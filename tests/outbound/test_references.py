@@ -7,6 +7,7 @@ import pytest
 import requests
 from conftest import Service, encoded, photo
 from hostile_server import HostileServer, ok, repeatedly
+from openapi_spec_validator import validate
 
 from app import create_app
 from app.config import Settings
@@ -193,6 +194,13 @@ def test_a_client_whose_url_is_not_searched_for_is_told_why(referring, origin):
     answer = post(referring, {"url": origin.url + "/cat.png", "more": "a" * 2**18})
     assert (answer.status_code, answer.json()["error"]) == (400, "MISSING_FILE")
     assert "256 KiB" in answer.json()["message"]
+
+
+def test_the_api_description_has_them(referring):
+    document = requests.get(referring.url + "/openapi.json", timeout=10).json()
+    validate(document)
+    schema = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert ["url"] in [one.get("required") for one in schema["anyOf"]]
 
 
 # --- without a server ---
