@@ -88,6 +88,7 @@ def content(single, batch, most, has_callbacks):
     made = copy.deepcopy(single)
     one, several = made["application/json"]["schema"], copy.deepcopy(batch["application/json"]["schema"])
     several["properties"]["instances"]["maxItems"] = most
+    several |= {name: schema for name, schema in one["anyOf"][-1].items() if name == "not"}
     one["anyOf"] = [*one["anyOf"][:-1], several]  # the last one is that of instances
     for schema in one["anyOf"]:
         schema["properties"] |= json_url
@@ -123,7 +124,7 @@ TIME = {"anyOf": [{"type": "number", "minimum": -LATEST_S, "maximum": LATEST_S},
 LIST_PARAMETERS = [
     {"name": "state", "in": "query", "schema": {"type": "array", "items": {"enum": STATES}}, "style": "form",
      "explode": False, "description": "One or more states, separated by commas."},
-    parameter("model", {"type": "string", "pattern": "^[a-z0-9_]{1,64}$"}, "The name of a model."),
+    parameter("model", {"type": "string", "pattern": r"^\w{1,64}$"}, "The name of a model."),
     parameter("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
     parameter("until", TIME, "The time before which they were submitted."),
     parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many at most."),
