@@ -67,7 +67,7 @@ class Jobs:
         database raises; then there is nothing left of the job."""
         key = row["idempotency_key"]
         earlier = key and self.store.find_idempotent(row["owner"], key)
-        if earlier and self.store.rely_on(earlier["id"]):
+        if earlier and self.relies_on(earlier, row):
             return earlier, self.store.deliveries(earlier["id"]), False
         is_kept = False
         try:
@@ -76,7 +76,7 @@ class Jobs:
             check_wanted(left)
             added, is_kept = self.store.add(row)
             if not is_kept:  # another request with this key came first
-                if not self.store.rely_on(added["id"]):  # and failed
+                if not self.relies_on(added, row):  # and failed
                     raise OSError("a request with the same Idempotency-Key has just failed")
                 return added, self.store.deliveries(added["id"]), False
             try:
@@ -91,6 +91,14 @@ class Jobs:
             if not is_kept:
                 with suppress(OSError):  # what remains then is swept up later
                     self.storage.delete_all(row["id"])
+
+    def relies_on(self, earlier, row):
+        """Whether the answer can be the job of an earlier request, which then stays. Raises ServiceError if that was
+        another one."""
+        if earlier["fingerprint"] != row["fingerprint"]:
+            raise ServiceError(422, "IDEMPOTENCY_KEY_REUSED", "This Idempotency-Key came with another request; send a "
+                                                              "new key with each new job.")
+        return self.store.rely_on(earlier["id"])
 
     def keep(self, contents, left):
         def put(item):
@@ -163,9 +171,6 @@ def submit(name=None):
         row |= {"owner": g.get("client", ""), "request_id": g.request_id, "idempotency_key": key}
         stored, deliveries, is_new = accepted(jobs, row, contents, deadline)
         del contents
-    if not is_new and stored["fingerprint"] != row["fingerprint"]:
-        raise ServiceError(422, "IDEMPOTENCY_KEY_REUSED", "This Idempotency-Key came with another request; send a new "
-                                                          "key with each new job.")
     response = answer(stored, in_native_thread(lambda: as_json(job_body(stored, deliveries))), 202)
     response.headers["Location"] = f"/jobs/{stored['id']}"
     if not is_new:

@@ -27,6 +27,8 @@ class Broker:
         else:
             options = {"socket_timeout": timeout_s, "socket_connect_timeout": PUBLISH_WITHIN_S,
                        "socket_keepalive": True, "health_check_interval": 10}
+            if timeout_s == PUBLISH_WITHIN_S:  # who publishes does not wait for a broker that is away
+                options["max_retries"] = 0
         self.celery = Celery("jobs", broker=optional.jobs_broker or "filesystem://localhost", set_as_current=False,
                              fixups=[])
         self.celery.conf.update(

@@ -59,8 +59,8 @@ def main():
     counters.own.serves(work.loader.generation)
     threading.Thread(target=look_after, args=(work.loader,), daemon=True).start()
     consume(work, arguments)
-    if work.record:
-        work.record.close()
+    if work.recorder:
+        work.recorder.stop()
     logging.shutdown()
     os._exit(0)  # without waiting for threads that hang in native code
 
@@ -94,9 +94,13 @@ def attach(arguments):
 
 
 def worker_of(settings, instance):
-    database = Database(settings.optional.database)
-    return Work(settings, load_model(settings), Store(database, settings.optional), Storage(settings.optional.storage),
-                instance)
+    optional = settings.optional
+    database, recorder = Database(optional.database), None
+    if optional.history:
+        from app.history.recorder import Recorder
+        recorder = Recorder(database, optional)
+    return Work(settings, load_model(settings), Store(database, optional), Storage(optional.storage), instance,
+                recorder)
 
 
 def look_after(loader):

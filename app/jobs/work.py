@@ -86,11 +86,11 @@ class Attempt:
 
 
 class Work:
-    """Runs jobs one at a time. loader: a ModelLoader; record: of history.Recorder, or None."""
+    """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None."""
 
-    def __init__(self, settings, loader, store, storage, instance, record=None):
+    def __init__(self, settings, loader, store, storage, instance, recorder=None):
         self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
-        self.worker, self.record = f"{instance}/{os.getpid()}", record
+        self.worker, self.recorder = f"{instance}/{os.getpid()}", recorder
 
     def run(self, job_id):
         """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
@@ -222,8 +222,8 @@ class Work:
             with stages("read"):
                 data = self.input(about)
             found = model.answer(data, options, Call(attempt.deadline, stages, about["field"], see))
-            if self.record:
-                self.record(model, data, options, found, row, files_position(row, about))
+            if self.recorder:
+                self.recorder.of_job(model, data, options, found, row, files_position(row, about))
             return found
         try:
             return self.loader.slots.run(answer, attempt.deadline, stages, admitted=True)
