@@ -173,7 +173,7 @@ def test_results_are_removed_after_their_time(start_worker, start_service, tmp_p
     start_worker(**variables)
     job_id = jobs.accepted("wait 0")
     until = time.monotonic() + 40
-    while requests.get(f"{service.url}/jobs/{job_id}", timeout=10).status_code == 200:
+    while requests.get(f"{jobs.url}/jobs/{job_id}", timeout=10).status_code == 200:
         assert time.monotonic() < until
         time.sleep(0.1)
 
