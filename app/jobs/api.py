@@ -39,6 +39,7 @@ AT_ONCE = 8             # inputs of a job that are stored at once
 MOST_URL = 2048         # characters
 PARTS_PER_FILE = 4      # lists, objects and members of a JSON body, which may be {"b64": …} or {"url": …} with others
 POLL_AFTER_S = 1
+ENOUGH_S = 10           # if storing and publishing take so long, something is away
 
 ENDPOINTS = {
     "/jobs": "POST what /predict or /predict/batch takes, get the result later; GET lists your jobs",
@@ -194,16 +195,18 @@ def sent_options():
 
 
 def accepted(jobs, row, contents, deadline):
-    """Jobs.accept, in a native thread, which is told if this greenlet leaves."""
-    left = threading.Event()
+    """Jobs.accept, in a native thread, which is told if this greenlet leaves. Raises DeadlineExceeded if the client has
+    left little time: that does not mean that the storage is away."""
+    left, seconds = threading.Event(), deadline.remaining()
     deadline.check("read")
+    timeout = gevent.Timeout(None if seconds > ENOUGH_S else seconds)  # which Background does not take for a failure
     try:
-        with g.stages("store"):
-            return jobs.submitting.run(jobs.accept, row, contents, left, within_s=deadline.remaining())
-    except ServiceError as e:
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded("store") from e
-        raise
+        with g.stages("store"), timeout:
+            return jobs.submitting.run(jobs.accept, row, contents, left, within_s=max(seconds, ENOUGH_S))
+    except gevent.Timeout as e:
+        if e is not timeout:
+            raise
+        raise DeadlineExceeded("store") from e
     finally:
         left.set()
 
