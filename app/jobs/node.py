@@ -15,11 +15,13 @@ import warnings
 from celery import signals
 from celery.apps.worker import Worker
 from celery.platforms import SecurityWarning
+from celery.worker import state
 
 from app import load_model
 from app.config import Settings, StartError
 from app.data.database import Database
 from app.data.storage import Storage
+from app.history.recorder import Recorder
 from app.jobs import metrics
 from app.jobs.broker import TASK, Broker
 from app.jobs.store import Store
@@ -49,8 +51,13 @@ def main():
     metrics.register()
     if arguments.memory is not None:
         attach(arguments)
+    recorder = None
     try:
-        work = worker_of(settings, arguments.instance)
+        database = Database(settings.optional.database)
+        if settings.optional.history:
+            recorder = Recorder(database, settings.optional)
+        work = Work(settings, load_model(settings), Store(database, settings.optional),
+                    Storage(settings.optional.storage), arguments.instance, recorder)
     except StartError as e:
         log.critical("this worker cannot run jobs: %s", e)
         counters.own.failed(1)
@@ -59,8 +66,6 @@ def main():
     counters.own.serves(work.loader.generation)
     threading.Thread(target=look_after, args=(work.loader,), daemon=True).start()
     consume(work, arguments)
-    if work.recorder:
-        work.recorder.stop()
     logging.shutdown()
     os._exit(0)  # without waiting for threads that hang in native code
 
@@ -93,16 +98,6 @@ def attach(arguments):
     counters.start_worker(arguments.number)
 
 
-def worker_of(settings, instance):
-    optional = settings.optional
-    database, recorder = Database(optional.database), None
-    if optional.history:
-        from app.history.recorder import Recorder
-        recorder = Recorder(database, optional)
-    return Work(settings, load_model(settings), Store(database, optional), Storage(optional.storage), instance,
-                recorder)
-
-
 def look_after(loader):
     while True:
         time.sleep(LOOK_EVERY_S)
@@ -114,12 +109,18 @@ def look_after(loader):
             os._exit(1)
 
 
+def take_over_sigterm(**_):
+    """End after the present job. Celery's own handler does the same, but writes to standard error, past the log."""
+    signal.signal(signal.SIGTERM, lambda *_: setattr(state, "should_stop", 0))
+
+
 def consume(work, arguments):
     """Run jobs until SIGTERM."""
     celery = Broker(work.settings.optional, BROKER_WITHIN_S).celery
     celery.conf.update(worker_prefetch_multiplier=1, task_acks_late=False, worker_hijack_root_logger=False)
     celery.task(work.run, name=TASK, ignore_result=True)
     signals.setup_logging.connect(lambda **_: None, weak=False)  # it is set up
+    signals.worker_ready.connect(take_over_sigterm, weak=False)
     Worker(app=celery, pool_cls="solo", concurrency=1, queues=arguments.queues.split(","), without_gossip=True,
            without_mingle=True, without_heartbeat=True, hostname=f"{arguments.number}@{arguments.instance}",
            quiet=True).start()

@@ -1,6 +1,8 @@
 """What jobs answer: the same as /predict and /predict/batch, from the same inputs and options."""
 import base64
+import hashlib
 import json
+import time
 
 import pytest
 import requests
@@ -18,8 +20,8 @@ from app.jobs.store import Store
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory, model_dir):
-    return {"JOBS": "on", "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir), "DEVICE": "cpu",
-            "DATA_DIR": str(tmp_path_factory.mktemp("data"))}
+    return {"JOBS": "on", "HISTORY": "on", "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir),
+            "DEVICE": "cpu", "DATA_DIR": str(tmp_path_factory.mktemp("data"))}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def same(job, answer):
         if isinstance(body, dict):
             return {k: without_timings(v) for k, v in body.items() if k not in ("timings_ms", "inference_time")}
         return [without_timings(one) for one in body] if isinstance(body, list) else body
-    assert job["state"] == "succeeded", job
+    assert job["state"] == "succeeded", job["error"]
     return without_timings(job["result"]) == without_timings(answer.json())
 
 
@@ -55,6 +57,17 @@ def test_job_answers_as_predict_does(jobs, form):
     expected = requests.post(jobs.url + "/predict", timeout=30, **FORMS[form](data))
     assert expected.status_code == 200
     assert same(jobs.wait(jobs.accepted(**FORMS[form](data))), expected)
+
+
+def test_jobs_stand_in_the_history_too(jobs):
+    answer = jobs.submit(**FORMS["form"](encoded(photo("coffee"))))
+    job, until = jobs.wait(answer.json()["id"]), time.monotonic() + 10
+    while not (found := requests.get(f"{jobs.url}/history/{answer.headers['X-Request-ID']}", timeout=10)).ok:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    record, = found.json()["history"]
+    assert record["predictions"] == job["result"]["predictions"]
+    assert record["input_sha256"] == hashlib.sha256(encoded(photo("coffee"))).hexdigest()
 
 
 def test_job_of_several_files_answers_as_a_batch_does(jobs):
