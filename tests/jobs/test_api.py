@@ -480,6 +480,24 @@ def test_identical_requests_at_the_same_time_make_one_job(on_engines):
 
 def test_a_job_that_a_repeat_was_told_of_is_not_withdrawn(on_engines):
     """Of two requests with the same key, one may fail to publish after the other was answered."""
+    ask = on_engines()
+    publish, is_publishing, fails = ask.jobs.broker.publish, threading.Event(), threading.Event()
+
+    def late(*_):
+        is_publishing.set()
+        fails.wait(10)
+        raise ConnectionError("the broker is away")
+    ask.jobs.broker.publish = late
+    first = gevent.spawn(keyed, ask, "k", ("file", "a.png", WHITE))
+    wait_for(is_publishing.is_set)
+    again = keyed(ask, "k", ("file", "a.png", WHITE))
+    fails.set()
+    assert first.get().json["id"] == again.json["id"] == ask.rows()[0]["id"]
+    assert len(ask.stored()) == 1
+    ask.jobs.broker.publish = publish
+
+
+def test_a_job_is_withdrawn_only_if_nobody_relies_on_it(on_engines):
     store = on_engines().store
     row = {"id": uuid.uuid4().hex, "owner": "", "queue": "short", "request_id": "r", "model": "m", "version": None,
            "is_batch": False, "options_json": "{}", "inputs_json": "[]", "input_bytes": 0, "fingerprint": "",
@@ -763,7 +781,7 @@ def test_a_request_that_nobody_waits_for_any_more_takes_back_what_it_has_stored(
     asked.jobs.storage.put = slow
     answer = asked.post(*MANY * 4, headers={"X-Request-Timeout": "0.2"})
     assert error_of(answer) == (504, "DEADLINE_EXCEEDED")
-    asked.jobs.storage.put = put
+    asked.jobs.storage.put = lambda key, data: (begun.append(key), put(key, data))
     assert asked.post(("file", "b.png", WHITE)).status_code == 202  # others are not refused for it
     wait_for(lambda: len(asked.stored()) == 2)
     assert 0 < len(begun) < 20
