@@ -10,6 +10,7 @@ import uuid
 
 import pytest
 from conftest import ROOT
+from hostile_server import HostileServer, repeatedly
 from sqlalchemy import insert, select, update
 
 from app.config import Settings, SettingsError
@@ -17,7 +18,6 @@ from app.data import schema
 from app.data.database import Database
 from app.errors import ServiceError
 from app.jobs import webhooks
-from tests.outbound.hostile_server import HostileServer, repeatedly
 
 SECRET = "a secret of 23 characters".replace(" ", "_")
 ACCEPTED = b"HTTP/1.1 204 No Content\r\n\r\n"
