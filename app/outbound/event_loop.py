@@ -11,7 +11,8 @@ import gevent
 from gevent.event import Event
 
 lock = threading.Lock()
-own = {}  # {process: its loop}, as a process that was forked has none
+own = {}         # {process: its loop}, as a process that was forked has none
+finalizers = []  # one for each session, of which a process makes few
 
 
 def loop():
@@ -21,7 +22,7 @@ def loop():
             own.clear()
             own[os.getpid()] = asyncio.new_event_loop()
             threading.Thread(target=own[os.getpid()].run_forever, name="outbound", daemon=True).start()
-            atexit.register(finish, own[os.getpid()])
+            atexit.register(finish)
         return own[os.getpid()]
 
 
@@ -42,7 +43,7 @@ def run(coroutine):
 def close_with(owner, close):
     """Have the coroutine function close() run when owner is garbage, or the process ends. close must not refer to
     owner."""
-    weakref.finalize(owner, start_closing, loop(), close)
+    finalizers.append(weakref.finalize(owner, start_closing, loop(), close))
 
 
 def start_closing(its_loop, close):
@@ -50,8 +51,10 @@ def start_closing(its_loop, close):
         asyncio.run_coroutine_threadsafe(close(), its_loop)
 
 
-def finish(its_loop):
-    """When the process ends: let what start_closing has started come to its end."""
-    if own.get(os.getpid()) is its_loop:
+def finish():
+    """When the process ends: close what is still open."""
+    for finalizer in finalizers:
+        finalizer()
+    if os.getpid() in own:
         with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), its_loop).result(1)
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), loop()).result(1)

@@ -10,6 +10,7 @@ import uuid
 
 import pytest
 from conftest import ROOT
+from hostile_server import HostileServer, repeatedly
 from sqlalchemy import insert, select, update
 
 from app.config import Settings, SettingsError
@@ -17,7 +18,6 @@ from app.data import schema
 from app.data.database import Database
 from app.errors import ServiceError
 from app.jobs import webhooks
-from tests.outbound.hostile_server import HostileServer, repeatedly
 
 SECRET = "a secret of 23 characters".replace(" ", "_")
 ACCEPTED = b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -257,10 +257,12 @@ def test_a_process_that_is_killed_in_between_loses_nothing(database, receiver):
 
 def check_shared(database, other, receiver):
     """Two processes' worth of run_due at once deliver each once."""
-    ids = [due(database, receiver.url + "/hook") for _ in range(40)]
-    counts = []
+    ids = [due(database, receiver.url + "/hook") for _ in range(80)]
+    counts, start = [], threading.Barrier(2)
 
     def work(one):
+        with one.read():  # it has a connection before they start
+            start.wait(20)
         while made := webhooks.run_due(one, allowing(receiver), body_of):
             counts.append(made)
     threads = [threading.Thread(target=work, args=(one,)) for one in (database, other)]
@@ -268,7 +270,7 @@ def check_shared(database, other, receiver):
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert sum(counts) == 40
+    assert sum(counts) == 80
     assert sorted(verified(request, SECRET.encode())["id"] for request in receiver.requests) == sorted(ids)
     assert {delivery(database, one)["state"] for one in ids} == {"delivered"}
 

@@ -10,6 +10,7 @@ from openapi_spec_validator import validate
 
 from app import create_app
 from app.config import Settings
+from app.outbound import references
 
 CAT = encoded(photo("chelsea"))
 SMALL = encoded(photo("chelsea").resize((64, 64)))
@@ -216,6 +217,20 @@ def test_the_api_description_has_them(referring):
 
 
 # --- without a server ---
+
+def test_more_fetches_than_a_process_makes_at_once_are_refused(app, client, origin, monkeypatch):
+    settings = Settings.parse({"INPUT_URLS": origin.url + "/", "PRIVATE_NETWORKS": "127.0.0.0/8"})
+    monkeypatch.setitem(app.extensions, "fetch", references.References(settings).fetch)
+    urls = {"instances": [{"url": origin.url + "/cat.png"}, {"url": origin.url + "/cat.png?again"}]}
+    origin.answers["/cat.png?again"] = ok(CAT)
+    monkeypatch.setattr(references, "MOST_FETCHES", 1)
+    answer = client.post("/predict/batch", json=urls)
+    assert (answer.status_code, answer.json["error"]) == (503, "OVERLOADED")
+    assert answer.headers["Retry-After"]
+    for _ in range(2):  # the place is free again
+        assert client.post("/predict", json={"url": origin.url + "/cat.png"}).status_code == 200
+
+
 
 def test_without_input_urls_inputs_by_url_are_off(client):
     for body in ({"url": "http://example.org/cat.png"}, {"instances": [{"url": "http://example.org/cat.png"}]}):
