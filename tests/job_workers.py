@@ -53,9 +53,13 @@ class Worker:
 
     def nodes(self):
         """Process IDs of those that run jobs."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        pids = [int(pid) for path in children for pid in path.read_text().split()]
-        return [pid for pid in pids if b"app.jobs.node" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = []
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if b"app.jobs.node" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        found.append(int(pid))
+        return found
 
     def stop(self, signal_number=signal.SIGTERM):
         """Returns the exit code."""

@@ -12,6 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import gevent
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from app.api import access, json_body, listing, uploads
@@ -120,10 +121,12 @@ class Jobs:
     def cancelled(self, job_id, owner):
         """The same, after it was cancelled."""
         row = self.store.cancel(job_id, owner)
-        if row and row["state"] == "cancelled":
-            with suppress(OSError):
-                self.storage.delete_all(job_id)
         return row and (row, self.text(row))
+
+    def remove_inputs(self, job_id):
+        """In a greenlet of its own: whoever cancels a job does not wait for the storage."""
+        with suppress(ServiceError):  # what remains is swept up later
+            self.submitting.run(self.storage.delete_all, job_id)
 
     def listed(self, **asked):
         """[job object] without results."""
@@ -305,7 +308,10 @@ def job(job_id):
 
 @bp.delete("/jobs/<job_id>")
 def cancel(job_id):
-    row, text = asked(current_app.extensions["jobs"].cancelled, job_id)
+    jobs = current_app.extensions["jobs"]
+    row, text = asked(jobs.cancelled, job_id)
+    if row["state"] == "cancelled":
+        gevent.spawn(jobs.remove_inputs, job_id)
     if row["state"] in ("succeeded", "failed"):
         raise ServiceError(409, "JOB_FINISHED", f"The job has already {row['state']}; it can no longer be cancelled.")
     return answer(row, text, 202 if row["state"] == "running" else 200)

@@ -12,19 +12,23 @@ import time
 import uuid
 
 from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from app.config import StartError
 from app.data.schema import deliveries, jobs
 from app.errors import ServiceError
 
 LOSSES = 3                 # of a worker in the middle of a job, after which it fails
 LEASE_S = 10               # a worker that has not renewed its lease for so long counts as lost
+RENEW_EVERY_S = 1          # which is also when a worker sees that its job has been cancelled
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
 AT_ONCE = 100              # jobs that one sweep changes at most
 
 STORAGE_AWAY_AT_MOST_S = 3600  # since the job was accepted
 STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input could not be read for an hour."}
+
+AWAY = (SQLAlchemyError, OSError, StartError)  # what a database that is away raises, or one with newer tables
 
 UNFINISHED = ("queued", "running")
 FINAL = ("succeeded", "failed", "cancelled")
@@ -190,8 +194,8 @@ class Store:
     # --- for upkeep ---
 
     def give_up_lost(self, instance=None, is_alive=None):
-        """[(id, its new state)] of jobs whose worker was lost: queued again, or final. instance, is_alive(process ID):
-        of the workers that the caller can see, which need no lease to run out."""
+        """[(id, its new state, who had it)] of jobs whose worker was lost: queued again, or final. instance,
+        is_alive(process ID): of the workers that the caller can see, which need no lease to run out."""
         now, changed = time.time(), []
         columns = (jobs.c.id, jobs.c.attempt, jobs.c.losses, jobs.c.worker, jobs.c.started_at,
                    jobs.c.cancel_requested, jobs.c.lease_until)
@@ -203,7 +207,7 @@ class Store:
         for row in found:
             if row.lease_until >= now and is_alive(int(row.worker.rpartition("/")[2])):
                 continue
-            state, values = after_loss(row, now, self.optional.job_timeout)
+            state, values = after_loss(row, self.optional.job_timeout)
             where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
             with self.database.begin() as connection:
                 if state == "queued":
@@ -212,7 +216,7 @@ class Store:
                 else:
                     done = self.end(connection, row.id, state, where, **values)
             if done:
-                changed.append((row.id, state))
+                changed.append((row.id, state, row.worker))
         return changed
 
     def due(self, empty_queues):
@@ -270,11 +274,12 @@ def running(job_id, attempt):
     return [jobs.c.id == job_id, jobs.c.state == "running", jobs.c.attempt == attempt]
 
 
-def after_loss(row, now, job_timeout):
+def after_loss(row, job_timeout):
     """(state, values) of a job whose worker was lost."""
     if row.cancel_requested:
         return "cancelled", {}
-    if row.started_at + job_timeout < now:
+    # It kept its lease until about then: it hangs, but was not killed earlier.
+    if row.lease_until - LEASE_S + 1.25 * RENEW_EVERY_S >= row.started_at + job_timeout:
         return "failed", {"error_json": json.dumps(overdue_error(job_timeout))}
     if row.losses + 1 >= LOSSES:
         return "failed", {"losses": LOSSES, "error_json": json.dumps({

@@ -1,22 +1,20 @@
 """What a worker's supervisor does beside: find lost jobs and lost messages, call back, remove what has expired. Every
 machine with a worker does it; the steps are such that several may do them at once."""
+import contextlib
 import logging
 import os
+import signal
 import threading
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from app.config import StartError
 from app.jobs import webhooks
 from app.jobs.answers import job_body
 from app.jobs.broker import QUEUES
-from app.jobs.store import UNFINISHED, first_line
+from app.jobs.store import AWAY, UNFINISHED, first_line
 from app.server import counters, logs
 from app.server.counters import key
 
 TURN_S = 0.5
 LEFT_OVER_S = 3600        # the age at which a file in the storage that no unfinished job owns is removed
-AWAY = (SQLAlchemyError, OSError, StartError)
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +64,20 @@ class Upkeep:
     # --- the steps ---
 
     def find_lost(self):
-        for job_id, state in self.store.give_up_lost(self.instance, is_alive):
+        for job_id, state, worker in self.store.give_up_lost(self.instance, is_alive):
             counters.count("jobs_lost", state)
+            self.end_stuck(worker)
             log.warning("a worker was lost in the middle of a job", extra={"job": job_id, "state": state})
             if state != "queued":
                 self.storage.delete_all(job_id)
+
+    def end_stuck(self, worker):
+        """Kill a process of this machine's that has lost its job while it still exists: it renews no lease, so it
+        hangs in code that lets no other thread run, and the supervisor replaces it."""
+        instance, _, pid = worker.rpartition("/")
+        if instance == self.instance:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def send_again(self):
         due = self.store.due(self.broker.empty_queues())

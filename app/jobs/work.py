@@ -1,22 +1,23 @@
 """One job in a worker's process: from the database and the storage to its answer, through the same model, slots and
 checks as a prediction."""
+import contextvars
 import json
 import logging
 import os
 import threading
 import time
 
+import gevent
 from gevent.pool import Pool
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.api import batch
+from app.engine.slots import Outcome
 from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
-from app.jobs.store import LEASE_S, Lost, first_line, overdue_error
+from app.jobs.store import AWAY, RENEW_EVERY_S, Lost, first_line, overdue_error
 from app.server import counters, logs
 from app.server.counters import Stages
 from app.tasks import Call
 
-RENEW_EVERY_S = LEASE_S / 5
 TRY_AGAIN_S = 1                 # to write to a database that is away
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Attempt:
         self.store, self.row, self.done = store, row, 0
         self.deadline = Deadline(store.optional.job_timeout)
         self.stopped = None  # Cancelled or Lost, once the work should end
+        self.greenlet, self.loop = None, gevent.get_hub().loop
         self.ended, self.lock = threading.Event(), threading.Lock()
 
     def __enter__(self):
@@ -55,12 +57,23 @@ class Attempt:
                     self.stop(Cancelled)
             except Lost:
                 self.stop(Lost)
-            except SQLAlchemyError as e:
+            except AWAY as e:
                 log.warning("the lease cannot be renewed now: %s", first_line(e))
 
+    def make(self, call):
+        """Make the call in a greenlet that stop() can end, although what it has in a slot may go on. Returns its value
+        and raises its exception, or Cancelled or Lost."""
+        self.greenlet = gevent.spawn(contextvars.copy_context().run, Outcome, call)
+        self.greenlet.join()
+        self.check()
+        return self.greenlet.get().get()
+
     def stop(self, why):
+        """From the lease's thread."""
         self.stopped = self.stopped or why
         self.deadline.at = min(self.deadline.at, time.monotonic())  # what is under way ends at its next check
+        if self.greenlet:
+            self.loop.run_callback_threadsafe(self.greenlet.kill, gevent.GreenletExit, False)
 
     def progress(self, *_):
         """One more file or frame is done."""
@@ -83,7 +96,7 @@ class Work:
         """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
         try:
             row = self.store.claim(job_id, self.worker)
-        except SQLAlchemyError as e:  # the upkeep sends the message again
+        except AWAY as e:  # the upkeep sends the message again
             log.error("a job cannot be claimed now: %s", first_line(e))
             return
         if row is None:
@@ -114,7 +127,7 @@ class Work:
         while True:
             try:
                 return write()
-            except SQLAlchemyError as e:
+            except AWAY as e:
                 log.error("the database is away: %s", first_line(e))
                 time.sleep(TRY_AGAIN_S)
 
@@ -156,15 +169,12 @@ class Work:
                 options = self.options(row)
                 answer = self.batch if row["is_batch"] else self.single
                 return answer(row, attempt, model, options)
-        try:
-            return self.loader.when_loaded(answers, attempt.deadline)
-        except ServiceError:
-            attempt.check()
-            raise
+        return attempt.make(lambda: self.loader.when_loaded(answers, attempt.deadline))
 
     def single(self, row, attempt, model, options):
         about, = json.loads(row["inputs_json"])
         found = self.one(about, row, attempt, model, options)
+        attempt.check()
         if row["unit"] == "files":
             attempt.progress()
         return {"status": "success", "predictions": found["predictions"],
@@ -184,9 +194,17 @@ class Work:
                 return out_of_memory(e)
             except Exception as e:
                 return internal_error(e)
-            finally:
-                attempt.progress()
-        outcomes = list(Pool(self.loader.slots.count).imap(outcome, files))
+
+        def counted(about):
+            found = outcome(about)
+            attempt.check()
+            attempt.progress()
+            return found
+        pool = Pool(self.loader.slots.count)
+        try:
+            outcomes = list(pool.imap(counted, files))
+        finally:
+            pool.kill(block=False)
         body, failures = batch.body_of([about["filename"] for about in files], outcomes)
         if len(failures) == len(files):
             raise batch.all_failed(failures, body)
@@ -209,9 +227,6 @@ class Work:
             return found
         try:
             return self.loader.slots.run(answer, attempt.deadline, stages, admitted=True)
-        except ServiceError:
-            attempt.check()
-            raise
         finally:
             stages.count()
 

@@ -1,8 +1,11 @@
 """An asyncio event loop in a native thread, one per process, and how greenlets and native threads wait for what runs
 there."""
 import asyncio
+import atexit
+import contextlib
 import os
 import threading
+import weakref
 
 import gevent
 from gevent.event import Event
@@ -18,6 +21,7 @@ def loop():
             own.clear()
             own[os.getpid()] = asyncio.new_event_loop()
             threading.Thread(target=own[os.getpid()].run_forever, name="outbound", daemon=True).start()
+            atexit.register(finish, own[os.getpid()])
         return own[os.getpid()]
 
 
@@ -33,3 +37,21 @@ def run(coroutine):
         return future.result()
     finally:
         future.cancel()
+
+
+def close_with(owner, close):
+    """Have the coroutine function close() run when owner is garbage, or the process ends. close must not refer to
+    owner."""
+    weakref.finalize(owner, start_closing, loop(), close)
+
+
+def start_closing(its_loop, close):
+    if own.get(os.getpid()) is its_loop:
+        asyncio.run_coroutine_threadsafe(close(), its_loop)
+
+
+def finish(its_loop):
+    """When the process ends: let what start_closing has started come to its end."""
+    if own.get(os.getpid()) is its_loop:
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), its_loop).result(1)

@@ -124,7 +124,7 @@ class OwnTask(Task):
     def seconds_left(self):
         """In `predict`, for models that take long: the time after which nobody waits for the answer."""
         at = self.batcher.due.get(threading.current_thread().name) if self.batcher else \
-            self.due.get(threading.get_ident())
+            self.due[threading.get_ident()].at if threading.get_ident() in self.due else None
         return float("inf") if at is None else at - time.monotonic()
 
     def close(self):
@@ -150,7 +150,7 @@ class OwnTask(Task):
             self.options = (*self.options, *(option for option in (FRAMES, AT) if option.name not in own))
         self.body_types, self.how_to_send = self.accepted()
         self.body_type = BODY_TYPES[self.takes[0]]
-        self.batcher, self.due = None, {}  # {a thread: when its request's time is up}
+        self.batcher, self.due = None, {}  # {a thread: the Deadline of its request, which may come earlier meanwhile}
 
     def accepted(self):
         """(pattern of the Content-Types of raw bodies, how to send an input)."""
@@ -242,7 +242,7 @@ class OwnTask(Task):
 
     def one_by_one(self, inputs, call):
         outputs, thread = [], threading.get_ident()
-        self.due[thread] = call.deadline.at
+        self.due[thread] = call.deadline
         try:
             for one in inputs:
                 call.deadline.check("inference")
@@ -305,7 +305,8 @@ class OwnTask(Task):
     def hung_seconds(self):
         if self.batcher:
             return self.batcher.overdue_seconds()
-        return max(0.0, time.monotonic() - min(list(self.due.values()), default=float("inf")))
+        return max(0.0, time.monotonic() - min((deadline.at for deadline in list(self.due.values())),
+                                                default=float("inf")))
 
     def end(self):
         """Stop the threads, then `close`. A failure is logged; a `predict` that hangs is not waited for."""

@@ -122,6 +122,13 @@ def error_of(response):
     return response.status_code, body["error"]
 
 
+def wait_for(condition):
+    """In greenlets."""
+    with gevent.Timeout(10):
+        while not condition():
+            gevent.sleep(0.02)
+
+
 # --- submitting ---
 
 def test_a_job_is_in_the_database_the_storage_and_the_broker(on_engines):
@@ -299,6 +306,7 @@ def test_ten_thousand_parts_are_not_too_many_where_the_settings_allow_them(ask):
     instances = [{"b64": "eA=="}] * 6000
     assert asked.row(asked.client.post("/jobs", json={"instances": instances[:200]}))["total"] == 200
     assert error_of(asked.client.post("/jobs", json={"instances": [*instances, "eA=="]})) == (400, "TOO_MANY_FILES")
+    assert asked.row(asked.post(*[("files", "a.png", b"x")] * 300))["total"] == 300
 
 
 # --- models of one's own, several models ---
@@ -341,6 +349,12 @@ def test_json_inputs_are_kept_as_json(own):
     for body, code in (({}, "MISSING_INPUT"), ({"instances": []}, "MISSING_INPUT"),
                        ({"numbers": [1], "times": 99}, "INVALID_PARAMETER")):
         assert error_of(asked.client.post("/jobs", json=body)) == (400, code)
+
+
+def test_a_callback_is_no_member_of_an_input_that_is_the_whole_body(own):
+    asked = own("Members")
+    answer = asked.client.post("/jobs", json={"a": 1, "b": None, "times": 3, "callback_url": None})
+    assert inputs_of(asked, answer) == [("json", {"a": 1, "b": None})]
 
 
 def test_an_option_that_is_a_file_is_stored_too(own):
@@ -602,7 +616,7 @@ def test_cancelling(on_engines):
     for _ in range(2):
         cancelled = ask.client.delete(answer.json["url"])
         assert (cancelled.status_code, cancelled.json["state"]) == (200, "cancelled")
-    assert ask.stored() == {}
+    wait_for(lambda: ask.stored() == {})
     running = ask.post(("file", "a.png", WHITE))
     row = ask.store.claim(running.json["id"], "a-worker/1")
     asked = ask.client.delete(running.json["url"])
@@ -730,20 +744,37 @@ def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, p
 def test_a_request_that_nobody_waits_for_any_more_takes_back_what_it_has_stored(ask):
     asked = ask()
     asked.post(("file", "a.png", WHITE))
-    put, stored = asked.jobs.storage.put, threading.Event()
+    put, begun = asked.jobs.storage.put, []
 
     def slow(key, data):
+        begun.append(key)
         put(key, data)
-        stored.set()
         time.sleep(0.5)
     asked.jobs.storage.put = slow
-    answer = asked.post(*MANY, headers={"X-Request-Timeout": "0.2"})
+    answer = asked.post(*MANY * 4, headers={"X-Request-Timeout": "0.2"})
     assert error_of(answer) == (504, "DEADLINE_EXCEEDED")
-    assert stored.is_set()
-    until = time.monotonic() + 10
-    while len(asked.stored()) > 1 and time.monotonic() < until:
-        time.sleep(0.02)
-    assert len(asked.stored()) == len(asked.rows()) == len(asked.messages()) == 1
+    wait_for(lambda: len(asked.stored()) == 1)
+    assert 0 < len(begun) < 20
+    assert len(asked.rows()) == len(asked.messages()) == 1
+
+
+def test_a_database_that_hangs_costs_predictions_nothing(applications, postgres_server, tmp_path):
+    ask = applications({"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": postgres_server.database()})
+    url = ask.post(("file", "a.png", WHITE)).json["url"]
+    postgres_server.pause()
+    try:
+        tasks = [gevent.spawn(ask.client.open, url, method=method) for method in ["GET", "DELETE"] * 30]
+        tasks += [gevent.spawn(ask.post, ("file", "a.png", WHITE)) for _ in range(30)]
+        gevent.sleep(0)
+        assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
+        waiting = [task for task in tasks if not task.ready()]
+        assert waiting
+        for task in set(tasks) - set(waiting):  # too many wait already
+            assert_unavailable(task.get())
+    finally:
+        postgres_server.resume()
+    gevent.joinall(tasks)
+    assert {task.get().status_code for task in tasks} <= {200, 202, 503}
 
 
 # --- what is said of it ---

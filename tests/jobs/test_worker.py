@@ -125,11 +125,24 @@ def test_metrics_count_jobs_by_queue_state_and_error(troubled):
         time.sleep(0.1)
 
 
-def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(engines, start_worker, start_service):
-    service = start_service(**TROUBLED, **engines, JOBS="on")
-    worker = start_worker(**TROUBLED, **engines)
-    jobs = jobs_of(service)
-    ids = [jobs.accepted("wait 0.2") for _ in range(12)]
+def test_long_jobs_do_not_starve_short_ones(troubled):
+    jobs, _, _ = troubled
+    long = [jobs.accepted(json={"instances": ["wait 0.4"] * 10}) for _ in range(3)]
+    jobs.wait(long[0], ["running"])
+    short = jobs.wait(jobs.accepted("wait 0"))
+    assert short["state"] == "succeeded"
+    assert short["queue"] == "short"
+    found = [jobs.get(job_id) for job_id in long]
+    assert {job["queue"] for job in found} == {"long"}
+    assert any(job["state"] == "queued" for job in found)
+    found = [jobs.wait(job_id) for job_id in long]
+    assert {job["state"] for job in found} == {"succeeded"}
+    assert {job["progress"]["done"] for job in found} == {10}
+
+
+def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(troubled):
+    jobs, worker, _ = troubled
+    ids = [jobs.accepted("wait 0.2") for _ in range(8)]
     jobs.wait(ids[0], ["running", "succeeded"])
     nodes = worker.nodes()
     worker.stop(signal.SIGKILL)
@@ -142,40 +155,25 @@ def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(en
     assert {job["state"] for job in found} == {"succeeded"}
 
 
-def test_stopping_worker_gives_back_what_it_cannot_end(engines, start_worker, start_service):
-    service = start_service(**TROUBLED, **engines, JOBS="on")
-    worker = start_worker(**TROUBLED, **engines, SHORT_WORKERS="1", LONG_WORKERS="0")
-    jobs = jobs_of(service)
-    job_id, waiting = jobs.accepted("wait 5"), jobs.accepted("wait 0")
+def test_stopping_worker_gives_back_what_it_cannot_end(troubled):
+    jobs, worker, _ = troubled
+    worker.wait_ready()
+    job_id = jobs.accepted("wait 2.5")
     jobs.wait(job_id, ["running"])
     assert worker.stop() == 0
     assert jobs.get(job_id)["state"] == "queued"
     worker.start()
-    assert [jobs.wait(one)["state"] for one in (job_id, waiting)] == ["succeeded", "succeeded"]
+    assert jobs.wait(job_id)["state"] == "succeeded"
     assert jobs.get(job_id)["attempts"] == 2
-
-
-def test_long_jobs_do_not_starve_short_ones(engines, start_worker, start_service):
-    service = start_service(**TROUBLED, **engines, JOBS="on", MAX_JOB_FILES="64")
-    start_worker(**TROUBLED, **engines).wait_ready()
-    jobs = jobs_of(service)
-    long = [jobs.accepted(json={"instances": ["wait 1.5"] * 10}) for _ in range(4)]
-    jobs.wait(long[0], ["running"])
-    short = jobs.wait(jobs.accepted("wait 0"))
-    assert short["state"] == "succeeded"
-    assert short["queue"] == "short"
-    assert {jobs.get(job_id)["queue"] for job_id in long} == {"long"}
-    assert any(jobs.get(job_id)["state"] == "queued" for job_id in long)
 
 
 def test_results_are_removed_after_their_time(start_worker, start_service, tmp_path):
     variables = {**TROUBLED, "DATA_DIR": str(tmp_path / "data"), "JOBS": "on", "JOBS_TTL": "1"}
-    service = start_service(**variables)
+    jobs = Jobs(start_service(**variables).wait_ready())
     start_worker(**variables)
-    jobs = jobs_of(service)
     job_id = jobs.accepted("wait 0")
     until = time.monotonic() + 40
-    while requests.get(f"{service.url}/jobs/{job_id}", timeout=10).status_code == 200:
+    while requests.get(f"{jobs.url}/jobs/{job_id}", timeout=10).status_code == 200:
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -202,10 +200,6 @@ def test_worker_that_cannot_start_says_why(start_worker, tmp_path, variables, sa
     assert worker.process.wait(60) == 1
     assert says in worker.log
     assert "Traceback" not in worker.log
-
-
-def jobs_of(service):
-    return Jobs(service.wait_ready())
 
 
 def is_running(pid):
