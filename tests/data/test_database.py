@@ -179,6 +179,12 @@ def test_a_reader_waits_for_no_writer_and_sees_one_state(database):
         assert count(database) == 1
     assert time.monotonic() < started + module.STATEMENT_WITHIN_S
     assert count(database) == 2
+    with database.read() as reader:
+        for _ in range(2):
+            assert reader.execute(select(func.count()).select_from(deliveries)).scalar() == 2
+            if database.is_sqlite:  # PostgreSQL shows what others have committed meanwhile
+                with database.begin() as connection:
+                    connection.execute(insert(deliveries), [row(time.monotonic_ns())])
 
 
 def test_a_statement_that_takes_too_long_is_ended(url, monkeypatch):
@@ -231,6 +237,9 @@ def test_it_comes_back_after_the_server_was_gone(on_own_server, own_server, end)
     own_server.start()
     assert returns(lambda: count(on_own_server)) == 0
     assert on_own_server.engine.pool.checkedout() == 0
+    getattr(own_server, end)()
+    own_server.start()
+    assert count(on_own_server) == 0  # with a new connection, as the old one is found to be dead
 
 
 def test_a_server_that_hangs_holds_nobody_for_good(on_own_server, own_server, monkeypatch):
