@@ -22,7 +22,28 @@ from app.config import Settings
 from app.server import board, counters, shared_memory
 
 ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
 PHOTOS = Path(skimage.__file__).parent / "data"
+
+
+# What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
+FIRST = ["server/test_reliability.py", "api/test_page.py", "tasks/test_answers.py", "api/test_openapi.py",
+         "server/test_reload.py", "engine/test_engines.py", "tasks/test_ocean.py", "server/test_service.py",
+         "tasks/test_own.py", "test_model_repository.py", "test_cli.py", "api/test_metrics.py", "api/test_access.py",
+         "server/test_versions.py", "prepare/test_quantize.py", "prepare/test_bundles.py", "prepare/test_networks.py"]
+SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without the slow tests, their files are not imported either: scikit-learn alone would take each process seconds."""
+    if config.option.markexpr == "not slow" and collection_path in [TESTS / name for name in SLOW]:
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    order = {TESTS / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(FIRST)))
 
 
 def photo(name):
@@ -197,9 +218,14 @@ class Service:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
+        self.kill()
+        return self.process.returncode
+
+    def kill(self):
+        """End it at once, with all that it has started; for when a test is over."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.returncode
+        self.process.wait()
 
 
 @pytest.fixture
@@ -214,7 +240,7 @@ def start_service(tmp_path, model_dir):
         return services[-1]
     yield start
     for service in services:
-        service.stop()
+        service.kill()
 
 
 @pytest.fixture
@@ -232,4 +258,4 @@ def service(tmp_path_factory, settings, app):
     running = Service(tmp_path_factory.mktemp("service"), {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu",
                                                            "MODEL_DIR": str(settings.model_dir)})
     yield running.wait_ready()
-    running.stop()
+    running.kill()
