@@ -19,7 +19,12 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings
-from app.server import board, counters, shared_memory
+from app.prepare import make
+from app.server import board, counters, machine, shared_memory
+
+# Before torch is imported. With a thread per core, its threads would spend more time waiting for each other than they
+# compute, as the tests' processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 TESTS = Path(__file__).parent
@@ -35,7 +40,7 @@ SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Without the slow tests, their files are not imported either: scikit-learn alone would take each process seconds."""
+    """The files of slow tests are not even imported without them: scikit-learn alone takes each process seconds."""
     if config.option.markexpr == "not slow" and collection_path in [TESTS / name for name in SLOW]:
         return True
     return None
@@ -56,6 +61,8 @@ def photo(name):
 def encoded(image, format="PNG", **options):
     """A PIL image as a file's bytes. HEIF does not become known to Pillow by this: that is the service's own task."""
     buffer = io.BytesIO()
+    if format == "PNG":
+        options = {"compress_level": 1, **options}  # a third of the time
     if format == "HEIF":
         pillow_heif.from_pillow(image).save(buffer, **options)
     else:
@@ -107,6 +114,12 @@ def model_dir(shared):
     return shared("models")
 
 
+def exported(settings):
+    """The same settings, once their model is exported: by this process, as another one would have to import torch."""
+    make(settings, machine.plan(settings).engine)
+    return settings
+
+
 @pytest.fixture(scope="session")
 def checkpoint(shared):
     """checkpoint(name, num_classes=1000, seed=0): path of a seeded torchvision checkpoint, made once."""
@@ -148,7 +161,7 @@ def ocean_settings(model_dir, ocean_checkpoint):
 
 @pytest.fixture(scope="session")
 def ocean_app(ocean_settings):
-    return create_app(ocean_settings)
+    return create_app(exported(ocean_settings))
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +172,7 @@ def settings(model_dir):
 
 @pytest.fixture(scope="session")
 def app(settings):
-    return create_app(settings)
+    return create_app(exported(settings))
 
 
 @pytest.fixture
@@ -181,7 +194,8 @@ class Service:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
-        environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        environment = {k: v for k, v in os.environ.items()
+                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"}
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
