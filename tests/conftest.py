@@ -32,10 +32,11 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
-FIRST = ["server/test_reliability.py", "api/test_page.py", "tasks/test_answers.py", "api/test_openapi.py",
-         "server/test_reload.py", "engine/test_engines.py", "tasks/test_ocean.py", "server/test_service.py",
-         "tasks/test_own.py", "test_model_repository.py", "test_cli.py", "api/test_metrics.py", "api/test_access.py",
-         "server/test_versions.py", "prepare/test_quantize.py", "prepare/test_bundles.py", "prepare/test_networks.py"]
+FIRST = ["server/test_reliability.py", "server/test_reload.py", "tasks/test_answers.py", "api/test_page.py",
+         "api/test_openapi.py", "server/test_service.py", "engine/test_engines.py", "prepare/test_quantize.py",
+         "tasks/test_ocean.py", "tasks/test_own.py", "test_model_repository.py", "test_cli.py", "api/test_access.py",
+         "api/test_metrics.py", "server/test_versions.py", "prepare/test_bundles.py", "prepare/test_networks.py",
+         "prepare/test_download.py", "test_clients.py"]
 SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
 
 
