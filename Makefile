@@ -20,8 +20,10 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 run: $(VENV)/installed  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
+# Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
 test: $(VENV)/tests-installed  ## Run the tests
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		$(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 	@$(BIN)/ruff check .

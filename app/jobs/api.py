@@ -26,6 +26,7 @@ from app.jobs.answers import FINAL, job_body
 from app.jobs.broker import Broker
 from app.jobs.store import Store
 from app.media.containers import is_video
+from app.outbound import addresses
 from app.tasks import options
 from app.tasks.from_pictures import FromPictures
 from app.tasks.own import Instances
@@ -48,6 +49,7 @@ ENDPOINTS = {
 
 
 def register(app, settings):
+    addresses.check_prefixes("CALLBACK_URLS", settings.optional.callback_urls or ())
     app.extensions["jobs"] = Jobs(app.extensions["database"], settings.optional)
     app.extensions.setdefault("endpoints", {}).update(ENDPOINTS)
     app.extensions.setdefault("documented", []).append(openapi.add)

@@ -32,6 +32,7 @@ from app.server.shared_memory import regions_in
 
 BROKER_WITHIN_S = 30  # longer than a poll of it
 LOOK_EVERY_S = 1
+DEAF_AFTER_S = 4
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def main():
         logs.flush()
         return 1
     counters.own.serves(work.loader.generation)
-    threading.Thread(target=look_after, args=(work.loader,), daemon=True).start()
+    threading.Thread(target=look_after, args=(work, arguments.queues.split(",")), daemon=True).start()
     consume(work, arguments)
     logging.shutdown()
     os._exit(0)  # without waiting for threads that hang in native code
@@ -98,11 +99,21 @@ def attach(arguments):
     counters.start_worker(arguments.number)
 
 
-def look_after(loader):
+def look_after(work, queues):
+    """End this process, which the supervisor replaces, if its model no longer works, or if it no longer hears of jobs:
+    after Redis was away for a moment, kombu may not ask it again."""
+    broker, jobs, deaf_since = Broker(work.settings.optional), 0, None
     while True:
         time.sleep(LOOK_EVERY_S)
         logs.flush()
-        reason = loader.needs_restart()
+        try:
+            may_work = work.is_idle and work.jobs == jobs and not set(queues) <= set(broker.empty_queues())
+        except OSError:  # the broker is away
+            may_work = False
+        jobs, deaf_since = work.jobs, (deaf_since or time.monotonic()) if may_work else None
+        reason = work.loader.needs_restart()
+        if deaf_since and time.monotonic() > deaf_since + DEAF_AFTER_S:
+            reason = "it gets no jobs, although there are some"
         if reason:
             log.error("this worker restarts: %s", reason)
             logs.flush()
