@@ -33,8 +33,10 @@ worker: $(VENV)/jobs-installed  ## Run the jobs that a service with JOBS=on acce
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a webhook and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
+# Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
 test: $(VENV)/tests-installed  ## Run the tests
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		$(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 	@$(BIN)/ruff check .

@@ -24,6 +24,7 @@ def create_app(settings=None, loader=None):
     app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
     app.extensions["cache"] = None
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
+    app.extensions["at_exit"] = lambda: None  # for the worker to call before its process ends; raises nothing
     app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
     requests.register(app)
     error_handlers.register(app)

@@ -1,4 +1,4 @@
-"""The command line: python -m app prepare | reload | traffic | worker | health | predict | evaluate."""
+"""The command line: python -m app prepare | reload | traffic | worker | migrate | health | predict | evaluate."""
 import argparse
 import dataclasses
 import json
@@ -27,12 +27,13 @@ def main():
     traffic.add_argument("--shadow", metavar="VERSION", help="the version that answers too, unseen, or none")
     traffic.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
     commands.add_parser("worker", help="run jobs (JOBS=on), on this machine or another one")
+    commands.add_parser("migrate", help="make or migrate the tables of jobs and history before the service starts")
     commands.add_parser("health", help="check whether the service at HOST and PORT is ready")
     add_predict_and_evaluate(commands)
     arguments = parser.parse_args()
-    return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "health": run_health,
-            "worker": run_worker,
-            "predict": run_answering, "evaluate": run_answering}[arguments.command](arguments)
+    return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "worker": run_worker,
+            "migrate": run_migrate, "health": run_health, "predict": run_answering,
+            "evaluate": run_answering}[arguments.command](arguments)
 
 
 def add_predict_and_evaluate(commands):
@@ -109,6 +110,28 @@ def run_worker(arguments):
         print(f"error: {e.name} is not installed: pip install -r app/jobs/requirements.txt", file=sys.stderr)
         return 1
     return worker.main()
+
+
+def run_migrate(arguments):
+    try:
+        optional = Settings.load().optional
+        if not optional or not (optional.jobs or optional.history):
+            raise StartError("there is no database: JOBS and HISTORY are off")
+        from sqlalchemy.exc import SQLAlchemyError
+
+        from app.data.database import MIGRATE_WITHIN_S, Database
+        from app.data.schema import REVISION
+    except StartError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    try:
+        done = Database(optional.database).migrate(MIGRATE_WITHIN_S)
+    except (StartError, SQLAlchemyError, OSError) as e:
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 1
+    print(f"the tables are now those of revision {REVISION}" if done else
+          f"the tables are up to date (revision {REVISION})")
+    return 0
 
 
 def run_health(arguments):

@@ -11,6 +11,7 @@ from app.config import SettingsError, byte_size, integer, listed, path, seconds,
 DAY_S = 86_400
 HOST = r"(\*\.)?[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]"
 URL_PREFIX = rf"(https?://({HOST})(:\d{{1,5}})?|s3://[a-z0-9.-]{{3,63}})(/[^\s,?#]*)?"
+SECRET = r"whsec_([A-Za-z0-9+/]{4}){5,}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?|(?!whsec_)[!-~]{16,}"
 REQUIREMENTS = "app/jobs/requirements.txt"
 
 
@@ -60,7 +61,8 @@ class OptionalSettings:
     short_workers: int = setting(integer(0, 256), 1)
     long_workers: int = setting(integer(0, 256), 1)
     worker_port: int | None = setting(integer(1, 65535), None)
-    callback_secret: str | None = setting(url(r"[!-~]{16,}", "at least 16 visible ASCII characters"), None, secret=True)
+    callback_secret: str | None = setting(url(SECRET, "whsec_ and base64, or at least 16 other visible ASCII "
+                                                      "characters"), None, secret=True)
     callback_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "
                                                              "https://example.org/hooks/"), None)
     input_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "

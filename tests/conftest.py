@@ -19,10 +19,37 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings
-from app.server import board, counters, shared_memory
+from app.prepare import make
+from app.server import board, counters, machine, shared_memory
+
+# Before torch is imported. With a thread per core, its threads would spend more time waiting for each other than they
+# compute, as the tests' processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
 PHOTOS = Path(skimage.__file__).parent / "data"
+
+
+# What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
+FIRST = ["server/test_reliability.py", "server/test_reload.py", "tasks/test_answers.py", "api/test_page.py",
+         "api/test_openapi.py", "server/test_service.py", "engine/test_engines.py", "prepare/test_quantize.py",
+         "tasks/test_ocean.py", "tasks/test_own.py", "test_model_repository.py", "test_cli.py", "api/test_access.py",
+         "api/test_metrics.py", "server/test_versions.py", "prepare/test_bundles.py", "prepare/test_networks.py",
+         "prepare/test_download.py", "test_clients.py"]
+SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The files of slow tests are not even imported without them: scikit-learn alone takes each process seconds."""
+    if config.option.markexpr == "not slow" and collection_path in [TESTS / name for name in SLOW]:
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    order = {TESTS / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(FIRST)))
 
 
 def photo(name):
@@ -35,6 +62,8 @@ def photo(name):
 def encoded(image, format="PNG", **options):
     """A PIL image as a file's bytes. HEIF does not become known to Pillow by this: that is the service's own task."""
     buffer = io.BytesIO()
+    if format == "PNG":
+        options = {"compress_level": 1, **options}  # a third of the time
     if format == "HEIF":
         pillow_heif.from_pillow(image).save(buffer, **options)
     else:
@@ -80,6 +109,12 @@ def model_dir(shared):
     return shared("models")
 
 
+def exported(settings):
+    """The same settings, once their model is exported: by this process, as another one would have to import torch."""
+    make(settings, machine.plan(settings).engine)
+    return settings
+
+
 @pytest.fixture(scope="session")
 def checkpoint(shared):
     """checkpoint(name, num_classes=1000, seed=0): path of a seeded torchvision checkpoint, made once."""
@@ -121,7 +156,7 @@ def ocean_settings(model_dir, ocean_checkpoint):
 
 @pytest.fixture(scope="session")
 def ocean_app(ocean_settings):
-    return create_app(ocean_settings)
+    return create_app(exported(ocean_settings))
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +167,7 @@ def settings(model_dir):
 
 @pytest.fixture(scope="session")
 def app(settings):
-    return create_app(settings)
+    return create_app(exported(settings))
 
 
 @pytest.fixture
@@ -154,7 +189,8 @@ class Service:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
-        environment = {k: v for k, v in os.environ.items() if k.lower() not in Settings.__dataclass_fields__}
+        environment = {k: v for k, v in os.environ.items()
+                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"}
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
@@ -192,9 +228,14 @@ class Service:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
+        self.kill()
+        return self.process.returncode
+
+    def kill(self):
+        """End it at once, with all that it has started; for when a test is over."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.returncode
+        self.process.wait()
 
 
 @pytest.fixture
@@ -209,7 +250,7 @@ def start_service(tmp_path, model_dir):
         return services[-1]
     yield start
     for service in services:
-        service.stop()
+        service.kill()
 
 
 @pytest.fixture
@@ -227,7 +268,7 @@ def service(tmp_path_factory, settings, app):
     running = Service(tmp_path_factory.mktemp("service"), {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu",
                                                            "MODEL_DIR": str(settings.model_dir)})
     yield running.wait_ready()
-    running.stop()
+    running.kill()
 
 
 @pytest.fixture(scope="session")

@@ -78,3 +78,13 @@ class Length(OwnTask):
 
     def encode(self, seconds, options):
         return f"{options['prefix']} {seconds}"
+
+
+class Members(OwnTask):
+    """Says which members its input has: all of the body but the options."""
+    takes = "json"
+    example = {"a": 1}
+    options = (integer("times", 1, 9, default=2),)
+
+    def predict(self, batch):
+        return [sorted(members) for members in batch]

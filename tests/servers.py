@@ -162,5 +162,5 @@ class Postgres(Server):
         return True
 
     def remove(self):
-        self.stop()
+        self.kill()
         shutil.rmtree(self.data, ignore_errors=True)

@@ -1,16 +1,19 @@
 """Settings are checked, frozen, and the same in code, .env.example and README."""
 import dataclasses
+import os
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from dotenv import dotenv_values
 
+from app import config, optional_settings
 from app.config import SETTINGS, Settings, SettingsError
 from app.handing_down import variables
 
 EXAMPLE = ROOT / ".env.example"
-NAMES = [field.name.upper() for field in SETTINGS]
+NAMES = [field.name.upper() for field in (*SETTINGS, *optional_settings.SETTINGS)]
 
 
 def test_example_file_has_every_setting_and_no_other():
@@ -18,7 +21,12 @@ def test_example_file_has_every_setting_and_no_other():
 
 
 def test_example_file_gives_the_defaults():
-    assert Settings.parse(dotenv_values(EXAMPLE)) == Settings()
+    values = dotenv_values(EXAMPLE)
+    assert Settings.parse(values) == Settings()
+    parts = config.read(optional_settings.SETTINGS, {name: text for name, text in values.items() if text})
+    parts = optional_settings.OptionalSettings(**parts)
+    assert dataclasses.replace(parts, data_dir=Path(os.path.relpath(parts.data_dir))) == \
+        optional_settings.OptionalSettings()
 
 
 def test_every_setting_of_the_example_file_has_a_sentence():

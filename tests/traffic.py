@@ -24,11 +24,12 @@ def workers_ready(url):
 
 
 class Load:
-    """Closed-loop clients in threads, until stopped. answers: (status, code or class) of every request; errors: what
+    """Closed-loop clients in threads, until stopped; they pause between requests where the machine need not be busy.
+    answers: (status, code or class) of every request; errors: what
     failed below HTTP, failed_from: when each of those was sent; slowest: seconds."""
 
-    def __init__(self, url, clients, data=CAT, keep_alive=False):
-        self.url, self.data, self.keep_alive = url, data, keep_alive
+    def __init__(self, url, clients, data=CAT, keep_alive=False, pause_s=0):
+        self.url, self.data, self.keep_alive, self.pause_s = url, data, keep_alive, pause_s
         self.answers, self.errors, self.failed_from, self.retry_after = [], [], [], []
         self.slowest, self.stopping = 0, False
         self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(clients)]
@@ -62,6 +63,7 @@ class Load:
                 self.failed_from.append(started)
                 time.sleep(0.05)
             self.slowest = max(self.slowest, time.monotonic() - started)
+            time.sleep(self.pause_s)
 
 
 def open_request(port, head=b"", length=100_000):

@@ -34,8 +34,8 @@ def predict_batch(name):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline)
-                                                      for file in files])
+                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline, i)
+                                                      for i, file in enumerate(files)])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         files, outcomes = loader.when_loaded(answers, deadline)
     for o in outcomes:
@@ -54,25 +54,32 @@ def body_of(filenames, outcomes):
     return {"count": len(results), "failed": len(failures), "results": results}, failures
 
 
-def outcome(model, file, chosen, deadline):
+def outcome(model, file, chosen, deadline, position):
     """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
-    loader, settings, cache = (current_app.extensions[name] for name in ("model", "settings", "cache"))
-    stages = counters.Stages()
+    loader, settings, cache, record = (current_app.extensions[name] for name in ("model", "settings", "cache",
+                                                                                 "record"))
+    stages, data, is_hit = counters.Stages(), None, False
 
     def read():
+        nonlocal data
         with stages("read"):
-            return file.read(settings)
+            data = file.read(settings)
 
-    def in_slot(data):
-        return loader.slots.run(lambda: model.answer(read() if data is None else data, chosen,
-                                                     Call(deadline, stages, file.field)),
-                                deadline, stages, admitted=True)
+    def answer_in_slot():
+        if data is None:
+            read()
+        return model.answer(data, chosen, Call(deadline, stages, file.field))
+
+    def in_slot():
+        return loader.slots.run(answer_in_slot, deadline, stages, admitted=True)
     try:
         if cache is None:
-            answer = in_slot(None)
+            answer = in_slot()
         else:
-            data = in_native_thread(read)
-            answer, _ = cache.fetch(model, data, chosen, lambda: in_slot(data), deadline, stages, admitted=True)
+            in_native_thread(read)
+            answer, is_hit = cache.fetch(model, data, chosen, in_slot, deadline, stages, admitted=True)
+        if record:
+            record(model, data, chosen, answer, is_hit, position)
         return {"status": "success", **answer}
     except ServiceError as e:
         return e

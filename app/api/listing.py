@@ -36,7 +36,7 @@ def moment(name):
     if sent is None:
         return None
     try:
-        if re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,9})?", sent, re.A):
+        if re.fullmatch(r"-?[0-9]{1,12}(\.[0-9]{1,30})?([eE][-+]?[0-9]{1,3})?", sent):
             seconds = float(sent)
         else:
             at = datetime.datetime.fromisoformat(sent.replace(" ", "+"))  # a + in a query means a space

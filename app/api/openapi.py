@@ -51,7 +51,7 @@ MEDIA = {"type": "object", "required": ["media_type", "b64"], "properties": {
 ERRORS = {
     "400": ("The request or the file cannot be used.",
             ["MISSING_FILE", "MISSING_INPUT", "EMPTY_FILE", "INVALID_IMAGE", "INVALID_VIDEO", "INVALID_AUDIO",
-             "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES", "BAD_REQUEST"],
+             "INVALID_PARAMETER", "INVALID_JSON", "TOO_MANY_FILES", "URL_NOT_ALLOWED", "BAD_REQUEST"],
             "top_k must be an integer from 1 to 10, got 20"),
     "401": ("API_KEYS is set, and the request carries no valid key.", ["UNAUTHORIZED"],
             "This needs a valid key: send one as 'Authorization: Bearer KEY' or in the header X-API-Key."),
@@ -64,7 +64,8 @@ ERRORS = {
             "The file has 20971520 bytes; at most 10485760 are allowed."),
     "415": ("This type of content is not accepted.", ["UNSUPPORTED_MEDIA_TYPE"],
             "Content-Type text/plain is not accepted here: send one as multipart/form-data in the field 'file'."),
-    "422": ("With method=face, no face was found.", ["NO_FACE_FOUND"],
+    "422": ("With method=face, no face was found; or the server behind an input's URL did not send it.",
+            ["NO_FACE_FOUND", "INPUT_NOT_FETCHED"],
             "No face was found; send a picture with a face that looks at the camera, or method=face+middle or middle."),
     "429": ("More predictions than RATE_LIMIT allows, or too many requests without a valid key.", ["RATE_LIMITED"],
             "Too many predictions: 60 per 1 minute are allowed, and each file of a batch counts; try again later."),
@@ -166,6 +167,10 @@ def inputs(settings, tasks):
                                                          for kind in task.takes}}
             json_body.append(("image", ref("Base64")))
             several.append(ref("Instance"))
+            if settings.optional and settings.optional.input_urls:
+                json_body.append(("url", ref("URL")))
+                several.append({"type": "object", "required": ["url"], "properties": {"url": ref("URL")},
+                                "additionalProperties": False})
             if "picture" in task.takes:
                 examples |= {"base64": {"value": {"image": PNG_BASE64}},
                              "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
@@ -325,6 +330,8 @@ def schemas(settings, tasks):
     return {
         "Base64": {"type": "string", "minLength": 4, "contentEncoding": "base64", "format": "base64-picture",
                    "description": "A picture or video in base64, or as a base64 data: URL."},
+        "URL": {"type": "string", "format": "uri",
+                "description": "Where to fetch the input: a URL that INPUT_URLS allows."},
         "Instance": {"anyOf": [record({"b64": ref("Base64")}, additionalProperties=False), ref("Base64")]},
         "Error": record({"status": error_word, "error": {"type": "string", "pattern": "^[A-Z_]+$"}, "message": wording,
                          "request_id": text}),

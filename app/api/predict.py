@@ -35,7 +35,7 @@ def predict(name=None):
             filename, data, chosen, call = read(option, model)
             found = model.answer(data, chosen, call)
             loader.answered(model, data, chosen, found)
-            return filename, found, None
+            return filename, found, None, (model, data, chosen)
 
     def answer_from_cache():  # which needs no slot
         option = in_native_thread(uploads.sent_options)
@@ -43,10 +43,12 @@ def predict(name=None):
             filename, data, chosen, call = in_native_thread(read, option, model)
             found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: model.answer(data, chosen, call)),
                                         deadline, g.stages)
-            return filename, found, is_hit
+            return filename, found, is_hit, (model, data, chosen)
     with uploads.received(uploads.one_file_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
-        filename, found, is_hit = loader.when_loaded(
+        filename, found, is_hit, asked = loader.when_loaded(
             answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
+    if current_app.extensions["record"]:
+        current_app.extensions["record"](*asked, found, is_hit)
     response = None
     if g.model.task.media_types:
         from app.api import values  # with the first answer that may be a file

@@ -13,7 +13,7 @@ from app.errors import ServiceError
 THREADS = 8
 WAITING = 32      # calls that may wait for a thread
 WITHIN_S = 4      # for a call, waiting included
-AWAY_S = 1        # after a failure, for which all calls but one are refused
+AWAY_S = 1        # how long calls are refused after one that has failed; then one at a time is made, until one succeeds
 
 log = logging.getLogger(__name__)
 
@@ -23,40 +23,62 @@ class Background:
 
     def __init__(self, code, message):
         self.code, self.message = code, message
-        self.pool, self.waiting = None, 0
-        self.failed_at = -AWAY_S
+        self.pool, self.unfinished = None, 0  # calls, those that nobody waits for any longer included
+        self.failed_at = None                 # of a service that is away: when the last call failed
+        self.is_probing = False               # whether a call tries if it is back
 
     def run(self, call, *arguments, within_s=WITHIN_S):
         """Make a call in a native thread and return its value. Raises the ServiceErrors that it raises; for any other
-        exception, and if it takes too long, ServiceError 503 with this object's code."""
-        if self.pool is None:
-            self.pool = ThreadPool(THREADS)
-        now = time.monotonic()
-        if self.waiting >= THREADS + WAITING or self.waiting and now < self.failed_at + AWAY_S:
+        exception, and if it takes too long, ServiceError 503 with this object's code. A call that has not begun by then
+        is not made."""
+        is_probe = self.failed_at is not None
+        if self.unfinished >= THREADS + WAITING or is_probe and (
+                self.is_probing or time.monotonic() < self.failed_at + AWAY_S):
             raise self.away()
-        run, self.waiting = contextvars.copy_context().run, self.waiting + 1
+        self.is_probing = self.is_probing or is_probe
         try:
-            future = self.pool.spawn(Outcome, run, call, *arguments)
-            future.rawlink(self.finished)
-        except BaseException:
-            self.waiting -= 1
-            raise
-        try:
-            with gevent.Timeout(within_s):
-                outcome = future.get()
-            value = outcome.get()
+            value = self.outcome_of(call, arguments, within_s).get()
         except ServiceError:
+            self.answers()
             raise
-        except (Exception, gevent.Timeout) as e:
-            if now > self.failed_at + AWAY_S:
+        except Exception as e:
+            if self.failed_at is None:
                 log.error("%s: %s: %s", self.code, type(e).__name__, (str(e) or "no answer").splitlines()[0])
             self.failed_at = time.monotonic()
             raise self.away() from e
-        self.failed_at = -AWAY_S
+        finally:
+            self.is_probing = self.is_probing and not is_probe
+        self.answers()
         return value
 
-    def finished(self, _):
-        self.waiting -= 1
+    def outcome_of(self, call, arguments, within_s):
+        """Raises TimeoutError."""
+        is_wanted, run = [True], contextvars.copy_context().run
+
+        def call_if_wanted():
+            return run(call, *arguments) if is_wanted else None
+
+        def finished(_):
+            self.unfinished -= 1
+        if self.pool is None:
+            self.pool = ThreadPool(THREADS)
+        self.unfinished += 1
+        has_begun = False
+        try:
+            with gevent.Timeout(within_s, TimeoutError(f"no answer within {within_s} s")):
+                future = self.pool.spawn(Outcome, call_if_wanted)
+                has_begun = True
+                future.rawlink(finished)
+                return future.get()
+        finally:
+            is_wanted.clear()
+            if not has_begun:
+                self.unfinished -= 1
+
+    def answers(self):
+        if self.failed_at is not None:
+            self.failed_at = None
+            log.warning("%s: it answers again", self.code)
 
     def away(self):
         return ServiceError(503, self.code, self.message, retry_after_s=5)

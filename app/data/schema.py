@@ -1,4 +1,4 @@
-"""The tables. A change here needs a migration: `alembic revision` in migrations/."""
+"""The tables. A change here needs a migration in migrations/versions/, and its number in REVISION."""
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -13,6 +13,8 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+
+REVISION = "0001"  # of the last migration
 
 metadata = MetaData()
 BigNumber = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys by itself

@@ -12,6 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import gevent
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from app.api import access, json_body, listing, uploads
@@ -25,6 +26,7 @@ from app.jobs.answers import FINAL, job_body
 from app.jobs.broker import Broker
 from app.jobs.store import Store
 from app.media.containers import is_video
+from app.outbound import addresses
 from app.tasks import options
 from app.tasks.from_pictures import FromPictures
 from app.tasks.own import Instances
@@ -38,6 +40,7 @@ AT_ONCE = 8             # inputs of a job that are stored at once
 MOST_URL = 2048         # characters
 PARTS_PER_FILE = 4      # lists, objects and members of a JSON body, which may be {"b64": …} or {"url": …} with others
 POLL_AFTER_S = 1
+ENOUGH_S = 10           # if storing and publishing take so long, something is away
 
 ENDPOINTS = {
     "/jobs": "POST what /predict or /predict/batch takes, get the result later; GET lists your jobs",
@@ -46,6 +49,7 @@ ENDPOINTS = {
 
 
 def register(app, settings):
+    addresses.check_prefixes("CALLBACK_URLS", settings.optional.callback_urls or ())
     app.extensions["jobs"] = Jobs(app.extensions["database"], settings.optional)
     app.extensions.setdefault("endpoints", {}).update(ENDPOINTS)
     app.extensions.setdefault("documented", []).append(openapi.add)
@@ -67,7 +71,7 @@ class Jobs:
         database raises; then there is nothing left of the job."""
         key = row["idempotency_key"]
         earlier = key and self.store.find_idempotent(row["owner"], key)
-        if earlier and self.store.rely_on(earlier["id"]):
+        if earlier and self.relies_on(earlier, row):
             return earlier, self.store.deliveries(earlier["id"]), False
         is_kept = False
         try:
@@ -76,7 +80,7 @@ class Jobs:
             check_wanted(left)
             added, is_kept = self.store.add(row)
             if not is_kept:  # another request with this key came first
-                if not self.store.rely_on(added["id"]):  # and failed
+                if not self.relies_on(added, row):  # and failed
                     raise OSError("a request with the same Idempotency-Key has just failed")
                 return added, self.store.deliveries(added["id"]), False
             try:
@@ -91,6 +95,14 @@ class Jobs:
             if not is_kept:
                 with suppress(OSError):  # what remains then is swept up later
                     self.storage.delete_all(row["id"])
+
+    def relies_on(self, earlier, row):
+        """Whether the answer can be the job of an earlier request, which then stays. Raises ServiceError if that was
+        another one."""
+        if earlier["fingerprint"] != row["fingerprint"]:
+            raise ServiceError(422, "IDEMPOTENCY_KEY_REUSED", "This Idempotency-Key came with another request; send a "
+                                                              "new key with each new job.")
+        return self.store.rely_on(earlier["id"])
 
     def keep(self, contents, left):
         def put(item):
@@ -112,10 +124,12 @@ class Jobs:
     def cancelled(self, job_id, owner):
         """The same, after it was cancelled."""
         row = self.store.cancel(job_id, owner)
-        if row and row["state"] == "cancelled":
-            with suppress(OSError):
-                self.storage.delete_all(job_id)
         return row and (row, self.text(row))
+
+    def remove_inputs(self, job_id):
+        """In a greenlet of its own: whoever cancels a job does not wait for the storage."""
+        with suppress(ServiceError):  # what remains is swept up later
+            self.submitting.run(self.storage.delete_all, job_id)
 
     def listed(self, **asked):
         """[job object] without results."""
@@ -163,9 +177,6 @@ def submit(name=None):
         row |= {"owner": g.get("client", ""), "request_id": g.request_id, "idempotency_key": key}
         stored, deliveries, is_new = accepted(jobs, row, contents, deadline)
         del contents
-    if not is_new and stored["fingerprint"] != row["fingerprint"]:
-        raise ServiceError(422, "IDEMPOTENCY_KEY_REUSED", "This Idempotency-Key came with another request; send a new "
-                                                          "key with each new job.")
     response = answer(stored, in_native_thread(lambda: as_json(job_body(stored, deliveries))), 202)
     response.headers["Location"] = f"/jobs/{stored['id']}"
     if not is_new:
@@ -186,16 +197,18 @@ def sent_options():
 
 
 def accepted(jobs, row, contents, deadline):
-    """Jobs.accept, in a native thread, which is told if this greenlet leaves."""
-    left = threading.Event()
+    """Jobs.accept, in a native thread, which is told if this greenlet leaves. Raises DeadlineExceeded if the client has
+    left little time: that does not mean that the storage is away."""
+    left, seconds = threading.Event(), deadline.remaining()
     deadline.check("read")
+    timeout = gevent.Timeout(None if seconds > ENOUGH_S else seconds)  # which Background does not take for a failure
     try:
-        with g.stages("store"):
-            return jobs.submitting.run(jobs.accept, row, contents, left, within_s=deadline.remaining())
-    except ServiceError as e:
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded("store") from e
-        raise
+        with g.stages("store"), timeout:
+            return jobs.submitting.run(jobs.accept, row, contents, left, within_s=max(seconds, ENOUGH_S))
+    except gevent.Timeout as e:
+        if e is not timeout:
+            raise
+        raise DeadlineExceeded("store") from e
     finally:
         left.set()
 
@@ -300,7 +313,10 @@ def job(job_id):
 
 @bp.delete("/jobs/<job_id>")
 def cancel(job_id):
-    row, text = asked(current_app.extensions["jobs"].cancelled, job_id)
+    jobs = current_app.extensions["jobs"]
+    row, text = asked(jobs.cancelled, job_id)
+    if row["state"] == "cancelled":
+        gevent.spawn(jobs.remove_inputs, job_id)
     if row["state"] in ("succeeded", "failed"):
         raise ServiceError(409, "JOB_FINISHED", f"The job has already {row['state']}; it can no longer be cancelled.")
     return answer(row, text, 202 if row["state"] == "running" else 200)

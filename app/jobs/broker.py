@@ -1,17 +1,14 @@
 """The broker, which carries the IDs of jobs to workers: Redis, or files in a folder. Celery does the work."""
-import logging
 import os
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from redis import Redis, RedisError
 
 QUEUES = ("short", "long")
 TASK = "jobs.run"
 PUBLISH_WITHIN_S = 2    # each step of it
 POLL_S = 0.02           # how often a worker looks into the folder
-EXCHANGE = "jobs"
-
-log = logging.getLogger(__name__)
 
 
 class Broker:
@@ -27,6 +24,10 @@ class Broker:
         else:
             options = {"socket_timeout": timeout_s, "socket_connect_timeout": PUBLISH_WITHIN_S,
                        "socket_keepalive": True, "health_check_interval": 10}
+            if timeout_s == PUBLISH_WITHIN_S:  # who publishes does not wait for a broker that is away
+                options["max_retries"] = 0
+            self.redis = Redis.from_url(optional.jobs_broker, socket_timeout=PUBLISH_WITHIN_S,
+                                        socket_connect_timeout=PUBLISH_WITHIN_S)  # kombu's queues are lists in it
         self.celery = Celery("jobs", broker=optional.jobs_broker or "filesystem://localhost", set_as_current=False,
                              fixups=[])
         self.celery.conf.update(
@@ -38,20 +39,19 @@ class Broker:
 
     def publish(self, job_id, queue):
         """Send a job's ID. Raises OSError."""
-        try:
-            self.celery.send_task(TASK, (job_id,), queue=queue, retry=False, ignore_result=True)
-        except OperationalError as e:
-            raise ConnectionError(f"the broker is away: {e}") from e
+        for is_last in (False, True):  # the first connection may be one of a broker that has restarted since
+            try:
+                return self.celery.send_task(TASK, (job_id,), queue=queue, retry=False, ignore_result=True)
+            except OperationalError as e:
+                if is_last:
+                    raise ConnectionError(f"the broker is away: {e}") from e
 
     def empty_queues(self):
         """Names of the queues in which there is no message. Raises OSError."""
         if self.folder:
             waiting = {name.rpartition(".")[0].rpartition(".")[2] for name in os.listdir(self.folder)}
             return [queue for queue in QUEUES if queue not in waiting]
-        connection = self.celery.connection_for_write()
         try:
-            with connection:
-                client = connection.default_channel.client
-                return [queue for queue in QUEUES if not client.llen(queue)]
-        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as e:
+            return [queue for queue in QUEUES if not self.redis.llen(queue)]
+        except RedisError as e:
             raise ConnectionError(f"the broker is away: {e}") from e

@@ -1,4 +1,5 @@
 """What workers and the API count of jobs, beside counters.MEASURES."""
+from app.history import recorder
 from app.server import counters
 from app.server.counters import Measure
 
@@ -21,4 +22,4 @@ MEASURES = {
 
 def register():
     """Make them known in this process."""
-    counters.MEASURES.update(MEASURES)
+    counters.MEASURES.update(MEASURES | recorder.MEASURES)

@@ -15,11 +15,13 @@ import warnings
 from celery import signals
 from celery.apps.worker import Worker
 from celery.platforms import SecurityWarning
+from celery.worker import state
 
 from app import load_model
 from app.config import Settings, StartError
 from app.data.database import Database
 from app.data.storage import Storage
+from app.history.recorder import Recorder
 from app.jobs import metrics
 from app.jobs.broker import TASK, Broker
 from app.jobs.store import Store
@@ -30,6 +32,7 @@ from app.server.shared_memory import regions_in
 
 BROKER_WITHIN_S = 30  # longer than a poll of it
 LOOK_EVERY_S = 1
+DEAF_AFTER_S = 4
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +52,21 @@ def main():
     metrics.register()
     if arguments.memory is not None:
         attach(arguments)
+    recorder = None
     try:
-        work = worker_of(settings, arguments.instance)
+        database = Database(settings.optional.database)
+        if settings.optional.history:
+            recorder = Recorder(database, settings.optional)
+        work = Work(settings, load_model(settings), Store(database, settings.optional),
+                    Storage(settings.optional.storage), arguments.instance, recorder)
     except StartError as e:
         log.critical("this worker cannot run jobs: %s", e)
         counters.own.failed(1)
         logs.flush()
         return 1
     counters.own.serves(work.loader.generation)
-    threading.Thread(target=look_after, args=(work.loader,), daemon=True).start()
+    threading.Thread(target=look_after, args=(work, arguments.queues.split(",")), daemon=True).start()
     consume(work, arguments)
-    if work.record:
-        work.record.close()
     logging.shutdown()
     os._exit(0)  # without waiting for threads that hang in native code
 
@@ -93,21 +99,30 @@ def attach(arguments):
     counters.start_worker(arguments.number)
 
 
-def worker_of(settings, instance):
-    database = Database(settings.optional.database)
-    return Work(settings, load_model(settings), Store(database, settings.optional), Storage(settings.optional.storage),
-                instance)
-
-
-def look_after(loader):
+def look_after(work, queues):
+    """End this process, which the supervisor replaces, if its model no longer works, or if it no longer hears of jobs:
+    after Redis was away for a moment, kombu may not ask it again."""
+    broker, jobs, deaf_since = Broker(work.settings.optional), 0, None
     while True:
         time.sleep(LOOK_EVERY_S)
         logs.flush()
-        reason = loader.needs_restart()
+        try:
+            may_work = work.is_idle and work.jobs == jobs and not set(queues) <= set(broker.empty_queues())
+        except OSError:  # the broker is away
+            may_work = False
+        jobs, deaf_since = work.jobs, (deaf_since or time.monotonic()) if may_work else None
+        reason = work.loader.needs_restart()
+        if deaf_since and time.monotonic() > deaf_since + DEAF_AFTER_S:
+            reason = "it gets no jobs, although there are some"
         if reason:
             log.error("this worker restarts: %s", reason)
             logs.flush()
             os._exit(1)
+
+
+def take_over_sigterm(**_):
+    """End after the present job. Celery's own handler does the same, but writes to standard error, past the log."""
+    signal.signal(signal.SIGTERM, lambda *_: setattr(state, "should_stop", 0))
 
 
 def consume(work, arguments):
@@ -116,6 +131,7 @@ def consume(work, arguments):
     celery.conf.update(worker_prefetch_multiplier=1, task_acks_late=False, worker_hijack_root_logger=False)
     celery.task(work.run, name=TASK, ignore_result=True)
     signals.setup_logging.connect(lambda **_: None, weak=False)  # it is set up
+    signals.worker_ready.connect(take_over_sigterm, weak=False)
     Worker(app=celery, pool_cls="solo", concurrency=1, queues=arguments.queues.split(","), without_gossip=True,
            without_mingle=True, without_heartbeat=True, hostname=f"{arguments.number}@{arguments.instance}",
            quiet=True).start()

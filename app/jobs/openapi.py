@@ -1,12 +1,13 @@
 """What the OpenAPI document says of jobs."""
 import copy
 
+from app.api.listing import LATEST_S
 from app.api.openapi import EVERYWHERE, SECURITY, errors, header, ref, success
 
 ID = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}, "description": "The job's `id`."}
 KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
        "description": "Of your choice, a new one for each job: sent again with the same content, it gets the same job."}
-CALLBACK = {"type": "string", "format": "uri", "maxLength": 2048, "pattern": "^[!-~]+$",
+CALLBACK = {"type": "string", "format": "uri", "maxLength": 2048, "pattern": "^https?://[!-~]+$",
             "description": "Where to send the job when it has ended; CALLBACK_URLS decides which URLs are allowed."}
 EXAMPLE_ID = "6f0e7a1c55d94c1b8f9a1b0f6c2d3e4a"
 UNAVAILABLE = ["Jobs are not available now.", ["JOBS_UNAVAILABLE"], "Jobs are not available now; try again later.",
@@ -35,9 +36,11 @@ def add(document, settings):
 
 def job_paths(paths, settings):
     single, batch = paths["/predict"], paths["/predict/batch"]["post"]["requestBody"]["content"]
-    parameters = [*single["post"]["parameters"], KEY, {
+    has_callbacks = settings.optional.callback_secret is not None
+    parameters = [*single["post"]["parameters"], KEY, *([{
         "name": "callback_url", "in": "query", "schema": CALLBACK, "description": CALLBACK["description"]}]
-    form = content(single["post"]["requestBody"]["content"], batch, settings.optional.max_job_files)
+        if has_callbacks else [])]
+    form = content(single["post"]["requestBody"]["content"], batch, settings.optional.max_job_files, has_callbacks)
     raw = single["put"]["requestBody"]["content"]
     named = next(one for one in paths["/models/{name}/predict"]["post"]["parameters"] if one["name"] == "name")
     submitted = {
@@ -78,17 +81,20 @@ def job_paths(paths, settings):
                 "503": refusal(*UNAVAILABLE), **errors("401", "404", "429", *EVERYWHERE)}}}}
 
 
-def content(single, batch, most):
+def content(single, batch, most, has_callbacks):
     """{media type: schema} of a body for one input or several."""
+    form_url, json_url = ({"callback_url": CALLBACK}, {"callback_url": {**CALLBACK, "type": ["string", "null"]}}) \
+        if has_callbacks else ({}, {})
     made = copy.deepcopy(single)
     one, several = made["application/json"]["schema"], copy.deepcopy(batch["application/json"]["schema"])
     several["properties"]["instances"]["maxItems"] = most
+    several |= {name: schema for name, schema in one["anyOf"][-1].items() if name == "not"}
     one["anyOf"] = [*one["anyOf"][:-1], several]  # the last one is that of instances
     for schema in one["anyOf"]:
-        schema["properties"]["callback_url"] = {**CALLBACK, "type": ["string", "null"]}
+        schema["properties"] |= json_url
     if "multipart/form-data" in made:
         schema = made["multipart/form-data"]["schema"]
-        schema["properties"]["callback_url"] = CALLBACK
+        schema["properties"] |= form_url
         if "multipart/form-data" in batch:
             files = copy.deepcopy(batch["multipart/form-data"]["schema"]["properties"]["files"])
             schema["properties"]["files"] = {**files, "maxItems": most}
@@ -113,11 +119,12 @@ def parameter(name, schema, description):
 
 
 STATES = ["queued", "running", "succeeded", "failed", "cancelled"]
-TIME = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1e10}, {"type": "string", "format": "date-time"}]}
+TIME = {"anyOf": [{"type": "number", "minimum": -LATEST_S, "maximum": LATEST_S},
+                  {"type": "string", "format": "date-time"}]}
 LIST_PARAMETERS = [
     {"name": "state", "in": "query", "schema": {"type": "array", "items": {"enum": STATES}}, "style": "form",
      "explode": False, "description": "One or more states, separated by commas."},
-    parameter("model", {"type": "string", "pattern": "^[a-z0-9_]{1,64}$"}, "The name of a model."),
+    parameter("model", {"type": "string", "pattern": r"^\w{1,64}$"}, "The name of a model."),
     parameter("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
     parameter("until", TIME, "The time before which they were submitted."),
     parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many at most."),

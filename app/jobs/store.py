@@ -156,8 +156,8 @@ class Store:
         """End the attempt; result, error: JSON types. Raises Lost."""
         with self.database.begin() as connection:
             if not self.end(connection, job_id, state, running(job_id, attempt), done=done,
-                            result_json=result and json.dumps(result, ensure_ascii=False),
-                            error_json=error and json.dumps(error, ensure_ascii=False)):
+                            result_json=result and json.dumps(result),
+                            error_json=error and json.dumps(error)):
                 raise Lost(job_id)
 
     def end(self, connection, job_id, state, where, **values):

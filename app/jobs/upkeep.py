@@ -25,8 +25,6 @@ class Upkeep:
         self.broker, self.storage, self.instance = broker, storage, instance
         steps = [(self.find_lost, TURN_S), (self.send_again, 2), (self.call_back, TURN_S), (self.count, 2),
                  (self.expire, 3), (self.remove_left_overs, 600)]
-        if optional.history:
-            steps.append((self.purge_history, 3600))
         self.away = set()  # names of steps that fail, each logged once
         self.stopping = threading.Event()
         # Each in a thread of its own, so that a slow storage or receiver delays nothing else.
@@ -111,10 +109,6 @@ class Upkeep:
         old = self.storage.prefixes(LEFT_OVER_S)
         for job_id in set(old) - self.store.unfinished(old):
             self.storage.delete_all(job_id)
-
-    def purge_history(self):
-        from app.history import recorder
-        recorder.purge(self.database, self.optional.history_days)
 
 
 def is_alive(pid):

@@ -86,14 +86,22 @@ class Attempt:
 
 
 class Work:
-    """Runs jobs one at a time. loader: a ModelLoader; record: of history.Recorder, or None."""
+    """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None."""
 
-    def __init__(self, settings, loader, store, storage, instance, record=None):
+    def __init__(self, settings, loader, store, storage, instance, recorder=None):
         self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
-        self.worker, self.record = f"{instance}/{os.getpid()}", record
+        self.worker, self.recorder = f"{instance}/{os.getpid()}", recorder
+        self.is_idle, self.jobs = True, 0  # jobs: messages that came
 
     def run(self, job_id):
         """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
+        self.is_idle, self.jobs = False, self.jobs + 1
+        try:
+            self.run_one(job_id)
+        finally:
+            self.is_idle = True
+
+    def run_one(self, job_id):
         try:
             row = self.store.claim(job_id, self.worker)
         except AWAY as e:  # the upkeep sends the message again
@@ -106,7 +114,8 @@ class Work:
         try:
             with Attempt(self.store, row) as attempt:
                 state, result, error = self.outcome(row, attempt)
-                self.insist(lambda: self.store.finish(job_id, row["attempt"], state, attempt.done, result, error))
+                done = row["total"] if state == "succeeded" else attempt.done  # a video may have fewer frames
+                self.insist(lambda: self.store.finish(job_id, row["attempt"], state, done, result, error))
         except Lost:
             log.warning("the job was given to another worker", extra={"job": job_id, "attempt": row["attempt"]})
             return
@@ -222,8 +231,8 @@ class Work:
             with stages("read"):
                 data = self.input(about)
             found = model.answer(data, options, Call(attempt.deadline, stages, about["field"], see))
-            if self.record:
-                self.record(model, data, options, found, row, files_position(row, about))
+            if self.recorder:
+                self.recorder.of_job(model, data, options, found, row, files_position(row, about))
             return found
         try:
             return self.loader.slots.run(answer, attempt.deadline, stages, admitted=True)

@@ -1,14 +1,18 @@
 """An asyncio event loop in a native thread, one per process, and how greenlets and native threads wait for what runs
 there."""
 import asyncio
+import atexit
+import contextlib
 import os
 import threading
+import weakref
 
 import gevent
 from gevent.event import Event
 
 lock = threading.Lock()
-own = {}  # {process: its loop}, as a process that was forked has none
+own = {}         # {process: its loop}, as a process that was forked has none
+finalizers = []  # one for each session, of which a process makes few
 
 
 def loop():
@@ -18,6 +22,7 @@ def loop():
             own.clear()
             own[os.getpid()] = asyncio.new_event_loop()
             threading.Thread(target=own[os.getpid()].run_forever, name="outbound", daemon=True).start()
+            atexit.register(finish)
         return own[os.getpid()]
 
 
@@ -33,3 +38,23 @@ def run(coroutine):
         return future.result()
     finally:
         future.cancel()
+
+
+def close_with(owner, close):
+    """Have the coroutine function close() run when owner is garbage, or the process ends. close must not refer to
+    owner."""
+    finalizers.append(weakref.finalize(owner, start_closing, loop(), close))
+
+
+def start_closing(its_loop, close):
+    if own.get(os.getpid()) is its_loop:
+        asyncio.run_coroutine_threadsafe(close(), its_loop)
+
+
+def finish():
+    """When the process ends: close what is still open."""
+    for finalizer in finalizers:
+        finalizer()
+    if os.getpid() in own:
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), loop()).result(1)

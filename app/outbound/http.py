@@ -1,6 +1,7 @@
 """HTTP requests of the service's own: to checked addresses only, without redirects, proxies, cookies and compression,
 within limits of time and size that no server can stretch."""
 import asyncio
+import functools
 import io
 import socket
 import threading
@@ -11,7 +12,7 @@ from aiohttp.abc import AbstractResolver
 
 from app.config import NAME, VERSION
 from app.outbound import addresses
-from app.outbound.event_loop import loop
+from app.outbound.event_loop import close_with, loop
 
 MOST_LOOKUPS = 64  # native threads that ask DNS
 
@@ -56,8 +57,8 @@ class Client:
 
     async def post(self, target, body, headers, within_s):
         """Send bytes to an addresses.Target and return the status of the answer, which is not read. Raises as fetch."""
-        async with (asyncio.timeout(within_s),
-                    self.request("POST", target, {**headers, "Connection": "close"}, data=body) as answer):
+        async with asyncio.timeout(within_s), self.request("POST", target, headers, data=body) as answer:
+            answer.close()  # posts are rare: a connection that is kept may have been closed when it is needed
             return answer.status
 
     def request(self, method, target, headers, **options):
@@ -67,24 +68,22 @@ class Client:
     def own_session(self):
         if self.loop is not loop():  # the first time, and in a process that was forked
             self.loop = loop()
-            connector = aiohttp.TCPConnector(
-                limit=0, use_dns_cache=False, resolver=Resolver(self.private_networks), socket_factory=self.connection)
+            connector = aiohttp.TCPConnector(limit=0, use_dns_cache=False, resolver=Resolver(self.private_networks),
+                                             socket_factory=functools.partial(connection, self.private_networks))
             self.session = aiohttp.ClientSession(
                 connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
                 headers={"User-Agent": f"{NAME}/{VERSION}"})
+            close_with(self, self.session.close)
         return self.session
 
-    def connection(self, info):
-        """The socket for one address, whatever path led to it. Raises NotAllowed."""
-        family, kind, protocol, _, address = info
-        if not addresses.is_allowed(address[0], self.private_networks):
-            raise addresses.NotAllowed("the address")
-        return socket.socket(family, kind, protocol)
 
-    async def close(self):
-        if self.session is not None:
-            await self.session.close()
+def connection(private_networks, info):
+    """The socket for an address, whichever way led to it. Raises NotAllowed."""
+    family, kind, protocol, _, address = info
+    if not addresses.is_allowed(address[0], private_networks):
+        raise addresses.NotAllowed("the address")
+    return socket.socket(family, kind, protocol)
 
 
 class Request:

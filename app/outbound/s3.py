@@ -1,13 +1,14 @@
 """Objects in S3, by s3fs in the event loop of event_loop.py. Credentials, region and endpoint come from the AWS_*
 variables and files that all programs for S3 read."""
 import asyncio
+import functools
 import io
 
 import aiohttp
 import s3fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from app.outbound.event_loop import loop
+from app.outbound.event_loop import close_with, loop
 from app.outbound.http import too_large
 
 CONNECT_WITHIN_S = 3
@@ -75,7 +76,13 @@ class S3:
                 config_kwargs={"connect_timeout": CONNECT_WITHIN_S, "read_timeout": READ_WITHIN_S,
                                "retries": {"total_max_attempts": 1}})
             self.system.retries = TRIES
+            close_with(self, functools.partial(close, self.system))
         try:
             return await self.system._call_s3(method, **arguments)
         except (BotoCoreError, ClientError, aiohttp.ClientError) as e:  # s3fs makes an OSError of most others
             raise OSError(f"{type(e).__name__}: {e}") from e
+
+
+async def close(system):
+    if system._s3 is not None:
+        await system._s3.close()

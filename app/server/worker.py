@@ -119,6 +119,7 @@ class Worker(GeventWorker):
         except Exception:  # logged as this process's last line
             self.log.exception("this worker ends")
         finally:
+            self.wsgi.extensions["at_exit"]()
             logging.shutdown()
             os._exit(code)
 

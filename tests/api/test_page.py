@@ -229,7 +229,7 @@ def ocean_service(tmp_path_factory, ocean_settings):
         "MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_settings.model_path), "DEVICE": "cpu",
         "MODEL_DIR": str(ocean_settings.model_dir)})
     yield running.wait_ready()
-    running.stop()
+    running.kill()
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def own_services(tmp_path_factory):
                                                "MODEL_DIR": str(folder)}) for name in ("Sum", "Tone", "Length")}
     yield {name: service.wait_ready() for name, service in services.items()}
     for service in services.values():
-        service.stop()
+        service.kill()
 
 
 @pytest.fixture

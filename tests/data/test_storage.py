@@ -8,16 +8,29 @@ import pytest
 from s3_server import S3
 
 from app.data.storage import Storage
+from app.outbound.s3 import S3 as S3Client
 
 
-@pytest.fixture(params=["folder", "s3", "whole bucket"])
-def storage(request, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def in_bucket(s3_server):
+    """in_bucket(prefix): a Storage in a bucket of its own. All have one connection, as making one takes a while."""
+    s3 = S3Client()
+
+    def storage(prefix=""):
+        one = Storage(f"s3://{s3_server.bucket()}{prefix}")
+        one.s3 = s3
+        return one
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.variables.items():
+            patch.setenv(name, value)
+        yield storage
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request, tmp_path):
     if request.param == "folder":
         return Storage(str(tmp_path / "not" / "there" / "yet"))
-    server = request.getfixturevalue("s3_server")
-    for name, value in server.variables.items():
-        monkeypatch.setenv(name, value)
-    return Storage(f"s3://{server.bucket()}" + ("/some/prefix" if request.param == "s3" else ""))
+    return request.getfixturevalue("in_bucket")("/some/prefix")
 
 
 def test_what_is_put_is_got(storage):
@@ -95,19 +108,19 @@ def test_files_are_their_owners_alone_and_nothing_unfinished_stays(tmp_path):
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    storage = Storage(str(tmp_path))
+    storage, seen, sync = Storage(str(tmp_path)), [], os.fsync
     storage.put("a1/0", b"before")
-    seen = []
-    replace = os.replace
 
-    def watching(source, target):
-        seen.append((storage.get("a1/0", 10), open(source, "rb").read()))
-        return replace(source, target)
-    monkeypatch.setattr(os, "replace", watching)
-    monkeypatch.setattr("pathlib.Path.replace", lambda source, target: watching(source, target))
+    def watch(descriptor):
+        seen.append(storage.get("a1/0", 10))
+        sync(descriptor)
+    monkeypatch.setattr(os, "fsync", watch)
     storage.put("a1/0", b"after")
-    assert seen == [(b"before", b"after")]
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert seen == [b"before", b"after"]  # written to the disk before it has its name, and then its name
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         storage.put("a1/0", b"too much")
     assert storage.get("a1/0", 10) == b"after"
@@ -151,12 +164,11 @@ def test_a_server_that_is_away_or_refuses_is_an_os_error(tmp_path, monkeypatch):
             call()
 
 
-def test_more_objects_than_one_answer_lists(s3_server, monkeypatch):
-    for name, value in s3_server.variables.items():
-        monkeypatch.setenv(name, value)
+def test_more_objects_than_one_answer_lists(in_bucket, monkeypatch):
+    """In a whole bucket."""
     monkeypatch.setattr("app.outbound.s3.MOST_DELETED", 3)
-    storage = Storage(f"s3://{s3_server.bucket()}")
-    call, pages = storage.s3.call, []
+    storage, pages = in_bucket(), []
+    call = storage.s3.call
 
     async def in_small_pages(method, **arguments):
         pages.append(method)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, exported
 
 from app import engine as engines
 from app import load_model
@@ -24,9 +24,9 @@ from app.server import machine
 def loaded(checkpoint, model_dir):
     """load(engine): a ModelLoader with the same seeded network."""
     def load(engine, **variables):
-        return load_model(Settings.parse({"MODEL_NAME": "resnet18", "MODEL_PATH": str(checkpoint("resnet18")),
-                                          "MODEL_DIR": str(model_dir), "ENGINE": engine, "DEVICE": "cpu",
-                                          **variables}))
+        settings = Settings.parse({"MODEL_NAME": "resnet18", "MODEL_PATH": str(checkpoint("resnet18")),
+                                   "MODEL_DIR": str(model_dir), "ENGINE": engine, "DEVICE": "cpu", **variables})
+        return load_model(exported(settings))
     return load
 
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import requests
@@ -56,7 +57,7 @@ class Clients:
 
     def submit(self):
         golden = self.system.golden
-        pictures = [open(path, "rb").read() for path in golden["files"]]  # noqa: SIM115
+        pictures = [Path(path).read_bytes() for path in golden["files"]]
         number = 0
         while not self.stopping.is_set():
             number = (number + 1) % len(pictures)
@@ -113,8 +114,7 @@ class System:
             self.variables |= {"JOBS_BROKER": self.redis.url, "DATABASE_URL": self.postgres.url}
         self.worker = Worker(folder, self.variables)
         self.service = Service(folder, self.variables)
-        self.variables["PORT"] = str(self.service.port)  # for those that replace it
-        self.url = self.service.wait_ready().url
+        self.port, self.url = self.service.port, self.service.wait_ready().url
         self.worker.wait_ready()
 
     def kill_process(self):
@@ -133,7 +133,8 @@ class System:
     def kill_service(self):
         os.killpg(self.service.process.pid, signal.SIGKILL)
         self.service.process.wait()
-        self.service = Service(self.folder, self.variables)
+        self.service = Service(self.folder, {**self.variables, "PORT": str(self.port)})
+        self.service.port, self.service.url = self.port, self.url
 
     def restart(self, server):
         server.kill()
@@ -154,6 +155,7 @@ class System:
         if self.postgres:
             self.postgres.remove()
         self.receiver.server.shutdown()
+        self.receiver.server.server_close()
 
 
 SERVERS, EMBEDDED = "Redis and PostgreSQL", "embedded"

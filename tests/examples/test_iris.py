@@ -53,7 +53,7 @@ def iris(tmp_path_factory, model_path):
     running = Service(tmp_path_factory.mktemp("service"), {**MODEL, "MODEL_PATH": str(model_path),
                                                           "MAX_BATCH_FILES": "150"})
     yield running.wait_ready()
-    running.stop()
+    running.kill()
 
 
 def post(service, text, path="/predict"):

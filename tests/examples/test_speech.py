@@ -32,7 +32,7 @@ DOLLARS = "He said that the government would pay one hundred million dollars."
 def service(tmp_path_factory):
     running = Service(tmp_path_factory.mktemp("service"), MODEL)
     yield running.wait_ready()
-    running.stop()
+    running.kill()
 
 
 def post(service, text, headers=None, **options):

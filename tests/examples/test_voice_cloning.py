@@ -71,7 +71,7 @@ def service(tmp_path_factory, checkpoint):
         "WORKERS": "1", "REQUEST_TIMEOUT": "120", "TMPDIR": str(temporary)})
     running.temporary = temporary
     yield running.wait_ready(120)
-    running.stop()
+    running.kill()
 
 
 def recording(seconds=2.0, rate=RATE, channels=1, seed=0, value=None, format="WAV", subtype=None):

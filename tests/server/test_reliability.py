@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT, encoded, free_port, need
+from conftest import ROOT, Service, encoded, free_port, need
 from gunicorn.workers.ggevent import GeventWorker
 from hanging_model import copy_model_dir, replace_model
 from mutations import mutated, pictures
@@ -49,9 +49,7 @@ def test_overload_is_refused_at_once_and_health_answers(start_service):
     assert service.predict(CAT).status_code == 200
 
 
-def test_clients_deadline_is_kept_and_checked(start_service):
-    service = start_service().wait_ready()
-
+def test_clients_deadline_is_kept_and_checked(service):
     def post(timeout):
         return requests.post(service.url + "/predict", files={"file": CAT}, headers={"X-Request-Timeout": timeout})
     answer = post("0.0001")
@@ -83,7 +81,7 @@ def test_killed_worker_is_replaced(start_service):
     service = start_service(WORKERS="2").wait_ready()
     wait_until(lambda: workers_ready(service.url) == 2, 30)
     first = service.workers()
-    with Load(service.url, 4) as load:
+    with Load(service.url, 4, pause_s=0.02) as load:
         time.sleep(0.5)
         os.kill(first[0], signal.SIGKILL)
         wait_until(lambda: service.log.count("model ready") == 3, 10)
@@ -191,9 +189,17 @@ def test_slow_clients_starve_nobody(service, head):
             assert service.predict(CAT, timeout_s=2).json()["predictions"][0]["class"] == "tiger cat"
 
 
-def test_slow_bodies_are_told_at_the_deadline(start_service):
-    service = start_service(REQUEST_TIMEOUT="2").wait_ready()
-    with dripping(service.port, 3) as slow:
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory, model_dir):
+    """A ready Service that gives a request two seconds, for the tests that leave it as it is."""
+    running = Service(tmp_path_factory.mktemp("impatient"), {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu",
+                                                             "MODEL_DIR": str(model_dir), "REQUEST_TIMEOUT": "2"})
+    yield running.wait_ready()
+    running.kill()
+
+
+def test_slow_bodies_are_told_at_the_deadline(impatient):
+    with dripping(impatient.port, 3) as slow:
         for s in slow:
             s.settimeout(4)
             answer = b""
@@ -214,8 +220,8 @@ def test_connections_that_say_nothing_and_slow_headers_are_closed(service):
                 assert s.recv(1) == b""  # closed, not left for ever
 
 
-def test_a_client_that_never_reads_is_cut_off_and_costs_the_others_nothing(start_service):
-    service = start_service(REQUEST_TIMEOUT="2").wait_ready()
+def test_a_client_that_never_reads_is_cut_off_and_costs_the_others_nothing(impatient):
+    service = impatient
     (worker,) = service.workers()
     before = descriptors(worker)
     with contextlib.ExitStack() as stack:
@@ -366,8 +372,8 @@ def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: health_status(url) == 200, 60)
         with requests.Session() as session:
-            for _ in range(5000):  # more than the pipe and what is kept
-                session.get(url + "/" + "x" * 200, timeout=5)
+            for _ in range(1000):  # more than the pipe and what is kept
+                session.get(url + "/" + "x" * 3000, timeout=5)
             tiff, order = pictures()["TIFF bits"], random.Random(0)
             for _ in range(100):  # about which libtiff and Pillow complain on standard error by themselves
                 answer = session.post(url + "/predict", files={"file": mutated(tiff, order)}, timeout=5)
@@ -455,22 +461,21 @@ def test_what_of_gunicorn_is_overridden_is_there_in_the_installed_release():
                 assert list(ours.parameters) == list(its.parameters), name
 
 
-@pytest.mark.parametrize("size", [20_000, 400_000])
-def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service, size):
+def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service):
     service = start_service(MAX_FILE_SIZE="10KiB", MAX_QUEUE="0").wait_ready()
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
-        for path, type in (("/nothing", "image/png"), ("/predict", "text/plain")):
-            connection.request("POST", path, bytes(size), {"Content-Type": type})
+    for size in (20_000, 400_000):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as connection:
+            for path, type in (("/nothing", "image/png"), ("/predict", "text/plain")):
+                connection.request("POST", path, bytes(size), {"Content-Type": type})
+                answer = connection.getresponse()
+                assert (answer.status, answer.getheader("Connection")) == (404 if path == "/nothing" else 415, "close")
+                assert json.loads(answer.read())["status"] == "error"
+            connection.request("POST", "/predict", b"no picture", {"Content-Type": "image/png"})  # read whole
             answer = connection.getresponse()
-            assert (answer.status, answer.getheader("Connection")) == (404 if path == "/nothing" else 415, "close")
-            assert json.loads(answer.read())["status"] == "error"
-        connection.request("POST", "/predict", b"no picture", {"Content-Type": "image/png"})  # read whole
-        answer = connection.getresponse()
-        assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
+            assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
 
 
-def test_refused_clients_that_stay_do_not_stop_the_worker(start_service):
-    service = start_service().wait_ready()
+def test_refused_clients_that_stay_do_not_stop_the_worker(service):
     with contextlib.ExitStack() as stack:
         staying = [stack.enter_context(open_request(service.port, length=10**9)) for _ in range(10)]
         until, slowest = time.monotonic() + 8, 0
@@ -484,8 +489,7 @@ def test_refused_clients_that_stay_do_not_stop_the_worker(start_service):
             assert s.recv(100).split(b" ")[1] == b"413"
 
 
-def test_clients_that_leave_cost_nothing_lasting(start_service):
-    service = start_service().wait_ready()
+def test_clients_that_leave_cost_nothing_lasting(service):
     service.predict(CAT)
     (worker,) = service.workers()
     before = descriptors(worker)
@@ -572,7 +576,7 @@ backend model
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: health_status(url) == 200, 10)
-        with Load(url, 4) as load:
+        with Load(url, 4, pause_s=0.02) as load:
             time.sleep(1)
             assert one.stop() == 0
             time.sleep(0.5)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT
+from conftest import ROOT, Service
 from hanging_model import copy_model_dir
 from traffic import CAT, Load, wait_until, workers_ready
 
@@ -26,8 +26,14 @@ def weights_of(service):
     return requests.get(service.url + "/info").json()["model"]["weights"]["sha256"]
 
 
+@pytest.fixture(scope="module")
+def reloads_dir(tmp_path_factory, model_dir, app):
+    """A MODEL_DIR for resnet18 with the seeds 1 to 3: of each model only KEPT bundles stay, and others use it too."""
+    return copy_model_dir(model_dir, tmp_path_factory.mktemp("reloads"))
+
+
 @pytest.fixture
-def two_workers(start_service, checkpoint, tmp_path):
+def two_workers(start_service, checkpoint, reloads_dir, tmp_path):
     """(a Service of two workers with a resnet18, put(seed) which replaces its weights)."""
     path = tmp_path / "model.pt"
 
@@ -35,7 +41,8 @@ def two_workers(start_service, checkpoint, tmp_path):
         shutil.copy(checkpoint("resnet18", seed=seed), tmp_path / "new.pt")
         os.replace(tmp_path / "new.pt", path)
     put(1)
-    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), WORKERS="2").wait_ready()
+    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), MODEL_DIR=str(reloads_dir),
+                            WORKERS="2").wait_ready()
     wait_until(lambda: workers_ready(service.url) == 2, 30)
     return service, put
 
@@ -43,7 +50,7 @@ def two_workers(start_service, checkpoint, tmp_path):
 def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
     service, put = two_workers
     workers, before = service.workers(), weights_of(service)
-    with Load(service.url, 2) as load:
+    with Load(service.url, 2, pause_s=0.03) as load:
         time.sleep(0.3)
         put(2)
         done = reload(service)
@@ -86,12 +93,21 @@ def test_a_replaced_model_gives_its_memory_back(service):
     assert sizes[-1] < sizes[1] + 25, sizes  # a model takes 60
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
-def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_path, damage):
-    path = tmp_path / "model.pt"
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory, checkpoint, reloads_dir):
+    """(a ready Service with a resnet18, the path of its weights)."""
+    path = tmp_path_factory.mktemp("resnet18") / "model.pt"
     shutil.copy(checkpoint("resnet18", seed=1), path)
-    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path)).wait_ready()
-    workers = service.workers()
+    running = Service(path.parent, {"MODEL_NAME": "resnet18", "MODEL_PATH": str(path), "DEVICE": "cpu",
+                                    "MODEL_DIR": str(reloads_dir)})
+    yield running.wait_ready(), path
+    running.kill()
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "other"])
+def test_reload_of_a_bad_model_changes_nothing(resnet18, checkpoint, damage):
+    service, path = resnet18
+    workers, so_far = service.workers(), len(service.log)
     if damage == "missing":
         path.unlink()
     else:
@@ -100,18 +116,19 @@ def test_reload_of_a_bad_model_changes_nothing(start_service, checkpoint, tmp_pa
                           capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "the old model goes on serving" in done.stderr
-    assert "reload failed" in service.log
+    assert "reload failed" in service.log[so_far:]
     wait_until(lambda: service.workers() == workers, 10)  # and nothing is left of the check's own process
     assert service.predict(CAT).status_code == 200
     os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
-    wait_until(lambda: service.log.count("model ready") == 2, 30)
+    wait_until(lambda: "model ready" in service.log[so_far:], 30)
     assert service.wait_ready().predict(CAT).status_code == 200
 
 
-def test_a_reload_of_several_models_is_all_or_nothing(start_service, checkpoint, tmp_path):
+def test_a_reload_of_several_models_is_all_or_nothing(start_service, checkpoint, reloads_dir, tmp_path):
     path = tmp_path / "model.pt"
     shutil.copy(checkpoint("resnet18", seed=1), path)
-    service = start_service(MODELS="efficientnet_lite0,other@1=resnet18", OTHER__1__MODEL_PATH=str(path)).wait_ready()
+    service = start_service(MODELS="efficientnet_lite0,other@1=resnet18", OTHER__1__MODEL_PATH=str(path),
+                            MODEL_DIR=str(reloads_dir)).wait_ready()
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     (tmp_path / "broken.pt").replace(path)
     command = reload(service)
@@ -162,15 +179,25 @@ def test_new_code_of_a_model_of_ones_own_is_reloaded_whatever_it_prints_and_leav
     assert {answer_of(service, 4) for _ in range(8)} == {120}
 
 
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory, model_dir):
+    """(a ready Service with OWN and another model, the path of its code)."""
+    path = tmp_path_factory.mktemp("twice") / "own_model.py"
+    path.write_text(OWN.replace("FACTOR", "2"))
+    running = Service(path.parent, {"MODELS": "twice=own_model:Twice,efficientnet_lite0", "DEVICE": "cpu",
+                                    "PYTHONPATH": str(path.parent), "MODEL_DIR": str(model_dir)})
+    yield running.wait_ready(), path
+    running.kill()
+
+
 @pytest.mark.parametrize(("code", "why"), [
     ("import nothing_of_this_name", "own_model:Twice cannot be served: importing it failed: ModuleNotFoundError"),
     (OWN.replace("FACTOR", "None"), "fails its self-test"),
     (OWN.replace("FACTOR", "os._exit(3)"), "ended prematurely"),
     (OWN.replace("class Twice", "class Thrice"), "own_model:Twice cannot be served: Twice is not in own_model")])
-def test_broken_code_of_a_model_of_ones_own_changes_nothing(start_service, tmp_path, code, why):
-    (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "2"))
-    service = start_service(MODELS="twice=own_model:Twice,efficientnet_lite0", PYTHONPATH=str(tmp_path)).wait_ready()
-    (tmp_path / "own_model.py").write_text(code)
+def test_broken_code_of_a_model_of_ones_own_changes_nothing(twice, code, why):
+    service, path = twice
+    path.write_text(code)
     command = reload(service)
     stderr = command.communicate(timeout=30)[1]
     assert command.returncode == 1

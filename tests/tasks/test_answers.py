@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, photo, post
+from conftest import encoded, exported, photo, post
 from PIL import Image
 
 from app import create_app
@@ -27,8 +27,8 @@ def seeded(request, checkpoint, model_dir):
     """(test client, function from an RGB PIL image to torchvision's probabilities) for one seeded model."""
     name, engine = request.param
     path = checkpoint(name)
-    app = create_app(Settings.parse({"MODEL_NAME": name, "MODEL_PATH": str(path), "MODEL_DIR": str(model_dir),
-                                     "ENGINE": engine, "DEVICE": "cpu"}))
+    app = create_app(exported(Settings.parse({"MODEL_NAME": name, "MODEL_PATH": str(path), "ENGINE": engine,
+                                              "MODEL_DIR": str(model_dir), "DEVICE": "cpu"})))
     module = torchvision().models.get_model(name)
     module.load_state_dict(torch.load(path, weights_only=True))
     module.eval()
@@ -154,7 +154,7 @@ def test_a_checkpoint_gets_the_preprocessing_of_its_training(checkpoint, model_d
         expected = module.eval()(preset(image)[None]).softmax(1)[0].numpy()
     variables = {"MODEL_NAME": "resnet18", "MODEL_PATH": str(path), "MODEL_DIR": str(model_dir), "DEVICE": "cpu"}
     setting = "resize=150 crop=128 interpolation=bicubic mean=0.5,0.4,0.3 std=0.2,0.25,0.3"
-    client = create_app(Settings.parse({**variables, "PREPROCESSING": setting})).test_client()
+    client = create_app(exported(Settings.parse({**variables, "PREPROCESSING": setting}))).test_client()
     check(client, encoded(image), expected, k=5)
     assert client.get("/info").json["model"]["input_size"] == [128, 128]
     for other, exists in ((setting, True), ("", False), ("resize=150", False)):
@@ -168,7 +168,7 @@ def test_a_fine_tuned_head_is_read_off_the_weights(checkpoint, model_dir, tmp_pa
     variables = {"MODEL_NAME": "mobilenet_v2", "MODEL_PATH": str(path), "MODEL_DIR": str(model_dir)}
     for labels, names in (({}, {"class_0", "class_1", "class_2"}),
                           ({"LABELS_PATH": str(tmp_path / "labels.txt")}, {"cat", "dog", "fish"})):
-        client = create_app(Settings.parse({**variables, **labels})).test_client()
+        client = create_app(exported(Settings.parse({**variables, **labels}))).test_client()
         answer = post(client, encoded(photo("coffee"))).json["predictions"]
         assert {p["class"] for p in answer} == names  # three, although five are asked for by default
         assert sum(p["confidence"] for p in answer) == pytest.approx(1)

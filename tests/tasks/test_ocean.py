@@ -2,6 +2,7 @@
 once more without the service's code; every form of the checkpoint loads, every other is refused in one line."""
 import base64
 import dataclasses
+import functools
 import io
 import subprocess
 import sys
@@ -194,9 +195,10 @@ def test_answers_of_other_options_are_not_those_of_the_cache(ocean_app, ocean_se
 
 # ---- checkpoints ----
 
-def network(backbone, outputs=5):
+@functools.cache
+def resnet18_state():
     torch.manual_seed(1)
-    return networks.OceanNetwork(outputs, backbone)
+    return networks.OceanNetwork(5, "resnet18").state_dict()
 
 
 def saved(content, path):
@@ -227,7 +229,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_checkpoint_loads(form, tmp_path):
-    state = network("resnet18").state_dict()
+    state = resnet18_state()
     loaded = load_ocean(saved(FORMS[form](state), tmp_path / form))
     assert loaded.labels == (TRAITS if form.startswith("as trained") else [
         "extraversion", "neuroticism", "agreeableness", "conscientiousness", "openness"])
@@ -269,7 +271,7 @@ def cut(state, *names):
     (lambda s: nn.Linear(2, 2), "a pickled model would run code and is refused"),
 ])
 def test_other_checkpoints_are_refused_in_one_line(change, message, tmp_path):
-    path = saved(change(network("resnet18").state_dict()), tmp_path / "other.pt")
+    path = saved(change(resnet18_state()), tmp_path / "other.pt")
     with pytest.raises(WeightsError) as e:
         load_ocean(path)
     assert message in str(e.value)

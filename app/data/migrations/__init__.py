@@ -1,4 +1,6 @@
 """Migrations of the tables, run by Alembic. A new one: a file in versions/ whose down_revision is the last one."""
+import logging
+
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.runtime.environment import EnvironmentContext
@@ -6,6 +8,8 @@ from alembic.script import ScriptDirectory
 
 from app.config import StartError
 from app.data.schema import metadata
+
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def upgrade(connection):

@@ -1,0 +1,160 @@
+"""Blocking calls of greenlets: nothing waits for long for a service that hangs, and all is as before once it is back.
+"""
+import threading
+import time
+
+import gevent
+import pytest
+from conftest import need
+from servers import Postgres
+
+from app.data import background, postgres
+from app.data.background import THREADS, WAITING, Background
+from app.data.database import Database
+from app.errors import ServiceError
+
+
+@pytest.fixture
+def away():
+    return Background("HISTORY_UNAVAILABLE", "The history is away.")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Refusals that do not last, so that the tests do not either."""
+    monkeypatch.setattr(background, "AWAY_S", 0.2)
+
+
+def fail():
+    raise OSError("refused")
+
+
+def refused(away, call, *arguments, **options):
+    with pytest.raises(ServiceError) as e:
+        away.run(call, *arguments, **options)
+    assert (e.value.status, e.value.code, e.value.message) == (503, "HISTORY_UNAVAILABLE", "The history is away.")
+    assert e.value.retry_after() == 5
+    return e.value
+
+
+def test_a_call_runs_beside_the_event_loop(away):
+    turns = []
+
+    def count():
+        while True:
+            turns.append(1)
+            gevent.sleep(0.01)
+    counting = gevent.spawn(count)
+    assert away.run(lambda: (time.sleep(0.3), threading.current_thread())[1]) is not threading.current_thread()
+    counting.kill()
+    assert len(turns) > 5
+
+
+def test_errors_of_the_service_are_those_of_the_call(away):
+    def missing():
+        raise ServiceError(404, "NOT_FOUND", "There is none.")
+    for _ in range(2):  # it answers, so the second call is made too
+        with pytest.raises(ServiceError, match="There is none"):
+            away.run(missing)
+
+
+def test_after_a_failure_one_call_at_a_time_tries_whether_it_is_back(away):
+    calls = []
+    refused(away, fail)
+    refused(away, calls.append, 1)
+    time.sleep(0.25)
+    waiting, goes_on = [], threading.Event()
+    probe = gevent.spawn(away.run, goes_on.wait)
+    gevent.sleep(0.05)
+    waiting += [gevent.spawn(refused, away, calls.append, number) for number in range(5)]
+    gevent.joinall(waiting, raise_error=True, timeout=5)
+    assert calls == []
+    goes_on.set()
+    assert probe.get(timeout=5) is True
+    away.run(calls.append, 2)
+    assert calls == [2]
+
+
+def test_a_call_that_hangs_is_not_waited_for(away):
+    goes_on = threading.Event()
+    try:
+        assert "no answer" in str(refused(away, goes_on.wait, within_s=0.2).__cause__)
+    finally:
+        goes_on.set()
+
+
+def test_calls_that_have_not_begun_in_time_are_not_made(away):
+    goes_on, made = threading.Event(), []
+    hanging = [gevent.spawn(refused, away, goes_on.wait, within_s=0.3) for _ in range(THREADS)]
+    gevent.sleep(0.05)
+    waiting = [gevent.spawn(refused, away, made.append, number, within_s=0.3) for number in range(WAITING)]
+    gevent.sleep(0.05)
+    refused(away, made.append, "one too many")
+    try:
+        gevent.joinall([*hanging, *waiting], raise_error=True, timeout=10)
+    finally:
+        goes_on.set()
+    gevent.sleep(0.3)
+    assert away.run(lambda: "answer") == "answer"
+    assert made == []
+    gevent.sleep(0.1)
+    assert away.unfinished == 0
+
+
+def test_the_time_limit_of_the_request_is_not_taken_for_the_services(away):
+    goes_on = threading.Event()
+    try:
+        with pytest.raises(gevent.Timeout), gevent.Timeout(0.1):
+            away.run(goes_on.wait)
+        assert away.run(lambda: "answer") == "answer"
+    finally:
+        goes_on.set()
+
+
+def test_it_needs_no_more_threads_or_connections_after_outages(away, tmp_path, monkeypatch):
+    need("initdb")
+    monkeypatch.setattr(postgres.Connection, "answer_within_s", 0.5)
+    server = Postgres(tmp_path).start()
+    database = Database(server.database())
+
+    def select():
+        with database.read() as connection:
+            return connection.exec_driver_sql("SELECT 1").scalar()
+
+    def storm():
+        """Many calls at once; how many were answered."""
+        def call():
+            try:
+                return away.run(select, within_s=0.4)
+            except ServiceError:
+                return 0
+        calls = [gevent.spawn(call) for _ in range(30)]
+        gevent.joinall(calls)
+        return sum(one.value for one in calls)
+
+    def back():
+        until = time.monotonic() + 20
+        while not storm():
+            assert time.monotonic() < until
+            gevent.sleep(0.1)
+        while away.unfinished:
+            assert time.monotonic() < until
+            gevent.sleep(0.05)
+    try:
+        back()
+        threads = threading.active_count()
+        for _ in range(2):
+            server.pause()
+            assert storm() == 0
+            server.kill()
+            assert storm() == 0
+            server.start()
+            back()
+        assert threading.active_count() <= max(threads, THREADS + 1)
+        assert away.pool.size <= THREADS
+        assert database.engine.pool.checkedout() == 0
+        found = server.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'test1'")
+        assert found[0][0] <= 4
+    finally:
+        database.close()
+        server.remove()

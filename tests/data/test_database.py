@@ -1,0 +1,289 @@
+"""The database makes and migrates its tables itself, whoever comes first, and comes back by itself after an outage."""
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import sqlalchemy
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from conftest import ROOT, need
+from servers import Postgres, is_running
+from sqlalchemy import func, insert, select
+
+from app.config import StartError
+from app.data import database as module
+from app.data import postgres
+from app.data.database import Database, was_too_slow
+from app.data.schema import REVISION, deliveries, metadata
+
+RETURNS_WITHIN_S = 20
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """URL of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'data' / 'service.db'}"
+    return request.getfixturevalue("postgres_server").database()
+
+
+@pytest.fixture
+def database(url):
+    found = Database(url)
+    yield found
+    found.close()
+
+
+def row(number, **columns):
+    return {"id": f"{number}", "job_id": "a", "url": "", "state": "pending", "created_at": 1.0, "attempts_json": "[]",
+            **columns}
+
+
+def count(database):
+    with database.read() as connection:
+        return connection.execute(select(func.count()).select_from(deliveries)).scalar()
+
+
+def run_all(programs):
+    """Run Python programs side by side; returns their exit codes and what they print."""
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True) for program in programs]
+    texts = [process.communicate(timeout=60)[0] for process in processes]
+    return [process.returncode for process in processes], "".join(texts)
+
+
+def run_forked(number, url, body):
+    """Run a program in that many processes at once, forked from one that has imported all; returns what they print."""
+    program = (f"import os, sys, traceback\nimport app.data.migrations\nfrom app.data.database import Database\n"
+               f"from app.data.schema import *\nchildren, database = [], Database({url!r})\n"
+               f"def body(number):\n    {body}\n"
+               f"for number in range({number}):\n    children.append(os.fork())\n    if not children[-1]:\n"
+               "        try: body(number)\n        except BaseException: traceback.print_exc(); os._exit(1)\n"
+               "        os._exit(0)\n"
+               "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))")
+    codes, text = run_all([program])
+    assert codes == [0], text
+
+
+def test_migrations_make_the_tables_that_the_code_expects(database):
+    with database.begin() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+        indexes = {(table.name, index.name) for table in metadata.tables.values() for index in table.indexes}
+        found = sqlalchemy.inspect(connection)
+        assert {(table, index["name"]) for table in found.get_table_names()
+                for index in found.get_indexes(table) if not index.get("duplicates_constraint")
+                and index["name"] != "jobs_idempotency"} == indexes
+
+
+def test_tables_that_are_up_to_date_cost_no_import_of_alembic(database, url):
+    database.migrate()
+    program = (f"import sys; from app.data.database import Database; database = Database({url!r})\n"
+               "with database.read() as c: c.exec_driver_sql('SELECT 1')\n"
+               "assert database.current; sys.exit('alembic' in sys.modules)")
+    assert run_all([program]) == ([0], "")
+
+
+def test_one_of_several_processes_migrates(url):
+    run_forked(8, url, "with database.begin() as c: c.execute(deliveries.insert().values(id=number, job_id='a', url='',"
+                       "state='pending', created_at=1.0, attempts_json='[]'))")
+    database = Database(url)
+    assert count(database) == 8
+    assert database.revision() == REVISION
+    database.close()
+
+
+def test_a_process_that_ends_in_the_middle_of_a_migration_leaves_nothing(url):
+    program = ("import os, sqlalchemy; from app.data.database import Database\n"
+               f"database, statements = Database({url!r}), []\n"
+               "@sqlalchemy.event.listens_for(database.engine, 'after_cursor_execute')\n"
+               "def after(connection, cursor, statement, *_):\n"
+               "    statements.append(statement)\n"
+               "    if 'CREATE TABLE history' in statement: os._exit(7)\n"
+               "database.migrate()")
+    assert run_all([program])[0] == [7]
+    database = Database(url)
+    assert database.revision() is None
+    with database.read() as connection:
+        assert {"history", "jobs"} <= set(sqlalchemy.inspect(connection).get_table_names())
+    database.close()
+
+
+def test_tables_of_a_newer_version_are_refused_and_left_alone(database):
+    database.migrate()
+    with database.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    older = Database(database.url)
+    for _ in range(2):
+        with pytest.raises(StartError, match="newer version of this service .revision 9999."), older.begin():
+            pass
+    older.close()
+    assert database.revision() == "9999"
+
+
+def test_migrate_by_hand(url):
+    def migrate(**variables):
+        variables = {**{k: v for k, v in os.environ.items() if k != "HISTORY"}, "DATABASE_URL": url, **variables}
+        done = subprocess.run([sys.executable, "-m", "app", "migrate"], cwd=ROOT, env=variables, text=True,
+                              capture_output=True, check=False)
+        return done.returncode, (done.stdout + done.stderr).splitlines()[-1]
+    assert migrate() == (1, "error: there is no database: JOBS and HISTORY are off")
+    assert migrate(HISTORY="on") == (0, f"the tables are now those of revision {REVISION}")
+    assert migrate(HISTORY="on") == (0, f"the tables are up to date (revision {REVISION})")
+    assert migrate(HISTORY="on", DATABASE_URL="postgresql+psycopg://nobody:secret@127.0.0.1:1/none")[0] == 1
+
+
+def test_who_waits_for_a_migration_gives_up_after_a_while(database):
+    other = Database(database.url)
+    assert other.revision() is None
+    with other.alone(5), pytest.raises(sqlalchemy.exc.SQLAlchemyError):
+        database.migrate(wait_s=0.2)
+    assert database.migrate() is True
+    other.close()
+
+
+def test_nobody_else_may_read_the_file(tmp_path):
+    database = Database(f"sqlite:///{tmp_path / 'data' / 'service.db'}")
+    with database.begin() as connection:
+        connection.execute(insert(deliveries), [row(1)])
+        names = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").iterdir()}
+    assert {names.pop(name) for name in ("service.db", "service.db-wal", "service.db-shm")} == {0o600}
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    database.close()
+
+
+def test_several_processes_write_at_once(url):
+    run_forked(4, url, """for i in range(60):
+        with database.begin() as c:
+            c.execute(deliveries.select().limit(1)).all()  # a deadlock, if the lock for writing came later
+            c.execute(deliveries.insert().values(id=f"{number}-{i}", job_id="a", url="", state="pending",
+                                                 created_at=1.0, attempts_json="[]"))
+        with database.read() as c:
+            c.execute(deliveries.select().limit(1)).all()""")
+    database = Database(url)
+    assert count(database) == 240
+    database.close()
+
+
+def test_a_reader_waits_for_no_writer_and_sees_one_state(database):
+    with database.begin() as connection:
+        connection.execute(insert(deliveries), [row(1)])
+    started = time.monotonic()
+    with database.begin() as writer:
+        writer.execute(insert(deliveries), [row(2)])
+        assert count(database) == 1
+    assert time.monotonic() < started + module.STATEMENT_WITHIN_S
+    assert count(database) == 2
+    with database.read() as reader:
+        for _ in range(2):
+            assert reader.execute(select(func.count()).select_from(deliveries)).scalar() == 2
+            if database.is_sqlite:  # PostgreSQL shows what others have committed meanwhile
+                with database.begin() as connection:
+                    connection.execute(insert(deliveries), [row(time.monotonic_ns())])
+
+
+def test_a_statement_that_takes_too_long_is_ended(url, monkeypatch):
+    monkeypatch.setattr(module, "STATEMENT_WITHIN_S", 0.5)
+    database = Database(url)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    with pytest.raises(sqlalchemy.exc.OperationalError) as e, database.read() as connection:
+        connection.exec_driver_sql(numbers)
+    assert was_too_slow(e.value)
+    assert count(database) == 0
+    database.close()
+
+
+# --- outages ---
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory):
+    """A PostgreSQL for tests that stop it."""
+    need("initdb")
+    server = Postgres(tmp_path_factory.mktemp("own")).start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def on_own_server(own_server):
+    database = Database(own_server.database())
+    database.migrate()
+    yield database
+    database.close()
+
+
+def returns(call):
+    """Its value, once it no longer fails."""
+    until = time.monotonic() + RETURNS_WITHIN_S
+    while True:
+        try:
+            return call()
+        except (sqlalchemy.exc.SQLAlchemyError, OSError):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+def test_it_comes_back_after_the_server_was_gone(on_own_server, own_server, end):
+    assert count(on_own_server) == 0
+    getattr(own_server, end)()
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        count(on_own_server)
+    own_server.start()
+    assert returns(lambda: count(on_own_server)) == 0
+    assert on_own_server.engine.pool.checkedout() == 0
+    getattr(own_server, end)()
+    own_server.start()
+    assert count(on_own_server) == 0  # with a new connection, as the old one is found to be dead
+
+
+def test_a_server_that_hangs_holds_nobody_for_good(on_own_server, own_server, monkeypatch):
+    monkeypatch.setattr(postgres.Connection, "answer_within_s", 1)
+    assert count(on_own_server) == 0
+    failures = []
+
+    def fail():
+        try:
+            count(on_own_server)
+        except sqlalchemy.exc.SQLAlchemyError as e:
+            failures.append(e)
+    threads = [threading.Thread(target=fail) for _ in range(6)]  # more than there are connections
+    own_server.pause()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(RETURNS_WITHIN_S)
+        assert len(failures) == 6
+    finally:
+        own_server.resume()
+    assert returns(lambda: count(on_own_server)) == 0
+    assert on_own_server.engine.pool.checkedout() == 0
+    name = on_own_server.url.database
+    backends = f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}' AND state = 'active'"
+    assert returns(lambda: own_server.execute(backends)) == []
+
+
+def test_a_writer_that_is_killed_blocks_nobody(url):
+    database = Database(url)
+    database.migrate()
+    program = (f"from app.data.database import Database; from app.data.schema import *; import time\n"
+               f"database = Database({url!r})\n"
+               "with database.begin() as c:\n"
+               "    c.execute(deliveries.insert().values(id='1', job_id='a', url='', state='', created_at=1.0,"
+               "attempts_json='[]'))\n    print('written', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "written\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not is_running(process.pid)
+    with database.begin() as connection:
+        connection.execute(insert(deliveries), [row(1)])
+    assert count(database) == 1
+    database.close()

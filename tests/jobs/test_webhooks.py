@@ -1,0 +1,301 @@
+"""Callbacks: which URLs, how they are signed, and that every delivery is made at least once and recorded."""
+import base64
+import hashlib
+import hmac
+import json
+import re
+import threading
+import time
+import uuid
+
+import pytest
+from conftest import ROOT
+from hostile_server import HostileServer, repeatedly
+from sqlalchemy import insert, select, update
+
+from app.config import Settings, SettingsError
+from app.data import schema
+from app.data.database import Database
+from app.errors import ServiceError
+from app.jobs import webhooks
+
+SECRET = "a secret of 23 characters".replace(" ", "_")
+ACCEPTED = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def settings(**variables):
+    return Settings.parse({"JOBS": "on", "CALLBACK_SECRET": SECRET, "PRIVATE_NETWORKS": "127.0.0.0/8",
+                           **variables}).optional
+
+
+@pytest.fixture
+def receiver():
+    one = HostileServer({"/hook": ACCEPTED})
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def database(request, tmp_path):
+    one = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    yield one
+    one.close()
+
+
+def due(database, url, **columns):
+    """A delivery that is due; returns its id."""
+    row = {"id": uuid.uuid4().hex, "job_id": "j1", "url": url, "state": "pending", "created_at": time.time(),
+           "next_at": time.time() - 1, "attempts_json": "[]", **columns}
+    with database.begin() as connection:
+        connection.execute(insert(schema.deliveries).values(row))
+    return row["id"]
+
+
+def delivery(database, delivery_id):
+    with database.read() as connection:
+        found = connection.execute(select(schema.deliveries).where(schema.deliveries.c.id == delivery_id))
+        row = found.mappings().one()
+        return {**row, "attempts": json.loads(row["attempts_json"])}
+
+
+def body_of(job_id):
+    return {"id": job_id, "state": "succeeded", "result": {"text": "naïve ☃"}}
+
+
+def allowing(receiver, **variables):
+    return settings(CALLBACK_URLS=receiver.url + "/", **variables)
+
+
+# --- URLs ---
+
+@pytest.mark.parametrize("url", [
+    "https://example.org/hook", "http://example.org/hook?a=1", "http://10.1.2.3/", "https://example.org:443/",
+])
+def test_any_public_host_may_be_called_unless_settings_say_which(url):
+    webhooks.check_callback(url, settings(PRIVATE_NETWORKS="10.0.0.0/8"))
+
+
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1/", "http://localhost/", "http://[::1]/", "http://169.254.169.254/latest/meta-data",
+    "http://2130706433/", "https://example.org:8443/", "http://example.org:22/", "ftp://example.org/", "s3://bucket/key",
+    "http://user:secret@example.org/", "/hook", "", None, 5, "https://example.org/\r\nX: y",
+])
+def test_other_urls_may_not(url):
+    with pytest.raises(ServiceError, match="callback_url must be") as e:
+        webhooks.check_callback(url, settings(PRIVATE_NETWORKS=""))
+    assert (e.value.status, e.value.code) == (400, "INVALID_PARAMETER")
+
+
+def test_only_what_callback_urls_allows():
+    optional = settings(CALLBACK_URLS="https://example.org:8443/hooks/,https://*.example.net")
+    for url in ("https://example.org:8443/hooks/1", "https://a.example.net/x"):
+        webhooks.check_callback(url, optional)
+    for url in ("https://example.org/hooks/1", "https://example.org:8443/", "https://example.net/",
+                "https://example.org:8443/hooks/../x"):
+        with pytest.raises(ServiceError, match="CALLBACK_URLS"):
+            webhooks.check_callback(url, optional)
+
+
+def test_without_a_secret_there_are_no_callbacks():
+    with pytest.raises(ServiceError, match="CALLBACK_SECRET") as e:
+        webhooks.check_callback("https://example.org/", settings(CALLBACK_SECRET=""))
+    assert e.value.code == "INVALID_PARAMETER"
+
+
+def test_a_secret_that_cannot_be_decoded_is_a_mistake_in_the_settings():
+    for secret in ("whsec_" + 20 * "?", "whsec_abcdefghijklmnopqrstuvw", "too short"):
+        with pytest.raises(SettingsError, match="CALLBACK_SECRET") as e:
+            settings(CALLBACK_SECRET=secret)
+        assert secret not in str(e.value)
+
+
+# --- signatures ---
+
+def verified(request, key):
+    """The message in a received request, whose signature is computed here as the specification of Standard Webhooks
+    says: HMAC-SHA256 of id.timestamp.body, in base64, after "v1,"."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    lines = [line.split(b": ", 1) for line in head.split(b"\r\n")[1:]]
+    headers = {name.lower().decode(): value.decode() for name, value in lines}
+    signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    expected = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    assert abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+    assert headers["content-type"] == "application/json"
+    message = json.loads(body)
+    assert message["id"] == headers["webhook-id"]
+    return message
+
+
+def test_the_specifications_example():
+    """https://github.com/standard-webhooks/standard-webhooks, spec/standard-webhooks.md"""
+    headers = webhooks.signed("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330,
+                              b'{"test": 2432232314}')
+    assert headers["Webhook-Signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(("secret", "key"), [
+    (SECRET, SECRET.encode()), ("whsec_" + base64.b64encode(bytes(range(32))).decode(), bytes(range(32)))])
+def test_messages_are_signed(receiver, secret, key):
+    row = {"id": "d1", "url": receiver.url + "/hook"}
+    made = webhooks.deliver(row, body_of("j1"), allowing(receiver, CALLBACK_SECRET=secret))
+    assert (made["status"], made["error"]) == (204, None)
+    assert made["ms"] >= 0
+    assert abs(made["at"] - time.time()) < 60
+    assert verified(receiver.requests[0], key) == {"event": "job.succeeded", "id": "d1", "job": body_of("j1")}
+
+
+def test_the_readmes_receiver_accepts_them_and_no_others(receiver):
+    code = re.search(r"<!-- verify -->\n```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+    exec(code, readme := {})
+    body = b'{"event": "job.failed"}'
+    for secret in (SECRET, "whsec_" + base64.b64encode(bytes(32)).decode()):
+        headers = webhooks.signed(secret, "d1", int(time.time()), body)
+        readme["verify"](secret, headers, body)
+        old = webhooks.signed(secret, "d1", int(time.time()) - 400, body)
+        for forged in (("another" + SECRET, headers, body), (secret, headers, body + b" "), (secret, old, body),
+                       (secret, {**headers, "Webhook-Id": "d2"}, body)):
+            with pytest.raises(ValueError, match="not from this service"):
+                readme["verify"](*forged)
+
+
+# --- deliveries ---
+
+def test_a_delivery_that_is_accepted_is_over(database, receiver):
+    delivery_id = due(database, receiver.url + "/hook")
+    assert webhooks.run_due(database, allowing(receiver), body_of) == 1
+    row = delivery(database, delivery_id)
+    assert (row["state"], row["next_at"]) == ("delivered", None)
+    assert [(one["status"], one["error"]) for one in row["attempts"]] == [(204, None)]
+    assert webhooks.run_due(database, allowing(receiver), body_of) == 0
+    assert len(receiver.requests) == 1
+
+
+def test_what_is_not_due_yet_waits(database, receiver):
+    due(database, receiver.url + "/hook", next_at=time.time() + 60)
+    due(database, receiver.url + "/hook", state="failed")
+    assert webhooks.run_due(database, allowing(receiver), body_of) == 0
+    assert receiver.requests == []
+
+
+@pytest.mark.parametrize(("answer", "status", "error"), [
+    (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n", 500, None),
+    (b"HTTP/1.1 302 Found\r\nLocation: /other\r\n\r\n", 302, None),
+    (b"", None, "its server ended the connection before it had sent everything"),
+    (repeatedly(b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.05), None, "no answer within 0.2 s"),
+])
+def test_what_fails_is_repeated_later_with_the_same_id(database, receiver, monkeypatch, answer, status, error):
+    monkeypatch.setattr(webhooks, "WITHIN_S", 0.2 if "no answer" in (error or "") else 10)
+    receiver.answers["/hook"] = answer
+    delivery_id = due(database, receiver.url + "/hook")
+    before = time.time()
+    webhooks.run_due(database, allowing(receiver), body_of)
+    row = delivery(database, delivery_id)
+    assert row["state"] == "pending"
+    assert [(one["status"], one["error"]) for one in row["attempts"]] == [(status, error)]
+    assert before + 5 * 0.8 <= row["next_at"] <= time.time() + 5 * 1.2
+    receiver.answers["/hook"] = ACCEPTED
+    with database.begin() as connection:
+        connection.execute(update(schema.deliveries).values(next_at=time.time()))
+    webhooks.run_due(database, allowing(receiver), body_of)
+    row = delivery(database, delivery_id)
+    assert row["state"] == "delivered"
+    assert [one["status"] for one in row["attempts"]] == [status, 204]
+    assert {verified(request, SECRET.encode())["id"] for request in receiver.requests} == {delivery_id}
+    assert all(request.startswith(b"POST /hook ") for request in receiver.requests)
+
+
+def test_an_address_that_turned_private_is_not_called(database, receiver):
+    """Checked with each attempt, not only when the job was sent."""
+    delivery_id = due(database, receiver.url + "/hook")
+    webhooks.run_due(database, allowing(receiver, PRIVATE_NETWORKS=""), body_of)
+    assert delivery(database, delivery_id)["attempts"][0]["error"] == "the URL or its address is not allowed"
+    assert receiver.requests == []
+
+
+def test_the_time_between_attempts_grows_until_it_ends():
+    delays = [webhooks.next_delay(attempts) for attempts in range(1, 8)]
+    for delay, about in zip(delays, [5, 30, 120, 600, 3600, 21_600], strict=False):
+        assert 0.8 * about <= delay <= 1.2 * about
+    assert delays[6] is None
+    assert len({webhooks.next_delay(1) for _ in range(10)}) > 1
+
+
+def test_after_the_last_attempt_it_has_failed(database, receiver):
+    receiver.answers["/hook"] = b"HTTP/1.1 404 Not Found\r\n\r\n"
+    made = [{"at": 1.0, "status": 404, "error": None, "ms": 1}] * 6
+    delivery_id = due(database, receiver.url + "/hook", attempts_json=json.dumps(made))
+    webhooks.run_due(database, allowing(receiver), body_of)
+    row = delivery(database, delivery_id)
+    assert (row["state"], row["next_at"], len(row["attempts"])) == ("failed", None, 7)
+
+
+def test_a_callback_of_a_job_that_is_gone_has_failed(database, receiver):
+    delivery_id = due(database, receiver.url + "/hook")
+    webhooks.run_due(database, allowing(receiver), lambda job_id: None)
+    assert delivery(database, delivery_id)["state"] == "failed"
+    assert receiver.requests == []
+
+
+def test_a_process_that_is_killed_in_between_loses_nothing(database, receiver):
+    delivery_id = due(database, receiver.url + "/hook")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(job_id):
+        raise Killed
+    with pytest.raises(Killed):
+        webhooks.run_due(database, allowing(receiver), kill)
+    assert webhooks.run_due(database, allowing(receiver), body_of) == 0  # still claimed
+    assert delivery(database, delivery_id)["next_at"] > time.time() + 30
+    with database.begin() as connection:
+        connection.execute(update(schema.deliveries).values(next_at=time.time() - 1))  # a minute later
+    assert webhooks.run_due(database, allowing(receiver), body_of) == 1
+    assert delivery(database, delivery_id)["state"] == "delivered"
+
+
+def check_shared(database, other, receiver):
+    """Two processes' worth of run_due at once deliver each once."""
+    ids = [due(database, receiver.url + "/hook") for _ in range(80)]
+    counts, start = [], threading.Barrier(2)
+
+    def work(one):
+        with one.read():  # it has a connection before they start
+            start.wait(20)
+        while made := webhooks.run_due(one, allowing(receiver), body_of):
+            counts.append(made)
+    threads = [threading.Thread(target=work, args=(one,)) for one in (database, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sum(counts) == 80
+    assert sorted(verified(request, SECRET.encode())["id"] for request in receiver.requests) == sorted(ids)
+    assert {delivery(database, one)["state"] for one in ids} == {"delivered"}
+
+
+def test_several_machines_share_the_deliveries(database, receiver):
+    other = Database(str(database.url))
+    check_shared(database, other, receiver)
+    other.close()
+
+
+def test_several_machines_share_the_deliveries_in_postgresql(postgres_server, receiver):
+    url = postgres_server.database()
+    one, other = Database(url), Database(url)
+    check_shared(one, other, receiver)
+    one.close()
+    other.close()
+
+
+def test_a_slow_receiver_delays_no_other(database, receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "WITHIN_S", 1)
+    receiver.answers["/slow"] = repeatedly(b"", b"", 0.05)
+    slow = [due(database, receiver.url + "/slow") for _ in range(20)]
+    quick = due(database, receiver.url + "/hook")
+    started = time.monotonic()
+    webhooks.run_due(database, allowing(receiver), body_of)
+    assert time.monotonic() - started < 10  # side by side: one after the other takes 20 s
+    assert delivery(database, quick)["state"] == "delivered"
+    assert {delivery(database, one)["state"] for one in slow} == {"pending"}
