@@ -18,7 +18,7 @@ $(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
 	@touch $@
 
 # Those packages, if the environment or .env sets one of these variables.
-OPTIONAL := $(if $(JOBS)$(HISTORY)$(INPUT_URLS)$(shell grep -sE '^ *(export +)?(JOBS|HISTORY|INPUT_URLS) *= *[^ \#]' .env),$(VENV)/jobs-installed)
+OPTIONAL := $(if $(JOBS)$(HISTORY)$(INPUT_URLS)$(shell grep -siE '^ *(export +)?((JOBS|HISTORY)=(on|true|yes|1)|INPUT_URLS=.)' .env),$(VENV)/jobs-installed)
 
 $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -151,7 +151,7 @@ def test_its_configuration_runs_a_job(servers, start_service, start_worker, tmp_
     assert made["worker"]["environment"]["WORKER_PORT"] == "5000"  # where `python -m app health` asks by default
     worker = {name: value for name, value in here("worker").items() if name != "WORKER_PORT"}
     service = start_service(**here("service"))
-    start_worker(MODEL_NAME="efficientnet_lite0", **worker)
+    start_worker(MODEL_NAME="efficientnet_lite0", SHORT_WORKERS="0", **worker)  # the other process takes both queues
     jobs = Jobs(service.wait_ready())
     with open(ROOT / "tests/images/chelsea.jpg", "rb") as file:
         job = jobs.wait(jobs.accepted(files={"file": file}))
