@@ -107,7 +107,8 @@ def run_worker(arguments):
     try:
         from app.jobs import worker
     except ImportError as e:
-        print(f"error: {e.name} is not installed: pip install -r app/jobs/requirements.txt", file=sys.stderr)
+        print(f"error: {e.name} is not installed: make worker installs what is missing, as does pip install "
+              "-r app/jobs/requirements.txt", file=sys.stderr)
         return 1
     return worker.main()
 

@@ -88,6 +88,8 @@ class Supervisor:
         board.own.write(plan=dataclasses.asdict(self.plan))
         self.publish(ready)
         database = Database(self.optional.database)
+        with contextlib.suppress(SQLAlchemyError, OSError):  # it may come later; but not with tables of a newer version
+            database.migrate()
         self.store = Store(database, self.optional)
         upkeep = Upkeep(self.optional, database, self.store, Broker(self.optional), Storage(self.optional.storage),
                         self.instance)
