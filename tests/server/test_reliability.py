@@ -576,7 +576,7 @@ backend model
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: health_status(url) == 200, 10)
-        with Load(url, 4, pause_s=0.02) as load:
+        with Load(url, 4, pause_s=0.05) as load:
             time.sleep(1)
             assert one.stop() == 0
             time.sleep(0.5)

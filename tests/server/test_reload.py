@@ -50,7 +50,7 @@ def two_workers(start_service, checkpoint, reloads_dir, tmp_path):
 def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
     service, put = two_workers
     workers, before = service.workers(), weights_of(service)
-    with Load(service.url, 2, pause_s=0.03) as load:
+    with Load(service.url, 2, pause_s=0.05) as load:
         time.sleep(0.3)
         put(2)
         done = reload(service)
