@@ -4,6 +4,7 @@
 
 Publishes a bundle as the master does; a second process then serves a picture from it as a worker does, and counts the
 lines of the house's modules that were imported for that. Those that only the first process needs are the master's.
+Fails if the worker imports anything of an optional part.
 Ends with 1 where the worker's number is above `most`.
 """
 import json
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+OPTIONAL = ("alembic", "aiohttp", "celery", "fsspec", "kombu", "psycopg", "redis", "s3fs", "sqlalchemy", "app.data",
+            "app.history", "app.jobs", "app.outbound", "app.optional_settings", "app.optional_parts")
 os.environ |= {"DEVICE": "cpu", "MODEL_NAME": "efficientnet_lite0"}  # for resnet50 the same modules, without a download
 
 
@@ -62,6 +65,8 @@ def worker(memory):
     for answer in (client.post("/predict", data={"file": picture}), client.get("/health"), client.get("/info"),
                    client.get("/metrics"), client.get("/", headers={"Accept": "text/html"})):
         assert answer.status_code == 200, answer.text
+    found = [name for name in OPTIONAL if name in sys.modules]
+    assert not found, f"a worker with the default settings imports {', '.join(found)}"
     print(json.dumps(house()), flush=True)
     os._exit(0)
 

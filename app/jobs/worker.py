@@ -49,12 +49,13 @@ class Node:
         self.number, self.queues, self.process, self.start_at = number, queues, None, 0.0
         self.generation = 0
 
-    def start(self, environment, instance):
+    def start(self, environment, instance, devices):
         memory = board.own.descriptor
         command = [sys.executable, "-m", "app.jobs.node", "--number", str(self.number), "--queues",
                    ",".join(self.queues), "--instance", instance]
         if memory is not None:
             command += ["--memory", str(memory)]
+        environment = {**environment, "DEVICE": devices[self.number % len(devices)]}
         self.process = subprocess.Popen(command, env=environment, pass_fds=[] if memory is None else [memory],
                                         start_new_session=True)
         self.generation = board.own.published()["generation"]
@@ -152,7 +153,7 @@ class Supervisor:
                 shared_memory.end_worker(node.number)
                 node.process, node.start_at = None, now + START_AGAIN_S * (node.process.returncode != 0)
             if node.process is None and now >= node.start_at:
-                node.start(self.environment, self.instance)
+                node.start(self.environment, self.instance, self.plan.devices)
 
     def cannot_start(self):
         """Whether the model could not be loaded at the start, by any process."""

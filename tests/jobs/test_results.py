@@ -2,6 +2,8 @@
 import base64
 import hashlib
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -97,6 +99,30 @@ def test_job_of_a_video_counts_frames(jobs):
     assert same(job, expected)
     assert job["queue"] == "long"
     assert job["progress"] == {"done": 3, "total": 3, "unit": "frames"}
+
+
+def test_inputs_lie_in_s3_until_the_job_has_ended(s3_server, redis_server, postgres_server, variables, start_service,
+                                                  start_worker):
+    bucket = s3_server.bucket()
+    servers = {**variables, **s3_server.variables, "STORAGE_URL": f"s3://{bucket}/inputs", "SHORT_WORKERS": "0",
+               "DATABASE_URL": postgres_server.database(), "JOBS_BROKER": redis_server.database()}
+    service, worker = start_service(**servers), start_worker(**servers)
+    jobs = Jobs(service.wait_ready())
+    worker.wait_ready()
+    worker.process.send_signal(signal.SIGSTOP)
+    for pid in worker.nodes():
+        os.kill(pid, signal.SIGSTOP)
+    job_id = jobs.accepted(**FORMS["form"](encoded(photo("chelsea"))))
+    with requests.get(f"{s3_server.url}/{bucket}", timeout=10) as listing:
+        assert f"inputs/{job_id}/0" in listing.text
+    worker.process.send_signal(signal.SIGCONT)
+    for pid in worker.nodes():
+        os.kill(pid, signal.SIGCONT)
+    assert jobs.wait(job_id)["state"] == "succeeded"
+    until = time.monotonic() + 10
+    while job_id in requests.get(f"{s3_server.url}/{bucket}", timeout=10).text:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_input_that_is_gone_fails_the_job(jobs, variables):
