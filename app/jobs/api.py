@@ -75,7 +75,7 @@ class Jobs:
             return earlier, self.store.deliveries(earlier["id"]), False
         is_kept = False
         try:
-            self.store.check(row["input_bytes"])  # which also asks whether the database is there
+            self.store.check(row["owner"], row["input_bytes"])  # which also asks whether the database is there
             self.keep(contents, left)
             check_wanted(left)
             added, is_kept = self.store.add(row)

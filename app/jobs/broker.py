@@ -1,4 +1,7 @@
 """The broker, which carries the IDs of jobs to workers: Redis, or files in a folder. Celery does the work."""
+import collections
+import contextlib
+import json
 import os
 
 from celery import Celery
@@ -21,6 +24,7 @@ class Broker:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             options = {"data_folder_in": str(self.folder), "data_folder_out": str(self.folder),
                        "control_folder": str(self.folder / "control"), "polling_interval": POLL_S}
+            self.remove_damaged()
         else:
             options = {"socket_timeout": timeout_s, "socket_connect_timeout": PUBLISH_WITHIN_S,
                        "socket_keepalive": True, "health_check_interval": 10}
@@ -42,16 +46,27 @@ class Broker:
         for is_last in (False, True):  # the first connection may be one of a broker that has restarted since
             try:
                 return self.celery.send_task(TASK, (job_id,), queue=queue, retry=False, ignore_result=True)
-            except OperationalError as e:
+            except (OperationalError, ValueError) as e:  # ValueError: a file of the folder that is damaged
+                self.remove_damaged()
                 if is_last:
                     raise ConnectionError(f"the broker is away: {e}") from e
 
-    def empty_queues(self):
-        """Names of the queues in which there is no message. Raises OSError."""
+    def remove_damaged(self):
+        """Remove the files that say which queues there are, if they were not written to their end; kombu writes them
+        anew."""
+        for path in (self.folder / "control").glob("*.exchange") if self.folder else ():
+            with contextlib.suppress(OSError):
+                try:
+                    json.loads(path.read_bytes())
+                except ValueError:
+                    path.unlink()
+
+    def waiting(self):
+        """{queue: number of messages in it}. Raises OSError."""
         if self.folder:
-            waiting = {name.rpartition(".")[0].rpartition(".")[2] for name in os.listdir(self.folder)}
-            return [queue for queue in QUEUES if queue not in waiting]
+            found = collections.Counter(name.rpartition(".")[0].rpartition(".")[2] for name in os.listdir(self.folder))
+            return {queue: found[queue] for queue in QUEUES}
         try:
-            return [queue for queue in QUEUES if not self.redis.llen(queue)]
+            return {queue: self.redis.llen(queue) for queue in QUEUES}
         except RedisError as e:
             raise ConnectionError(f"the broker is away: {e}") from e

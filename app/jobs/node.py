@@ -3,6 +3,8 @@
     python -m app.jobs.node --number 1 --queues long,short --memory 5 --instance 0f4b…
 """
 import argparse
+import contextlib
+import ctypes
 import logging.config
 import mmap
 import os
@@ -43,9 +45,10 @@ def main():
     parser.add_argument("--queues", required=True)
     parser.add_argument("--memory", type=int)
     parser.add_argument("--instance", required=True)
+    parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as for the API's workers: each slot is one core
-    end_with_parent()
+    end_with(arguments.parent)
     settings = Settings.load()
     logging.config.dictConfig(logging_config(settings))
     quieten()
@@ -67,18 +70,16 @@ def main():
     counters.own.serves(work.loader.generation)
     threading.Thread(target=look_after, args=(work, arguments.queues.split(",")), daemon=True).start()
     consume(work, arguments)
+    if recorder:
+        recorder.stop()
     logging.shutdown()
-    os._exit(0)  # without waiting for threads that hang in native code
+    os._exit(0 if state.should_stop == 0 else 1)  # without waiting for threads that hang in native code
 
 
-def end_with_parent():
-    """Be killed when the supervisor is: it alone looks after this process."""
-    import ctypes
-    parent = os.getppid()
-    try:
+def end_with(parent):
+    """Be killed when the supervisor is, or end now if it has been: it alone looks after this process."""
+    with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (AttributeError, OSError):
-        return
     if os.getppid() != parent:
         sys.exit(1)
 
@@ -107,7 +108,7 @@ def look_after(work, queues):
         time.sleep(LOOK_EVERY_S)
         logs.flush()
         try:
-            may_work = work.is_idle and work.jobs == jobs and not set(queues) <= set(broker.empty_queues())
+            may_work = work.is_idle and work.jobs == jobs and any(broker.waiting()[name] for name in queues)
         except OSError:  # the broker is away
             may_work = False
         jobs, deaf_since = work.jobs, (deaf_since or time.monotonic()) if may_work else None

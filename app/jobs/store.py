@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 
-from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.config import StartError
@@ -55,10 +55,10 @@ class Store:
     def add(self, row):
         """(row as stored, True), or, if another request with the same key came first, (its row, False). The caller
         publishes the job next. Raises ServiceError OVERLOADED if there are too many unfinished jobs."""
-        now = time.time()
         try:
             with self.database.begin() as connection:
-                self.check_room(connection, row["input_bytes"])
+                self.check_room(connection, row["owner"], row["input_bytes"])
+                now = clock(connection)
                 stored = connection.execute(insert(jobs).values(
                     **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, losses=0, done=0,
                     cancel_requested=False).returning(*jobs.columns)).mappings().one()
@@ -69,17 +69,24 @@ class Store:
                 raise
             return earlier, False
 
-    def check(self, size):
+    def check(self, owner, size):
         """Raises ServiceError OVERLOADED if a job with inputs of this size could not be added now."""
         with self.database.read() as connection:
-            self.check_room(connection, size)
+            self.check_room(connection, owner, size)
 
-    def check_room(self, connection, size):
-        count, total = connection.execute(select(func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
-                                          .where(jobs.c.state.in_(UNFINISHED))).one()
-        if count >= self.optional.max_jobs or total + size > self.optional.max_jobs_storage:
-            raise ServiceError(503, "OVERLOADED", "There are too many unfinished jobs; try again later.",
-                               retry_after_s=30)
+    def check_room(self, connection, owner, size):
+        """With keys, each may use half of what there is at most, so that none can keep the others out."""
+        columns = (func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
+        unfinished = jobs.c.state.in_(UNFINISHED)
+        found = [(1, "", connection.execute(select(*columns).where(unfinished)).one())]
+        if owner:
+            mine = connection.execute(select(*columns).where(unfinished, jobs.c.owner == owner)).one()
+            found.append((2, " of yours", mine))
+        for share, whose, (count, total) in found:
+            if count >= max(1, self.optional.max_jobs // share) or \
+                    total + size > max(size, self.optional.max_jobs_storage // share):
+                raise ServiceError(503, "OVERLOADED", f"There are too many unfinished jobs{whose}; try again later.",
+                                   retry_after_s=30)
 
     def rely_on(self, job_id):
         """Whether the job is still there, and then stays: a client that has sent it again is about to be told of it."""
@@ -126,17 +133,20 @@ class Store:
     def cancel(self, job_id, owner):
         """The row afterwards, or None. A queued job is cancelled, a running one is asked to stop."""
         with self.database.begin() as connection:
-            if not self.end(connection, job_id, "cancelled", [jobs.c.state == "queued", *mine(job_id, owner)]):
-                connection.execute(update(jobs).where(jobs.c.state == "running", *mine(job_id, owner))
-                                   .values(cancel_requested=True))
+            # The lock, for PostgreSQL: its state does not change between the steps.
+            found = connection.execute(select(jobs.c.state).where(*mine(job_id, owner)).with_for_update()).scalar()
+            if found == "queued":
+                self.end(connection, job_id, "cancelled", [jobs.c.state == "queued"])
+            elif found == "running":
+                connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True))
             return row_of(connection.execute(select(jobs).where(*mine(job_id, owner))))
 
     # --- for workers ---
 
     def claim(self, job_id, worker):
         """Begin an attempt: the row, or None if there is nothing to do. worker: "INSTANCE/process ID"."""
-        now = time.time()
         with self.database.begin() as connection:
+            now = clock(connection)
             return row_of(connection.execute(
                 update(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued").values(
                     state="running", attempt=jobs.c.attempt + 1, worker=worker, lease_until=now + LEASE_S,
@@ -146,8 +156,8 @@ class Store:
         """Say that the attempt goes on. Returns whether it should stop, as the client has cancelled it. Raises Lost."""
         with self.database.begin() as connection:
             found = connection.execute(
-                update(jobs).where(*running(job_id, attempt)).values(lease_until=time.time() + LEASE_S, done=done)
-                .returning(jobs.c.cancel_requested)).scalar()
+                update(jobs).where(*running(job_id, attempt)).values(
+                    lease_until=clock(connection) + LEASE_S, done=done).returning(jobs.c.cancel_requested)).scalar()
         if found is None:
             raise Lost(job_id)
         return found
@@ -162,7 +172,7 @@ class Store:
 
     def end(self, connection, job_id, state, where, **values):
         """Make it final if `where` holds, and order its webhook in the same transaction. Returns whether it did."""
-        now = time.time()
+        now = clock(connection)
         found = connection.execute(
             update(jobs).where(jobs.c.id == job_id, *where).values(
                 state=state, ended_at=now, expires_at=now + self.optional.jobs_ttl, lease_until=None, **values)
@@ -176,36 +186,40 @@ class Store:
     def give_back(self, job_id, attempt):
         """End the attempt as if it had not been: the storage is away. Its message is sent again after a while. The job
         fails when that has gone on for too long."""
-        now = time.time()
         with self.database.begin() as connection:
-            if self.end(connection, job_id, "failed",
-                        [*running(job_id, attempt), jobs.c.created_at < now - STORAGE_AWAY_AT_MOST_S],
-                        error_json=json.dumps(STORAGE_AWAY)):
+            now, is_mine = clock(connection), running(job_id, attempt)
+            if self.end(connection, job_id, "cancelled", [*is_mine, jobs.c.cancel_requested]) or \
+                    self.end(connection, job_id, "failed", [*is_mine, jobs.c.created_at < now - STORAGE_AWAY_AT_MOST_S],
+                             error_json=json.dumps(STORAGE_AWAY)):
                 return
-            connection.execute(update(jobs).where(*running(job_id, attempt)).values(**AGAIN, dispatched_at=now))
+            connection.execute(update(jobs).where(*is_mine).values(**AGAIN, dispatched_at=now))
 
     def give_back_all(self, instance):
-        """Queue the jobs of workers that have ended in the middle of them because they were told to."""
+        """Queue the jobs of workers that have ended in the middle of them because they were told to. Returns how many.
+        """
+        where = [jobs.c.state == "running", jobs.c.worker.startswith(f"{instance}/", autoescape=True)]
         with self.database.begin() as connection:
-            return connection.execute(update(jobs).where(
-                jobs.c.state == "running", jobs.c.worker.startswith(f"{instance}/", autoescape=True))
-                .values(**AGAIN, dispatched_at=None)).rowcount
+            for job_id in list(connection.execute(select(jobs.c.id).where(*where, jobs.c.cancel_requested)).scalars()):
+                self.end(connection, job_id, "cancelled", where)
+            return connection.execute(update(jobs).where(*where).values(**AGAIN, dispatched_at=None)).rowcount
 
     # --- for upkeep ---
 
-    def give_up_lost(self, instance=None, is_alive=None):
+    def give_up_lost(self, instance=None, is_alive=None, by_lease=True):
         """[(id, its new state, who had it)] of jobs whose worker was lost: queued again, or final. instance,
-        is_alive(process ID): of the workers that the caller can see, which need no lease to run out."""
-        now, changed = time.time(), []
-        columns = (jobs.c.id, jobs.c.attempt, jobs.c.losses, jobs.c.worker, jobs.c.started_at,
-                   jobs.c.cancel_requested, jobs.c.lease_until)
+        is_alive(process ID): of the workers that the caller can see, which need no lease to run out. by_lease: whether
+        leases count now."""
+        columns, changed = (jobs.c.id, jobs.c.attempt, jobs.c.losses, jobs.c.worker, jobs.c.started_at,
+                            jobs.c.cancel_requested, jobs.c.lease_until), []
         with self.database.read() as connection:
+            now = clock(connection)
             of_mine = jobs.c.worker.startswith(f"{instance}/", autoescape=True) if instance else False
-            found = connection.execute(select(*columns).where(jobs.c.state == "running",
-                                                              or_(jobs.c.lease_until < now, of_mine))
-                                       .limit(AT_ONCE)).all()
+            found = connection.execute(select(*columns).where(
+                jobs.c.state == "running", or_(jobs.c.lease_until < now if by_lease else False, of_mine))
+                .limit(AT_ONCE)).all()
         for row in found:
-            if row.lease_until >= now and is_alive(int(row.worker.rpartition("/")[2])):
+            has_expired = by_lease and row.lease_until < now
+            if not has_expired and is_alive(int(row.worker.rpartition("/")[2])):
                 continue
             state, values = after_loss(row, self.optional.job_timeout)
             where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
@@ -219,15 +233,20 @@ class Store:
                 changed.append((row.id, state, row.worker))
         return changed
 
-    def due(self, empty_queues):
-        """[(id, queue)] of queued jobs whose message seems to be lost, now noted as sent again. empty_queues: names of
-        those in which the broker has no message."""
-        now = time.time()
-        lost = or_(jobs.c.dispatched_at.is_(None), jobs.c.dispatched_at < now - SEND_AGAIN_AFTER_S,
-                   and_(jobs.c.queue.in_(empty_queues), jobs.c.dispatched_at < now - MESSAGE_LOST_AFTER_S))
+    def due(self, waiting):
+        """[(id, queue)] of queued jobs whose message seems to be lost, now noted as sent again. waiting: {queue: number
+        of messages that the broker has in it}."""
         with self.database.begin() as connection:
-            some = select(jobs.c.id).where(jobs.c.state == "queued", lost).order_by(jobs.c.created_at).limit(AT_ONCE)
-            found = connection.execute(update(jobs).where(jobs.c.id.in_(some), jobs.c.state == "queued").values(
+            now, queued = clock(connection), jobs.c.state == "queued"
+            numbers = dict(connection.execute(select(jobs.c.queue, func.count()).where(queued)
+                                              .group_by(jobs.c.queue)).all())
+            lost = [jobs.c.dispatched_at.is_(None)]
+            for queue, messages in waiting.items():
+                if messages < numbers.get(queue, 0):  # those that there are lead to as many jobs
+                    after_s = SEND_AGAIN_AFTER_S if messages else MESSAGE_LOST_AFTER_S
+                    lost.append(and_(jobs.c.queue == queue, jobs.c.dispatched_at < now - after_s))
+            some = select(jobs.c.id).where(queued, or_(*lost)).order_by(jobs.c.created_at).limit(AT_ONCE)
+            found = connection.execute(update(jobs).where(jobs.c.id.in_(some), queued).values(
                 dispatched_at=now, dispatches=jobs.c.dispatches + 1).returning(jobs.c.id, jobs.c.queue))
             return [tuple(row) for row in found]
 
@@ -238,9 +257,11 @@ class Store:
                                .values(dispatched_at=None))
 
     def expire(self):
-        """Remove the jobs whose time is over, with their deliveries. Returns how many."""
+        """Remove the jobs whose time is over, with their deliveries, but none that is still to be called back. Returns
+        how many."""
         with self.database.begin() as connection:
-            ids = list(connection.execute(select(jobs.c.id).where(jobs.c.expires_at < time.time())
+            has_callback = exists().where(deliveries.c.job_id == jobs.c.id, deliveries.c.state == "pending")
+            ids = list(connection.execute(select(jobs.c.id).where(jobs.c.expires_at < clock(connection), ~has_callback)
                                           .limit(AT_ONCE)).scalars())
             if ids:
                 connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(ids)))
@@ -249,9 +270,12 @@ class Store:
 
     def unfinished(self, ids):
         """Those of these jobs that are unfinished, as a set."""
+        found = set()
         with self.database.read() as connection:
-            return set(connection.execute(select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state.in_(UNFINISHED)))
-                       .scalars())
+            for i in range(0, len(ids), AT_ONCE):
+                found |= set(connection.execute(select(jobs.c.id).where(
+                    jobs.c.id.in_(ids[i:i + AT_ONCE]), jobs.c.state.in_(UNFINISHED))).scalars())
+        return found
 
     def counts(self):
         """{(queue, state): number} of unfinished jobs."""
@@ -259,6 +283,13 @@ class Store:
             found = connection.execute(select(jobs.c.queue, jobs.c.state, func.count())
                                        .where(jobs.c.state.in_(UNFINISHED)).group_by(jobs.c.queue, jobs.c.state))
             return {(queue, state): number for queue, state, number in found}
+
+
+def clock(connection):
+    """Unix seconds by the clock of the database, which all machines have in common."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar()
 
 
 def row_of(result):

@@ -3,17 +3,21 @@ machine with a worker does it; the steps are such that several may do them at on
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
+import time
 
 from app.jobs import webhooks
 from app.jobs.answers import job_body
 from app.jobs.broker import QUEUES
-from app.jobs.store import AWAY, UNFINISHED, first_line
+from app.jobs.store import AWAY, LEASE_S, RENEW_EVERY_S, UNFINISHED, first_line
 from app.server import counters, logs
 from app.server.counters import key
 
 TURN_S = 0.5
+GRACE_S = 3 * RENEW_EVERY_S
+JOB_ID = "[0-9a-f]{32}"   # whatever else lies in the storage is not ours
 LEFT_OVER_S = 3600        # the age at which a file in the storage that no unfinished job owns is removed
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,8 @@ class Upkeep:
         self.broker, self.storage, self.instance = broker, storage, instance
         steps = [(self.find_lost, TURN_S), (self.send_again, 2), (self.call_back, TURN_S), (self.count, 2),
                  (self.expire, 3), (self.remove_left_overs, 600)]
+        self.looked_at = time.monotonic()
+        self.leases_count_from = self.looked_at + GRACE_S  # the database may have been away until now
         self.away = set()  # names of steps that fail, each logged once
         self.stopping = threading.Event()
         # Each in a thread of its own, so that a slow storage or receiver delays nothing else.
@@ -62,7 +68,16 @@ class Upkeep:
     # --- the steps ---
 
     def find_lost(self):
-        for job_id, state, worker in self.store.give_up_lost(self.instance, is_alive):
+        now = time.monotonic()
+        if now > self.looked_at + LEASE_S / 2:  # this machine stood still, and its workers too
+            self.leases_count_from = max(self.leases_count_from, now + GRACE_S)
+        self.looked_at = now
+        try:
+            lost = self.store.give_up_lost(self.instance, is_alive, time.monotonic() > self.leases_count_from)
+        except AWAY:  # then nobody could renew a lease
+            self.leases_count_from = time.monotonic() + LEASE_S
+            raise
+        for job_id, state, worker in lost:
             counters.count("jobs_lost", state)
             self.end_stuck(worker)
             log.warning("a worker was lost in the middle of a job", extra={"job": job_id, "state": state})
@@ -78,7 +93,7 @@ class Upkeep:
                 os.kill(int(pid), signal.SIGKILL)
 
     def send_again(self):
-        due = self.store.due(self.broker.empty_queues())
+        due = self.store.due(self.broker.waiting())
         for i, (job_id, queue) in enumerate(due):
             try:
                 self.broker.publish(job_id, queue)
@@ -106,7 +121,7 @@ class Upkeep:
 
     def remove_left_overs(self):
         """Remove the files of jobs that have ended or were never accepted, which a killed process has left."""
-        old = self.storage.prefixes(LEFT_OVER_S)
+        old = [name for name in self.storage.prefixes(LEFT_OVER_S) if re.fullmatch(JOB_ID, name)]
         for job_id in set(old) - self.store.unfinished(old):
             self.storage.delete_all(job_id)
 

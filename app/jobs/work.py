@@ -1,6 +1,7 @@
 """One job in a worker's process: from the database and the storage to its answer, through the same model, slots and
 checks as a prediction."""
 import contextvars
+import hashlib
 import json
 import logging
 import os
@@ -242,6 +243,8 @@ class Work:
     def input(self, about):
         """The input as the task takes it. Raises ServiceError, StorageAway."""
         data = self.read(about["key"], about["bytes"])
+        if hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise ServiceError(500, "INPUT_LOST", "The job's input in the storage is damaged.")
         if about["kind"] == "file":
             return data
         value = json.loads(data)

@@ -52,7 +52,7 @@ class Node:
     def start(self, environment, instance, devices):
         memory = board.own.descriptor
         command = [sys.executable, "-m", "app.jobs.node", "--number", str(self.number), "--queues",
-                   ",".join(self.queues), "--instance", instance]
+                   ",".join(self.queues), "--instance", instance, "--parent", str(os.getpid())]
         if memory is not None:
             command += ["--memory", str(memory)]
         environment = {**environment, "DEVICE": devices[self.number % len(devices)]}
@@ -128,7 +128,7 @@ class Supervisor:
             logs.flush()
             if self.stop_at is not None:
                 if not told:
-                    log.info("stopping: running jobs have %g s to end", self.settings.drain_seconds)
+                    log.info("stopping; waiting up to %g s for running jobs", self.settings.drain_seconds)
                     for node in self.alive():
                         node.signal(signal.SIGTERM)
                     told = True
@@ -190,7 +190,8 @@ class Supervisor:
             self.preparing.terminate()
         if late:
             try:
-                log.info("%d jobs go back to the queue", self.store.give_back_all(self.instance))
+                number = self.store.give_back_all(self.instance)
+                log.info("%d unfinished job%s returned to the queue", number, " was" if number == 1 else "s were")
             except SQLAlchemyError as e:  # their leases run out
                 log.error("running jobs cannot be given back now: %s", first_line(e))
 
