@@ -166,8 +166,7 @@ class Store:
         """End the attempt; result, error: JSON types. Raises Lost."""
         with self.database.begin() as connection:
             if not self.end(connection, job_id, state, running(job_id, attempt), done=done,
-                            result_json=result and json.dumps(result),
-                            error_json=error and json.dumps(error)):
+                            result_json=as_json(result), error_json=as_json(error)):
                 raise Lost(job_id)
 
     def end(self, connection, job_id, state, where, **values):
@@ -289,7 +288,11 @@ def clock(connection):
     """Unix seconds by the clock of the database, which all machines have in common."""
     if connection.dialect.name == "sqlite":
         return time.time()
-    return connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar()
+    return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar())
+
+
+def as_json(value):
+    return None if value is None else json.dumps(value)
 
 
 def row_of(result):

@@ -140,6 +140,28 @@ def test_long_jobs_do_not_starve_short_ones(troubled):
     assert {job["progress"]["done"] for job in found} == {10}
 
 
+def test_jobs_outlive_a_restart_of_the_broker_and_the_database(troubled, request):
+    jobs, worker, service = troubled
+    if "JOBS_BROKER" not in service.variables:
+        pytest.skip("there are no servers")
+    servers = [request.getfixturevalue(name) for name in ("redis_server", "postgres_server")]
+    ids = [jobs.accepted("wait 0.3") for _ in range(8)]
+    for server in servers:
+        server.kill()
+    answer = jobs.submit("wait 0")
+    assert (answer.status_code, answer.json()["error"]) == (503, "JOBS_UNAVAILABLE")
+    assert requests.post(service.url + "/predict", json={"text": "wait 0"}, timeout=30).status_code == 200
+    for server in servers:
+        server.start()
+    until = time.monotonic() + 30
+    while jobs.submit("wait 0").status_code != 202:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    found = [jobs.wait(job_id) for job_id in ids]
+    assert {job["state"] for job in found} == {"succeeded"}
+    assert {job["attempts"] for job in found} == {1}
+
+
 def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(troubled):
     jobs, worker, _ = troubled
     ids = [jobs.accepted("wait 0.2") for _ in range(8)]
