@@ -95,6 +95,9 @@ test-examples: $(VENV)-voice-cloning/installed  ## Run the tests of examples/; V
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/examples/test_iris.py tests/examples/test_speech.py $(ARGS)
 	@env -u MODEL_FALLBACK $(VENV)-voice-cloning/bin/python -m pytest tests/examples/test_voice_cloning.py $(ARGS)
 
+test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's configuration and make jobs-demo with the real programs
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_jobs_demo.py tests/test_compose.py $(ARGS)
+
 SECONDS := 60
 
 fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; SECONDS=600 for longer
@@ -105,5 +108,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs exam test-examples fuzz docker-build
+.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs exam test-examples test-deploy fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -134,6 +134,7 @@ def servers(tmp_path):
     postgres.remove()
 
 
+@pytest.mark.slow  # make test-deploy
 def test_its_configuration_runs_a_job(servers, start_service, start_worker, tmp_path):
     redis, postgres, password = servers
     made = composed(JOBS="on", HISTORY="on", POSTGRES_PASSWORD=password)["services"]

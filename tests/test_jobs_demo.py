@@ -12,6 +12,8 @@ from conftest import ROOT, need
 
 SERVERS = ("redis-server", "initdb", "postgres")
 
+pytestmark = pytest.mark.slow  # make test-deploy
+
 
 @pytest.fixture
 def folder():
