@@ -17,8 +17,10 @@ $(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r app/jobs/requirements.txt
 	@touch $@
 
-# Those packages, if the environment or .env sets one of these variables.
-OPTIONAL := $(if $(JOBS)$(HISTORY)$(INPUT_URLS)$(shell grep -siE '^ *(export +)?((JOBS|HISTORY)=(on|true|yes|1)|INPUT_URLS=.)' .env),$(VENV)/jobs-installed)
+# Those packages, if the environment or .env turns one of these parts on.
+ON := on On ON true True TRUE yes Yes YES 1
+OPTIONAL := $(if $(filter $(ON),$(JOBS) $(HISTORY))$(strip $(INPUT_URLS))$(shell grep -siE \
+	'^ *(export +)?((JOBS|HISTORY) *= *.?(on|true|yes|1)|INPUT_URLS *= *.?[a-z])' .env),$(VENV)/jobs-installed)
 
 $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -7,9 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from app import model_settings
-from app.config import Settings, StartError
-from app.tasks.options import ALL
+try:
+    from app import model_settings
+    from app.config import Settings, StartError
+    from app.tasks.options import ALL
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing.name} is not installed for {sys.executable}: make run installs what the service needs "
+             "into .venv; then write .venv/bin/python -m app")
 
 
 def main():
@@ -106,11 +110,15 @@ def run_traffic(arguments):
 def run_worker(arguments):
     try:
         from app.jobs import worker
-    except ImportError as e:
-        print(f"error: {e.name} is not installed: make worker installs what is missing, as does pip install "
-              "-r app/jobs/requirements.txt", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as e:
+        return lacks(e)
     return worker.main()
+
+
+def lacks(error):
+    print(f"error: {error.name} is not installed for {sys.executable}: run make worker, or install what is missing "
+          "with pip install -r requirements.txt -r app/jobs/requirements.txt", file=sys.stderr)
+    return 1
 
 
 def run_migrate(arguments):
@@ -122,13 +130,18 @@ def run_migrate(arguments):
 
         from app.data.database import MIGRATE_WITHIN_S, Database
         from app.data.schema import REVISION
+    except ModuleNotFoundError as e:
+        return lacks(e)
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     try:
         done = Database(optional.database).migrate(MIGRATE_WITHIN_S)
-    except (StartError, SQLAlchemyError, OSError) as e:
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+    except StartError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (SQLAlchemyError, OSError) as e:
+        print(f"error: {optional.database_variable}: {str(e).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"the tables are now those of revision {REVISION}" if done else
           f"the tables are up to date (revision {REVISION})")
