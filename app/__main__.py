@@ -7,13 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-try:
-    from app import model_settings
-    from app.config import Settings, StartError
-    from app.tasks.options import ALL
-except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} is not installed for {sys.executable}: make run installs what the service needs "
-             "into .venv; then write .venv/bin/python -m app")
+from app import model_settings
+from app.config import Settings, StartError
+from app.tasks.options import ALL
 
 
 def main():
@@ -116,7 +112,7 @@ def run_worker(arguments):
 
 
 def lacks(error):
-    print(f"error: {error.name} is not installed for {sys.executable}: run make worker, or install what is missing "
+    print(f"error: {error.name.partition('.')[0]} is not installed for {sys.executable}: run make worker, or install what is missing "
           "with pip install -r requirements.txt -r app/jobs/requirements.txt", file=sys.stderr)
     return 1
 

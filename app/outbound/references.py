@@ -128,7 +128,7 @@ class NoURL(addresses.NotAllowed):
 def why_not(error):
     """Why a URL is not allowed, in words for clients."""
     if isinstance(error, NoURL):
-        return "it is not an absolute http, https or s3 URL in its plain form"
+        return "it is not an absolute http, https or s3 URL without .., // in its path or a user name"
     if isinstance(error, addresses.NotListed):
         return "it does not begin with an entry of INPUT_URLS"
     if isinstance(error, addresses.PrivateAddress):
