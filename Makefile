@@ -32,7 +32,7 @@ run: $(VENV)/installed $(OPTIONAL)  ## Serve ResNet-50 on port 5000, or Efficien
 worker: $(VENV)/jobs-installed  ## Run the jobs that a service with JOBS=on accepts
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
 
-jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a webhook and the history at work; ARGS=--embedded without Redis and PostgreSQL
+jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.

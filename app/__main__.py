@@ -112,8 +112,9 @@ def run_worker(arguments):
 
 
 def lacks(error):
-    print(f"error: {error.name.partition('.')[0]} is not installed for {sys.executable}: run make worker, or install what is missing "
-          "with pip install -r requirements.txt -r app/jobs/requirements.txt", file=sys.stderr)
+    package = error.name.partition(".")[0]
+    print(f"error: {package} is not installed for {sys.executable}: run make worker, or install what is missing with "
+          "pip install -r requirements.txt -r app/jobs/requirements.txt", file=sys.stderr)
     return 1
 
 

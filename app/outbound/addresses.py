@@ -58,7 +58,7 @@ class Target:
 def check_url(url, allowed_prefixes, private_networks):
     """The Target of a URL. Raises NotAllowed.
 
-    allowed_prefixes: beginnings that end at a slash or at the URL's end, such as https://*.example.org/a/ (which
+    allowed_prefixes: they end at a slash or at the URL's end, such as https://*.example.org/a/ (which
     stands for its subdomains) or s3://bucket/a; None allows http and https to any host on the default port.
     private_networks: texts such as 10.0.0.0/8 that may be reached although they are private. Names are not resolved
     here: is_allowed decides about each address when a connection is made.
@@ -82,7 +82,7 @@ def check_prefixes(variable, prefixes):
         try:
             parse(prefix.replace("://*.", "://", 1))
         except NotAllowed as e:
-            raise SettingsError(f"{variable} must have beginnings of URLs, got {prefix!r}") from e
+            raise SettingsError(f"{variable} must have URL prefixes, got {prefix!r}") from e
 
 
 def parse(url):

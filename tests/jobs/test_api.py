@@ -145,8 +145,9 @@ def test_a_job_is_in_the_database_the_storage_and_the_broker(on_engines):
     assert abs(body.pop("created_at") - time.time()) < 10
     assert body == {"status": "success", "id": body["id"], "state": "queued", "url": f"/jobs/{body['id']}",
                     "request_id": answer.headers["X-Request-ID"], "model": "efficientnet_lite0", "queue": "short",
-                    "started_at": None, "ended_at": None, "expires_at": None, "attempts": 0, "cancel_requested": False, "callback": None, "error": None,
-                    "progress": {"done": 0, "total": 1, "unit": "files"}, "result": None}
+                    "started_at": None, "ended_at": None, "expires_at": None, "attempts": 0, "cancel_requested": False,
+                    "progress": {"done": 0, "total": 1, "unit": "files"}, "callback": None, "error": None,
+                    "result": None}
     row = ask.row(answer)
     key = f"{body['id']}/0"
     assert json.loads(row["inputs_json"]) == [{
