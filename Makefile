@@ -17,8 +17,10 @@ $(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r app/jobs/requirements.txt
 	@touch $@
 
-# Those packages, if the environment or .env sets one of these variables.
-OPTIONAL := $(if $(JOBS)$(HISTORY)$(INPUT_URLS)$(shell grep -siE '^ *(export +)?((JOBS|HISTORY)=(on|true|yes|1)|INPUT_URLS=.)' .env),$(VENV)/jobs-installed)
+# Those packages, if the environment or .env turns one of these parts on.
+ON := on On ON true True TRUE yes Yes YES 1
+OPTIONAL := $(if $(filter $(ON),$(JOBS) $(HISTORY))$(strip $(INPUT_URLS))$(shell grep -siE \
+	'^ *(export +)?((JOBS|HISTORY) *= *.?(on|true|yes|1)|INPUT_URLS *= *.?[a-z])' .env),$(VENV)/jobs-installed)
 
 $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
@@ -30,7 +32,7 @@ run: $(VENV)/installed $(OPTIONAL)  ## Serve ResNet-50 on port 5000, or Efficien
 worker: $(VENV)/jobs-installed  ## Run the jobs that a service with JOBS=on accepts
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
 
-jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a webhook and the history at work; ARGS=--embedded without Redis and PostgreSQL
+jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.

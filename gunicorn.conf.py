@@ -97,7 +97,9 @@ def on_starting(server):
     held[:] = [hold_all(ready)]
     server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
                                        "streams": plan.streams, "slots": plan.slots, "queue": plan.queue,
-                                       "model": lifecycle.titles(ready)})
+                                       "model": lifecycle.titles(ready),
+                                       **({"jobs": "run them with make worker, or python -m app worker"}
+                                          if settings.optional and settings.optional.jobs else {})})
 
 
 def hold_all(ready):

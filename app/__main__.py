@@ -106,11 +106,16 @@ def run_traffic(arguments):
 def run_worker(arguments):
     try:
         from app.jobs import worker
-    except ImportError as e:
-        print(f"error: {e.name} is not installed: make worker installs what is missing, as does pip install "
-              "-r app/jobs/requirements.txt", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as e:
+        return lacks(e)
     return worker.main()
+
+
+def lacks(error):
+    package = error.name.partition(".")[0]
+    print(f"error: {package} is not installed for {sys.executable}: run make worker, or install what is missing with "
+          "pip install -r requirements.txt -r app/jobs/requirements.txt", file=sys.stderr)
+    return 1
 
 
 def run_migrate(arguments):
@@ -122,13 +127,18 @@ def run_migrate(arguments):
 
         from app.data.database import MIGRATE_WITHIN_S, Database
         from app.data.schema import REVISION
+    except ModuleNotFoundError as e:
+        return lacks(e)
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     try:
         done = Database(optional.database).migrate(MIGRATE_WITHIN_S)
-    except (StartError, SQLAlchemyError, OSError) as e:
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
+    except StartError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (SQLAlchemyError, OSError) as e:
+        print(f"error: {optional.database_variable}: {str(e).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"the tables are now those of revision {REVISION}" if done else
           f"the tables are up to date (revision {REVISION})")

@@ -86,7 +86,7 @@ def path(text):
 
 def yes_or_no(text):
     if text.lower() not in YES_OR_NO:
-        raise ValueError("true or false")
+        raise ValueError("on or off")
     return YES_OR_NO[text.lower()]
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import ipaddress
+import os
 import re
 from pathlib import Path
 
@@ -23,9 +24,21 @@ def url(pattern, takes):
     return parse
 
 
+def database(text):
+    """SQLAlchemy's URL of a database, also from one as hosting providers write it. The error names only the scheme,
+    as the rest may hold a password."""
+    scheme, found, rest = text.partition("://")
+    if scheme in ("postgres", "postgresql", "postgresql+psycopg") and re.fullmatch(r"\S+", rest):
+        return f"postgresql+psycopg://{rest}"
+    if scheme == "sqlite" and re.fullmatch(r"//\S+", rest):
+        return text
+    got = f"{scheme}://…" if found and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]{0,30}", scheme) else "something else"
+    raise SettingsError("DATABASE_URL must be postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////PATH, got " + got)
+
+
 def storage(text):
     """A folder's absolute path, or an s3:// URL, as text without a slash at its end."""
-    if "://" not in text:
+    if not re.match("[^/]*:", text):
         return str(Path(text).expanduser().absolute())
     if text.startswith("file:///"):
         return text.removeprefix("file://").rstrip("/")
@@ -48,9 +61,7 @@ class OptionalSettings:
     data_dir: Path = setting(path, Path("data"))
     jobs_broker: str | None = setting(url(r"rediss?://\S+", "the URL of a Redis server such as "
                                                             "redis://127.0.0.1:6379/0"), None, secret=True)
-    database_url: str | None = setting(url(r"postgresql\+psycopg://\S+|sqlite:////\S+",
-                                           "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or sqlite:////PATH"),
-                                       None, secret=True)
+    database_url: str | None = setting(database, None, secret=True)
     storage_url: str | None = setting(storage, None)
     job_timeout: float = setting(seconds(1, DAY_S), 600.0)
     jobs_ttl: int = setting(integer(1, 366 * DAY_S), DAY_S)
@@ -63,9 +74,9 @@ class OptionalSettings:
     worker_port: int | None = setting(integer(1, 65535), None)
     callback_secret: str | None = setting(url(SECRET, "whsec_ and base64, or at least 16 other visible ASCII "
                                                       "characters"), None, secret=True)
-    callback_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "
+    callback_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated URL prefixes such as "
                                                              "https://example.org/hooks/"), None)
-    input_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated beginnings of URLs such as "
+    input_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated URL prefixes such as "
                                                           "https://images.example.org/ or s3://bucket/prefix/"), None)
     private_networks: tuple = setting(networks, ())
     history: bool = setting(yes_or_no, False)
@@ -75,7 +86,10 @@ class OptionalSettings:
 
     @classmethod
     def parse(cls, texts):
-        """From a mapping of variables to texts; None if all parts are off. Raises SettingsError."""
+        """From a mapping of variables to texts; None if all parts are off. Raises SettingsError.
+
+        The AWS_* variables, which programs for S3 look for in the environment, are put there.
+        """
         optional = cls(**config.read(SETTINGS, texts))
         if not (optional.jobs or optional.history or optional.input_urls):
             return None
@@ -83,12 +97,19 @@ class OptionalSettings:
             raise SettingsError("JOBS, HISTORY and INPUT_URLS need further packages: pip install -r " + REQUIREMENTS)
         if optional.admin_keys and "API_KEYS" not in texts:
             raise SettingsError("ADMIN_KEYS needs API_KEYS: without them, everyone sees all jobs and records anyway")
+        for variable in (variable for variable in texts if variable.startswith("AWS_")):  # of .env
+            os.environ.setdefault(variable, texts[variable])
         return dataclasses.replace(optional, data_dir=optional.data_dir.absolute())
 
     @property
     def database(self):
         """DATABASE_URL, or that of the embedded database."""
         return self.database_url or f"sqlite:///{self.data_dir / 'service.db'}"
+
+    @property
+    def database_variable(self):
+        """The variable that says where the database is."""
+        return "DATABASE_URL" if self.database_url else "DATA_DIR"
 
     @property
     def storage(self):

@@ -1,4 +1,4 @@
-"""`make jobs-demo`: jobs, a webhook and the history on this machine, with the commands to do it by hand.
+"""`make jobs-demo`: jobs, a callback (webhook) and the history on this machine, with the commands to do it by hand.
 
 Starts Redis, PostgreSQL, the service and a worker on loopback, in a temporary folder, and sends a picture, a batch and
 a video. Whether it ends, fails or is interrupted, it stops all of them and removes the folder. With `--embedded` there
@@ -301,18 +301,18 @@ def demonstrate(folder, stack, is_embedded):
     url = start_service(folder, stack, servers | {
         "CALLBACK_SECRET": secret, "CALLBACK_URLS": callback, "PRIVATE_NETWORKS": "127.0.0.1/32"})
 
-    say("A picture, and who is to be told of the result")
+    say("Submit a picture, with a callback")
     job = do_job(url, "-F", f"file=@{PICTURE}", "-F", f"callback_url={callback}")
     print(best(job["result"]))
     try:
         headers, body = received.get(timeout=JOB_WITHIN_S)
     except queue.Empty as e:
-        raise DemoError(f"no webhook after {JOB_WITHIN_S} s") from e
+        raise DemoError(f"no callback after {JOB_WITHIN_S} s") from e
     if not is_signed(headers, body, secret):
-        raise DemoError("the webhook's signature is wrong")
-    print(f"{callback} received the webhook {json.loads(body)['event']}; its signature is right")
+        raise DemoError("the callback's signature is wrong")
+    print(f"{callback} received the callback {json.loads(body)['event']}; signature verified")
 
-    say("A batch, in which one file is no picture")
+    say("A batch, in which one file is not a picture")
     job = do_job(url, "-F", f"files=@{PICTURE}", "-F", f"files=@{NO_PICTURE}")
     for result in job["result"]["results"]:
         print(f"{result['filename']}: {best(result)}")
@@ -333,7 +333,7 @@ def demonstrate(folder, stack, is_embedded):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="make jobs-demo", description="Show jobs, webhooks and the history at work.")
+    parser = argparse.ArgumentParser(prog="make jobs-demo", description="Show jobs, callbacks and the history at work.")
     parser.add_argument("--embedded", action="store_true", help="without Redis and PostgreSQL")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):

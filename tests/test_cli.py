@@ -150,6 +150,20 @@ def test_empty_folder_and_missing_checkpoint(run, tmp_path):
                               "for it\n")
 
 
+@pytest.mark.parametrize(("command", "missing", "says"), [
+    ("worker", "prometheus_client", "pip install -r requirements.txt -r app/jobs/requirements.txt"),
+    ("worker", "celery", "make worker"), ("migrate", "sqlalchemy", "make worker")])
+def test_a_python_without_the_packages_is_told_what_to_install(command, missing, says, tmp_path):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv = ['app', {command!r}]; " \
+           "runpy.run_module('app', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "HISTORY": "on"})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {missing} is not installed for {sys.executable}: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_as_a_program(folder, ocean_settings):
     environment = {**os.environ, "MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_settings.model_path), "DEVICE": "cpu",
                    "MODEL_DIR": str(ocean_settings.model_dir)}

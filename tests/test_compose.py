@@ -90,7 +90,10 @@ def test_all_that_it_speaks_of_exists():
         assert re.search(rf"^FROM .* AS {build['target']}$", DOCKERFILE, re.M)
         assert set(build["args"]) <= set(re.findall(r"^ARG (\w+)=", DOCKERFILE, re.M))
     named = yaml.safe_load((ROOT / "compose.yaml").read_text())["x-settings"]
-    assert set(named) - SETTINGS == {"PGPASSWORD"}
+    of_s3 = {name for name in named if name.startswith("AWS_")}
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"} < of_s3
+    assert set(named) - SETTINGS - of_s3 == {"PGPASSWORD"}
+    assert {"STORAGE_URL", "INPUT_URLS", "PRIVATE_NETWORKS"} < set(named)
     assert set(made["services"]["worker"]["environment"]) - set(named) <= SETTINGS
 
 

@@ -2,10 +2,11 @@
 import dataclasses
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, need
 from dotenv import dotenv_values
 
 from app import config, optional_settings
@@ -46,6 +47,7 @@ def test_readme_lists_every_setting_with_its_default():
 
 @pytest.mark.parametrize(("variable", "text", "takes"), [
     ("PORT", "0", "an integer from 1 to 65535"),
+    ("TTA", "maybe", "on or off"),
     ("PORT", "five", "an integer from 1 to 65535"),
     ("TOP_K", "11", "an integer from 1 to 10"),
     ("DEVICE", "gpu", "auto, cpu, cuda or cuda:N"),
@@ -68,6 +70,56 @@ def test_bad_value_is_refused_in_one_line(variable, text, takes):
         Settings.parse({variable: text})
     assert str(e.value).startswith(f"{variable} must be {takes}")
     assert str(e.value).endswith(f"got {text!r}")
+
+
+@pytest.mark.parametrize(("variable", "text", "message"), [
+    ("JOBS", "maybe", "JOBS must be on or off, got 'maybe'"),
+    *(("STORAGE_URL", text, f"STORAGE_URL must be a folder, or s3://bucket/prefix, got '{text}'")
+      for text in ("s3:/bucket/in", "s3:bucket", "http://example.org/", "c:/in", "file:/in")),
+    ("DATABASE_URL", "mysql://ann:secret@db/jobs", "DATABASE_URL must be postgresql://USER:PASSWORD@HOST/DATABASE or "
+                                                   "sqlite:////PATH, got mysql://…"),
+    ("DATABASE_URL", "ann:secret@db/jobs", "DATABASE_URL must be postgresql://USER:PASSWORD@HOST/DATABASE or "
+                                           "sqlite:////PATH, got something else"),
+])
+def test_bad_value_of_an_optional_part_is_refused(variable, text, message):
+    with pytest.raises(SettingsError) as e:
+        Settings.parse({"JOBS": "on", variable: text})
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_database_urls_of_hosting_providers_are_understood(scheme):
+    settings = Settings.parse({"JOBS": "on", "DATABASE_URL": f"{scheme}://ann:a:b@db/jobs?sslmode=require"})
+    assert settings.optional.database == "postgresql+psycopg://ann:a:b@db/jobs?sslmode=require"
+    assert Settings.parse(variables(settings)) == settings
+
+
+def test_a_folder_with_a_colon_below_is_a_folder():
+    assert Settings.parse({"JOBS": "on", "STORAGE_URL": "/in/a:b"}).optional.storage == "/in/a:b"
+
+
+def test_credentials_in_the_file_reach_the_programs_for_s3(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("JOBS=on\nAWS_ACCESS_KEY_ID=of the file\nAWS_DEFAULT_REGION=there\n")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "here")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")  # and it is gone again when the test ends
+    Settings.load(tmp_path / ".env")
+    assert (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_DEFAULT_REGION"]) == ("of the file", "here")
+
+
+@pytest.mark.parametrize(("text", "arguments", "installs"), [
+    (EXAMPLE.read_text(), (), False), ("JOBS=off\nHISTORY=no\nINPUT_URLS=\n", ("JOBS=off", "HISTORY=0"), False),
+    ("JOBS=on\n", (), True), ("export HISTORY=\"True\"\n", (), True), ("INPUT_URLS=https://example.org/\n", (), True),
+    ("", ("JOBS=on",), True), ("", ("HISTORY=1",), True), ("", ("INPUT_URLS=s3://bucket",), True)])
+def test_make_run_installs_optional_packages_only_if_a_part_is_on(tmp_path, text, arguments, installs):
+    (tmp_path / ".env").write_text(text)
+    for name in ("Makefile", "requirements.txt", "app"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {k: v for k, v in os.environ.items() if k not in (*NAMES, "MAKEFLAGS", "MAKELEVEL")}
+    done = subprocess.run([need("make"), "--dry-run", "run", *arguments], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, check=True)
+    assert "-r requirements.txt" in done.stdout
+    assert ("app/jobs/requirements.txt" in done.stdout) == installs
 
 
 def test_values_are_parsed():

@@ -63,7 +63,7 @@ def test_demo_shows_every_step(start_demo, folder, arguments):
     assert out.count('"state": "succeeded", "progress"') == 3
     assert out.count("$ curl -F") == 3
     assert '"queue": "long"' in out
-    assert "received the webhook job.succeeded; its signature is right" in out
+    assert "received the callback job.succeeded; signature verified" in out
     assert 'chelsea.jpg: {"class": "tiger cat"' in out
     assert "README.md: INVALID_IMAGE" in out or "README.md: UNSUPPORTED_MEDIA_TYPE" in out
     table = out.partition("Accept: text/csv")[2]

@@ -144,5 +144,7 @@ def from_base64(value, field, media_type=FILE_TYPE):
         text = value.encode("ascii").translate(URL_SAFE, WHITE_SPACE).rstrip(b"=")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
-        raise invalid_parameter(field, takes, "text that cannot be decoded") from e
+        is_url = media_type and re.match(r"(https?|s3)://", value, re.I)
+        raise invalid_parameter(field, takes, "a URL; to send a URL, use {\"url\": \"…\"}" if is_url else
+                                "text that cannot be decoded") from e
 

@@ -20,6 +20,14 @@ def text(name):
     return values[0] if values and values[0] else None
 
 
+def only(*names):
+    """Raises ServiceError for a query parameter with any other name: a filter that was misspelt would find all."""
+    for name in request.args:
+        if name not in names:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{ascii(name[:40])[1:-1]} is not a filter; there are "
+                                                         f"{', '.join(names[:-1])} and {names[-1]}")
+
+
 def limit(most, default):
     """`limit`: how many entries a page has. Raises ServiceError."""
     sent = text("limit")

@@ -64,6 +64,7 @@ def of_request(request_id):
 def page(where, most):
     """(Response, number) of the predictions for which these conditions and the query's parameters hold. most: if the
     query does not say."""
+    listing.only("model", "class", "since", "until", "min_confidence", "max_confidence", "limit", "after", "format")
     where += conditions()
     owner, limit, after = access.whose(), listing.limit(MOST, most), listing.after("[0-9]{1,18}")
     if owner is not None:

@@ -48,7 +48,7 @@ def parameters(limit):
         ("min_confidence", NUMBER, "The least confidence in the best class."),
         ("max_confidence", NUMBER, "The greatest confidence in the best class."),
         ("limit", {"type": "integer", "minimum": 1, "maximum": MOST, "default": limit}, "How many there may be."),
-        ("after", TEXT, "The `next` of the page before."),
+        ("after", {**TEXT, "pattern": "^[A-Za-z0-9_-]*$"}, "The `next` of the page before."),
         ("format", {"enum": ["json", "csv"]}, "Instead of the header Accept."))]
 
 

@@ -24,7 +24,7 @@ from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
 from app.jobs import openapi
 from app.jobs.answers import FINAL, job_body
 from app.jobs.broker import Broker
-from app.jobs.store import Store
+from app.jobs.store import AWAY, Store, first_line
 from app.media.containers import is_video
 from app.outbound import addresses
 from app.tasks import options
@@ -45,6 +45,8 @@ ENOUGH_S = 10           # if storing and publishing take so long, something is a
 ENDPOINTS = {
     "/jobs": "POST what /predict or /predict/batch takes, get the result later; GET lists your jobs",
     "/jobs/ID": "a job's state and result; DELETE cancels it",
+    "/predict/async": "the same as POST /jobs",
+    "/models/NAME/jobs": "the same with one of several models",
 }
 
 
@@ -61,7 +63,9 @@ class Jobs:
     inputs, and the quick ones do not wait for each other."""
 
     def __init__(self, database, optional):
-        self.store, self.storage, self.broker = Store(database, optional), Storage(optional.storage), Broker(optional)
+        self.store = Named(Store(database, optional), optional.database_variable)
+        self.storage = Named(Storage(optional.storage), "STORAGE_URL" if optional.storage_url else "DATA_DIR")
+        self.broker = Named(Broker(optional), "JOBS_BROKER" if optional.jobs_broker else "DATA_DIR")
         message = "Jobs are not available now; try again later."
         self.submitting, self.asking = (Background("JOBS_UNAVAILABLE", message) for _ in range(2))
 
@@ -141,6 +145,29 @@ class Jobs:
 
     def text(self, row):
         return as_json(self.body(row))
+
+
+class Away(OSError):
+    """A part that jobs need is away; the message begins with the variable that says where it is."""
+
+
+class Named:
+    """The store, the storage or the broker, whose methods raise Away for what the outside part raises."""
+
+    def __init__(self, part, variable):
+        self.part, self.variable = part, variable
+
+    def __getattr__(self, name):
+        found = getattr(self.part, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments, **named):
+            try:
+                return found(*arguments, **named)
+            except AWAY as e:
+                raise Away(f"{self.variable}: {first_line(e)}") from e
+        return call
 
 
 def check_wanted(left):
@@ -324,6 +351,7 @@ def cancel(job_id):
 
 @bp.get("/jobs")
 def jobs():
+    listing.only("state", "model", "since", "until", "limit", "after")
     owner, since, until, after = access.whose(), listing.moment("since"), listing.moment("until"), listing.after(ID)
     states = (listing.text("state") or "").split(",")
     for state in filter(None, states):

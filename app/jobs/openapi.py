@@ -32,6 +32,8 @@ def add(document, settings):
             if settings.api_keys:
                 operation["security"] = [{name: []} for name in SECURITY]
     document["paths"] |= paths
+    if settings.optional.callback_secret is not None:
+        document["webhooks"] = {"jobEnded": {"post": WEBHOOK}}
 
 
 def job_paths(paths, settings):
@@ -128,8 +130,30 @@ LIST_PARAMETERS = [
     parameter("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
     parameter("until", TIME, "The time before which they were submitted."),
     parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many at most."),
-    parameter("after", {"type": "string", "pattern": "^$"},
+    parameter("after", {"type": "string", "pattern": "^[A-Za-z0-9_-]*$"},
               "`next` of the page before this one. Jobs that are submitted meanwhile move nothing.")]
+
+
+def signature(name, schema, description):
+    return {"name": name, "in": "header", "required": True, "schema": schema, "description": description}
+
+
+WEBHOOK = {
+    "summary": "What is posted to callback_url when a job has ended", "operationId": "jobEnded", "tags": ["Jobs"],
+    "security": [],
+    "description": "Any status from 200 to 299 within 10 seconds accepts it; redirects are not followed. It may arrive "
+                   "twice, with the same id.",
+    "parameters": [
+        signature("Webhook-Id", {"type": "string"}, "The message's `id`."),
+        signature("Webhook-Timestamp", {"type": "string", "pattern": "^[0-9]+$"}, "When it was sent, in Unix seconds."),
+        signature("Webhook-Signature", {"type": "string", "pattern": "^v1,"},
+                  "v1, and the base64 of the HMAC-SHA256 with CALLBACK_SECRET of `ID.TIMESTAMP.BODY`, as "
+                  "https://www.standardwebhooks.com has it.")],
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {
+        "type": "object", "required": ["event", "id", "job"], "properties": {
+            "event": {"enum": ["job.succeeded", "job.failed", "job.cancelled"]}, "id": {"type": "string"},
+            "job": ref("Job")}}}}},
+    "responses": {"2XX": {"description": "It is accepted."}}}
 
 
 def schemas(existing, most):
@@ -141,7 +165,9 @@ def schemas(existing, most):
     error = record({"error": text, "message": text})
     attempt = record({"at": number, "status": {"type": ["integer", "null"]}, "error": {"type": ["string", "null"]},
                       "ms": number})
-    callback = record({"url": text, "state": {"enum": ["pending", "delivered", "failed", None]},
+    attempt["properties"]["error"]["description"] = "Why no answer accepted it, if its status does not say so."
+    callback = record({"url": text, "state": {"enum": ["pending", "delivered", "failed", None],
+                                              "description": "null until the job has ended."},
                        "attempts": {"type": "array", "items": attempt}})
     several = copy.deepcopy(existing["BatchAnswer"])
     several["properties"]["results"]["maxItems"] = most
@@ -149,7 +175,9 @@ def schemas(existing, most):
     none_answered["properties"] |= {"status": {"const": "error"}, "error": {"const": "ALL_FAILED"}, "message": text}
     listed = {
         "status": {"const": "success"}, "id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-        "state": {"enum": STATES}, "url": text, "model": text, "queue": {"enum": ["short", "long"]},
+        "state": {"enum": STATES}, "url": text,
+        "request_id": {**text, "description": "Of the request that submitted it; logs have it."},
+        "model": text, "queue": {"enum": ["short", "long"]},
         "created_at": {**number, "description": "Unix seconds, as all times."}, "started_at": number_or_null,
         "ended_at": number_or_null,
         "expires_at": {**number_or_null, "description": "When it will be removed; null until it has ended."},
@@ -161,7 +189,8 @@ def schemas(existing, most):
               "anyOf": [{"type": "null"}, ref("Answer"), several, none_answered]}
     version = {"version": {**text, "description": "If the model has several."}}
     example = {
-        "status": "success", "id": EXAMPLE_ID, "state": "queued", "url": f"/jobs/{EXAMPLE_ID}", "model": "resnet50",
+        "status": "success", "id": EXAMPLE_ID, "state": "queued", "url": f"/jobs/{EXAMPLE_ID}",
+        "request_id": "0f4b3c1e-6d1a-4b5e-9d59-3f2c8a7e6b10", "model": "resnet50",
         "queue": "short", "created_at": 1767225600.5, "started_at": None, "ended_at": None, "expires_at": None,
         "attempts": 0, "cancel_requested": False, "progress": {"done": 0, "total": 1, "unit": "files"},
         "callback": None, "error": None, "result": None}

@@ -36,6 +36,14 @@ class NotAllowed(ValueError):
     """A URL, or the address of its host, that may not be reached."""
 
 
+class NotListed(NotAllowed):
+    """A URL that begins with none of the allowed prefixes."""
+
+
+class PrivateAddress(NotAllowed):
+    """A URL with a private address in it. What a name stands for is not told apart: it would tell which names exist."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A checked URL. url: in its normal form; scheme: http, https or s3; host: a name in ASCII, an address, or a
@@ -50,7 +58,7 @@ class Target:
 def check_url(url, allowed_prefixes, private_networks):
     """The Target of a URL. Raises NotAllowed.
 
-    allowed_prefixes: beginnings that end at a slash or at the URL's end, such as https://*.example.org/a/ (which
+    allowed_prefixes: they end at a slash or at the URL's end, such as https://*.example.org/a/ (which
     stands for its subdomains) or s3://bucket/a; None allows http and https to any host on the default port.
     private_networks: texts such as 10.0.0.0/8 that may be reached although they are private. Names are not resolved
     here: is_allowed decides about each address when a connection is made.
@@ -61,10 +69,10 @@ def check_url(url, allowed_prefixes, private_networks):
     if allowed_prefixes is None and target.port != PORTS[target.scheme]:
         raise NotAllowed("the port")
     if allowed_prefixes is not None and not any(begins(target, prefix) for prefix in allowed_prefixes):
-        raise NotAllowed("the URL")
+        raise NotListed("the URL")
     literal = "127.0.0.1" if f".{target.host}".endswith(".localhost") else target.host.strip("[]")
     if target.scheme != "s3" and is_address(literal) and not is_allowed(literal, private_networks):
-        raise NotAllowed("the address")
+        raise PrivateAddress("the address")
     return target
 
 
@@ -74,12 +82,12 @@ def check_prefixes(variable, prefixes):
         try:
             parse(prefix.replace("://*.", "://", 1))
         except NotAllowed as e:
-            raise SettingsError(f"{variable} must have beginnings of URLs, got {prefix!r}") from e
+            raise SettingsError(f"{variable} must have URL prefixes, got {prefix!r}") from e
 
 
 def parse(url):
     """The Target of any http, https or s3 URL. Raises NotAllowed for all that clients read in more than one way."""
-    if not isinstance(url, str) or len(url) > MOST_CHARACTERS or re.search(r"[\x00-\x20\x7f-\xa0\\\"<>^`{}]", url):
+    if not isinstance(url, str) or len(url) > MOST_CHARACTERS or re.search(r"[\x00-\x1f\x7f-\xa0\\\"<>^`{}]", url):
         raise NotAllowed("a URL with such characters")
     parts = URL.fullmatch(url)
     if parts is None:
@@ -87,6 +95,8 @@ def parse(url):
     scheme = parts["scheme"].lower()
     if scheme == "s3":
         return parse_s3(parts)
+    if " " in url:
+        raise NotAllowed("a URL with such characters")
     if scheme not in PORTS:
         raise NotAllowed("this kind of URL")
     authority = AUTHORITY.fullmatch(parts["authority"])

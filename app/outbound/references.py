@@ -77,9 +77,8 @@ class References:
             try:
                 async with asyncio.timeout_at(until), places:
                     return await self.fetch_one(url, taken)
-            except addresses.NotAllowed:
-                error = ServiceError(400, "URL_NOT_ALLOWED", "The URL is not allowed: INPUT_URLS says which ones are, "
-                                                             "and private addresses only are with PRIVATE_NETWORKS.")
+            except addresses.NotAllowed as e:
+                error = ServiceError(400, "URL_NOT_ALLOWED", f"The URL is not allowed: {why_not(e)}.")
             except http.TooLarge as e:
                 error = ServiceError(413, "FILE_TOO_LARGE", f"The input cannot be fetched: {e}.")
             except (http.RequestFailed, FileNotFoundError, PermissionError) as e:
@@ -94,7 +93,12 @@ class References:
         return dict(zip(urls, await asyncio.gather(*map(fetch_in_turn, urls)), strict=True))
 
     async def fetch_one(self, url, taken):
-        target = addresses.check_url(url, self.prefixes, self.settings.optional.private_networks)
+        try:
+            target = addresses.check_url(url, self.prefixes, self.settings.optional.private_networks)
+        except (addresses.NotListed, addresses.PrivateAddress):
+            raise
+        except addresses.NotAllowed as e:
+            raise NoURL(*e.args) from e
         most = one_file_limit(self.settings)
         if target.scheme == "s3":
             return await self.s3.get(target.host, target.path, most, taken)
@@ -115,6 +119,21 @@ def takes_files(tasks):
         loader, name = current_app.extensions["model"], request.args.get("model") or g.json_members.get("model")
         tasks = loader.tasks(name if isinstance(name, str) else getattr(loader, "default_name", None))
     return all(task.is_file for task in tasks)
+
+
+class NoURL(addresses.NotAllowed):
+    """Not a URL that everyone reads in the same way."""
+
+
+def why_not(error):
+    """Why a URL is not allowed, in words for clients."""
+    if isinstance(error, NoURL):
+        return "it is not an absolute http, https or s3 URL without .., // in its path or a user name"
+    if isinstance(error, addresses.NotListed):
+        return "it does not begin with an entry of INPUT_URLS"
+    if isinstance(error, addresses.PrivateAddress):
+        return "its address is private, and PRIVATE_NETWORKS does not list it"
+    return "INPUT_URLS says which ones are, and private addresses only are with PRIVATE_NETWORKS"
 
 
 def reason(error):

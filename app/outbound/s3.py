@@ -3,13 +3,14 @@ variables and files that all programs for S3 read."""
 import asyncio
 import functools
 import io
+import logging
 
 import aiohttp
 import s3fs
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from app.outbound.event_loop import close_with, loop
-from app.outbound.http import too_large
+from app.outbound.http import RequestFailed, too_large
 
 CONNECT_WITHIN_S = 3
 READ_WITHIN_S = 10    # for the next piece
@@ -17,6 +18,14 @@ WITHIN_S = 120        # for a whole call
 TRIES = 2
 PIECE = 2**18
 MOST_DELETED = 1000   # objects in one call
+
+log = logging.getLogger(__name__)
+for library in ("botocore", "aiobotocore", "s3fs"):  # they say much of every request
+    logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class NoCredentials(OSError, RequestFailed):
+    """The service was given no credentials, or only a part of them."""
 
 
 class S3:
@@ -79,6 +88,9 @@ class S3:
             close_with(self, functools.partial(close, self.system))
         try:
             return await self.system._call_s3(method, **arguments)
+        except (NoCredentialsError, PartialCredentialsError) as e:
+            log.error("no credentials for S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: %s", e)
+            raise NoCredentials("the service has no credentials for S3") from e
         except (BotoCoreError, ClientError, aiohttp.ClientError) as e:  # s3fs makes an OSError of most others
             raise OSError(f"{type(e).__name__}: {e}") from e
 

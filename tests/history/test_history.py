@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import re
 import time
 import urllib.parse
 
@@ -215,6 +216,13 @@ def test_bad_parameters_are_refused(client, query, takes):
     assert answer.json["message"].startswith(f"{query.partition('=')[0]} must be {takes}")
 
 
+@pytest.mark.parametrize("path", ["/history", "/history/abc"])
+def test_a_misspelt_filter_is_refused(client, path):
+    answer = client.open(path + "?clas=zebra")
+    assert (answer.status_code, answer.json["error"]) == (400, "INVALID_PARAMETER")
+    assert answer.json["message"].startswith("clas is not a filter; there are model, class, since")
+
+
 def test_csv_has_the_same_and_no_formulas(client):
     client.add({"time": 1e9, "request_id": "-r", "top_class": "=HYPERLINK(\"x\")", "confidence": 0.5, "cached": True,
                 "predictions_json": '[{"class": "=a, \\u00e4\\nb"}]', "options_json": '{"top_k": 1}'})
@@ -234,6 +242,9 @@ def test_csv_pages_go_on_by_the_link(client):
     answer = client.open("/history?format=csv&limit=1")
     further = client.open(answer.headers["Link"].partition(">")[0][1:])
     assert "second" in answer.text
+    assert re.fullmatch(next(one for one in client.open("/openapi.json").json["paths"]["/history"]["get"]["parameters"]
+                             if one["name"] == "after")["schema"]["pattern"],
+                        client.open("/history?limit=1").json["next"])
     assert "first" in further.text
     assert "Link" not in further.headers
 

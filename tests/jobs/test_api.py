@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -19,11 +20,14 @@ import videos
 from conftest import Service, encoded, photo
 from PIL import Image
 from servers import Redis
+from sqlalchemy import update
 from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings, SettingsError
+from app.data.schema import deliveries
 from app.errors import Deadline
+from app.jobs import webhooks
 from app.server.counters import Stages
 
 WHITE, RED, BLUE = (encoded(Image.new("RGB", (40, 40), colour)) for colour in ("white", "red", "blue"))
@@ -140,9 +144,10 @@ def test_a_job_is_in_the_database_the_storage_and_the_broker(on_engines):
     assert answer.headers["Retry-After"] == "1"
     assert abs(body.pop("created_at") - time.time()) < 10
     assert body == {"status": "success", "id": body["id"], "state": "queued", "url": f"/jobs/{body['id']}",
-                    "model": "efficientnet_lite0", "queue": "short", "started_at": None, "ended_at": None,
-                    "expires_at": None, "attempts": 0, "cancel_requested": False, "callback": None, "error": None,
-                    "progress": {"done": 0, "total": 1, "unit": "files"}, "result": None}
+                    "request_id": answer.headers["X-Request-ID"], "model": "efficientnet_lite0", "queue": "short",
+                    "started_at": None, "ended_at": None, "expires_at": None, "attempts": 0, "cancel_requested": False,
+                    "progress": {"done": 0, "total": 1, "unit": "files"}, "callback": None, "error": None,
+                    "result": None}
     row = ask.row(answer)
     key = f"{body['id']}/0"
     assert json.loads(row["inputs_json"]) == [{
@@ -268,6 +273,17 @@ def test_a_callback_is_kept_and_shown_with_its_deliveries(on_engines):
     ask.finish(answer, result={"status": "success"})
     for body in (ask.client.get(answer.json["url"]).json, ask.client.get("/jobs").json["jobs"][0]):
         assert body["callback"] == {"url": url, "state": "pending", "attempts": []}
+
+
+def test_an_attempt_that_was_redirected_says_why_it_failed(ask):
+    asked = ask(CALLBACK_SECRET="0123456789abcdef0123")
+    answer = asked.client.post("/jobs", json={"image": B64[0], "callback_url": "https://example.org/hook"})
+    asked.finish(answer, result={"status": "success"})
+    attempts = [{"at": 1.0, "status": status, "error": None, "ms": 1} for status in (302, 404)]
+    with asked.store.database.begin() as connection:
+        connection.execute(update(deliveries).values(attempts_json=json.dumps(attempts)))
+    found = asked.client.get(answer.json["url"]).json["callback"]["attempts"]
+    assert [one["error"] for one in found] == ["redirects are not followed", None]
 
 
 def test_bad_files_of_a_batch_become_their_own_results(strict):
@@ -579,6 +595,9 @@ def test_pages_show_each_job_once_while_others_are_submitted(on_engines):
         if after is None:
             break
         assert len(page["jobs"]) == 2
+        pattern = next(one for one in ask.client.get("/openapi.json").json["paths"]["/jobs"]["get"]["parameters"]
+                       if one["name"] == "after")["schema"]["pattern"]
+        assert re.fullmatch(pattern, after)
     assert seen == made[::-1]
     assert "result" not in page["jobs"][0]
 
@@ -628,6 +647,12 @@ FORGED = [base64.urlsafe_b64encode(text.encode()).decode() for text in (
     *(f"after={forged}" for forged in FORGED if forged)])
 def test_bad_filters_are_refused(plain, query):
     assert error_of(plain.client.get("/jobs?" + query)) == (400, "INVALID_PARAMETER")
+
+
+def test_a_misspelt_filter_is_refused(plain):
+    answer = plain.client.get("/jobs?status=failed")
+    assert error_of(answer) == (400, "INVALID_PARAMETER")
+    assert answer.json["message"] == "status is not a filter; there are state, model, since, until, limit and after"
 
 
 def test_a_forged_cursor_shows_nothing_of_others(ask):
@@ -710,7 +735,13 @@ def assert_unavailable(answer):
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tmp_path):
+def assert_logged(caplog, variable):
+    """The log of an outage says which variable to look at."""
+    logged = [record.message for record in caplog.records if record.message.startswith("JOBS_UNAVAILABLE: ")]
+    assert any(f": {variable}: " in message for message in logged), logged
+
+
+def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tmp_path, caplog):
     broker = Redis(tmp_path).start()
     variables = {"DATA_DIR": str(tmp_path / "data"), "JOBS_BROKER": broker.url}
     ask = applications(variables)
@@ -719,6 +750,7 @@ def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tm
         silence()
         for key in ("k", "l"):
             assert_unavailable(keyed(ask, key, ("file", "a.png", RED)))
+    assert_logged(caplog, "JOBS_BROKER")
     assert len(ask.rows()) == len(ask.stored()) == 1
     assert ask.client.get(url).json["state"] == "queued"
     assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
@@ -729,12 +761,13 @@ def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tm
         broker.stop()
 
 
-def test_without_the_storage_a_job_is_refused_and_leaves_nothing(ask):
+def test_without_the_storage_a_job_is_refused_and_leaves_nothing(ask, caplog):
     asked = ask()
     asked.folder.parent.mkdir(exist_ok=True)
     asked.folder.write_text("no folder")
     assert_unavailable(asked.post(("file", "a.png", WHITE)))
     assert_unavailable(asked.post(*MANY))
+    assert_logged(caplog, "DATA_DIR")
     assert asked.rows() == asked.messages() == []
     assert asked.post(("file", "a.png", WHITE), path="/predict").status_code == 200
 
@@ -753,7 +786,7 @@ def test_what_was_stored_before_the_storage_failed_is_removed(ask):
     assert asked.is_empty()
 
 
-def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, postgres_server, tmp_path):
+def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, postgres_server, tmp_path, caplog):
     url = postgres_server.database()
     ask = applications({"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": url})
     job = ask.post(("file", "a.png", WHITE)).json["url"]
@@ -763,6 +796,7 @@ def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, p
     for answer in (keyed(ask, "k", ("file", "a.png", RED)), ask.post(("file", "a.png", RED)), ask.client.get(job),
                    ask.client.get("/jobs"), ask.client.delete(job)):
         assert_unavailable(answer)
+    assert_logged(caplog, "DATABASE_URL")
     assert len(ask.stored()) == 1
     assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
     postgres_server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
@@ -836,6 +870,15 @@ def test_the_document_has_every_code_of_jobs_and_says_where_a_key_is_needed(docu
             assert (bool(operation.get("security")), "401" in operation["responses"]) == (refused, refused), path
 
 
+def test_the_document_describes_the_message_of_callbacks_where_there_are_any(document, ask):
+    assert "webhooks" not in document[1]
+    made = ask(CALLBACK_SECRET="0123456789abcdef0123").client.get("/openapi.json").json
+    openapi_spec_validator.OpenAPIV31SpecValidator(made).validate()
+    message = made["webhooks"]["jobEnded"]["post"]
+    assert {one["name"] for one in message["parameters"]} | {"Content-Type"} == set(
+        webhooks.signed("0123456789abcdef0123", "id", 1, b"{}"))
+
+
 def test_every_answer_fits_the_document(document, plain):
     from jsonschema import Draft202012Validator
     asked, schemas = plain, document[1]["components"]["schemas"]
@@ -857,7 +900,7 @@ def test_every_answer_fits_the_document(document, plain):
 
 
 def test_the_endpoints_are_listed(plain, client):
-    assert {"/jobs", "/jobs/ID"} <= set(plain.client.get("/").json["endpoints"])
+    assert {"/jobs", "/jobs/ID", "/predict/async", "/models/NAME/jobs"} <= set(plain.client.get("/").json["endpoints"])
     assert "/jobs" not in client.get("/").json["endpoints"]
 
 
@@ -890,6 +933,7 @@ def test_the_service_takes_jobs_shows_them_and_cancels_them(running):
                                                                              timeout=30).json()["jobs"]]
     assert requests.delete(url, timeout=30).json()["state"] == "cancelled"
     assert "Traceback" not in service.log
+    assert "make worker" in service.log.partition('"message": "starting"')[2].partition("\n")[0]
 
 
 def test_threads_with_the_same_key_get_the_same_job(running):

@@ -1,5 +1,8 @@
 """Inputs by reference, at the service as its users run it."""
 import base64
+import logging
+import os
+import socket
 import threading
 
 import pytest
@@ -31,7 +34,8 @@ def origin():
 @pytest.fixture(scope="module")
 def bucket(s3_server):
     name = s3_server.bucket()
-    for key, data in {"in/cat.png": CAT, "in/large.png": bytes(3 * 2**20 + 1), "other/cat.png": CAT}.items():
+    for key, data in {"in/cat.png": CAT, "in/my cat.png": CAT, "in/large.png": bytes(3 * 2**20 + 1),
+                      "other/cat.png": CAT}.items():
         requests.put(f"{s3_server.url}/{name}/{key}", data=data, timeout=10).raise_for_status()
     return name
 
@@ -78,8 +82,10 @@ def test_a_url_may_stand_wherever_base64_may(referring, origin, form):
 
 
 def test_objects_in_s3(referring, bucket):
-    answer = post(referring, {"url": f"s3://{bucket}/in/cat.png"})
-    assert answer.status_code == 200, answer.text
+    for name in ("cat.png", "my cat.png"):
+        answer = post(referring, {"url": f"s3://{bucket}/in/{name}"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["metadata"]["filename"] == name
     for key, status, code in (
             ("in/none.png", 422, "INPUT_NOT_FETCHED"), ("in/large.png", 413, "FILE_TOO_LARGE"),
             ("other/cat.png", 400, "URL_NOT_ALLOWED"), ("in/../other/cat.png", 400, "URL_NOT_ALLOWED")):
@@ -93,7 +99,7 @@ def test_objects_in_s3(referring, bucket):
     ("/endless.png", 413, "FILE_TOO_LARGE", "more than 3145728 bytes"),
     ("/empty.png", 400, "EMPTY_FILE", "The file in url is empty"),
     ("/text.png", 400, "INVALID_IMAGE", ""),
-    ("/../cat.png", 400, "URL_NOT_ALLOWED", "INPUT_URLS"),
+    ("/../cat.png", 400, "URL_NOT_ALLOWED", "not an absolute http, https or s3 URL without .."),
 ])
 def test_what_cannot_be_fetched_or_is_no_picture(referring, origin, path, status, code, says):
     answer = post(referring, {"url": origin.url + path})
@@ -115,6 +121,53 @@ def test_other_urls_are_not_asked_for(referring, origin, url):
         answer = post(referring, body)
         assert (answer.status_code, answer.json()["error"]) == (400, "URL_NOT_ALLOWED"), answer.text
     assert len(origin.requests) == before
+
+
+@pytest.mark.parametrize(("url", "why"), [
+    ("https://example.com/cat.png", "it does not begin with an entry of INPUT_URLS"),
+    ("http://10.0.0.1/cat.png", "its address is private, and PRIVATE_NETWORKS does not list it"),
+    ("http://a.localhost/cat.png", "its address is private, and PRIVATE_NETWORKS does not list it"),
+    ("cat.png", "it is not an absolute http, https or s3 URL without .., // in its path or a user name"),
+    ("http://ann@example.org/cat.png", "it is not an absolute http, https or s3 URL without .., // in its path or a "
+                                       "user name"),
+    # Of a name, nobody is told whether it stands for a private address.
+    ("http://inside.example.org/cat.png", "INPUT_URLS says which ones are, and private addresses only are with "
+                                          "PRIVATE_NETWORKS")])
+def test_who_names_a_url_that_is_not_allowed_is_told_why(app, client, monkeypatch, url, why):
+    prefixes = "http://10.0.0.1/, http://*.example.org/, http://a.localhost/"
+    monkeypatch.setitem(app.extensions, "fetch", references.References(Settings.parse({"INPUT_URLS": prefixes})).fetch)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", 80))])
+    answer = client.post("/predict", json={"url": url})
+    assert (answer.status_code, answer.json["error"]) == (400, "URL_NOT_ALLOWED")
+    assert answer.json["message"] == f"The URL is not allowed: {why}."
+
+
+def test_without_credentials_for_s3_the_client_and_the_log_are_told(app, client, monkeypatch, tmp_path, caplog):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setitem(app.extensions, "fetch", references.References(Settings.parse({
+        "INPUT_URLS": "s3://bucket/"})).fetch)
+    answer = client.post("/predict", json={"url": "s3://bucket/cat.png"})
+    assert (answer.status_code, answer.json["error"]) == (422, "INPUT_NOT_FETCHED")
+    assert answer.json["message"] == "The input cannot be fetched: the service has no credentials for S3."
+    assert "AWS_ACCESS_KEY_ID" in caplog.text
+
+
+def test_libraries_for_s3_log_no_more_than_warnings():
+    from app.outbound import s3  # noqa: F401
+    assert {logging.getLogger(name).level for name in ("botocore", "aiobotocore", "s3fs")} == {logging.WARNING}
+
+
+def test_who_sends_no_file_or_a_url_in_its_place_is_told_how_to_send_one(referring):
+    answer = post(referring, {})
+    assert answer.json()["error"] == "MISSING_FILE"
+    assert '{"url": "…"}' in answer.json()["message"]
+    answer = post(referring, {"image": "http://example.org/cat.png"})
+    assert answer.json()["error"] == "INVALID_PARAMETER"
+    assert 'to send a URL, use {"url": "…"}' in answer.json()["message"]
 
 
 @pytest.mark.parametrize("url", [5, ["http://example.org/"], {"url": "x"}, True])
