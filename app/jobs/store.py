@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 
-from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, union_all, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.config import StartError
@@ -108,8 +108,6 @@ class Store:
     def listed(self, owner, states=(), model=None, since=None, until=None, after=None, limit=20):
         """Rows without their results, newest first. after: (created_at, id) of the last one that has been seen."""
         where = [] if owner is None else [jobs.c.owner == owner]
-        if states:
-            where.append(jobs.c.state.in_(states))
         if model is not None:
             where.append(jobs.c.model == model)
         if since is not None:
@@ -118,10 +116,12 @@ class Store:
             where.append(jobs.c.created_at < until)
         if after is not None:
             where.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*after))
+        query = newest(jobs, where, limit)
+        if states:  # the newest of each state, and of those the newest: read in order from an index, however many exist
+            each = [select(newest(jobs, [*where, jobs.c.state == state], limit).subquery()) for state in set(states)]
+            query = newest(union_all(*each).subquery(), [], limit)
         with self.database.read() as connection:
-            found = connection.execute(select(*LISTED).where(*where)
-                                       .order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit))
-            return [dict(row) for row in found.mappings()]
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def cancel(self, job_id, owner):
         """The row afterwards, or None. A queued job is cancelled, a running one is asked to stop."""
@@ -259,6 +259,11 @@ class Store:
             found = connection.execute(select(jobs.c.queue, jobs.c.state, func.count())
                                        .where(jobs.c.state.in_(UNFINISHED)).group_by(jobs.c.queue, jobs.c.state))
             return {(queue, state): number for queue, state, number in found}
+
+
+def newest(rows, where, limit):
+    return (select(*(rows.c[column.name] for column in LISTED)).where(*where)
+            .order_by(rows.c.created_at.desc(), rows.c.id.desc()).limit(limit))
 
 
 def row_of(result):

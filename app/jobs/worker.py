@@ -6,6 +6,7 @@ SIGHUP: the model is prepared anew, then the processes are replaced one after th
 """
 import contextlib
 import dataclasses
+import hmac
 import http.server
 import json
 import logging.config
@@ -196,12 +197,17 @@ class Supervisor:
 
 
 def serve(host, port, supervisor):
-    """GET /metrics and /health of the worker, in threads."""
+    """GET /metrics and /health of the worker, in threads. With API_KEYS, /metrics needs one of them."""
+    keys = (*supervisor.settings.api_keys, *supervisor.optional.admin_keys)
+
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 5
 
         def do_GET(self):
-            if self.path == "/metrics":
+            if self.path == "/metrics" and keys and not self.has_key():
+                self.answer(401, "application/json", b'{"status": "error", "error": "UNAUTHORIZED", "message": '
+                                                     b'"This needs a valid key."}')
+            elif self.path == "/metrics":
                 from app.api.metrics import Sums
                 encode, content_type = choose_encoder(self.headers.get("Accept"))
                 registry = CollectorRegistry(auto_describe=False)
@@ -215,6 +221,12 @@ def serve(host, port, supervisor):
             else:
                 self.answer(404, "application/json", b'{"status": "error", "error": "NOT_FOUND", "message": '
                                                      b'"There are /health and /metrics."}')
+
+        def has_key(self):
+            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+            given = token if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
+            given = given.strip().encode("latin-1")  # as which http.server decodes headers
+            return bool(sum([hmac.compare_digest(given, key.encode()) for key in keys]))
 
         def answer(self, status, content_type, body):
             self.send_response(status)
