@@ -140,15 +140,17 @@ def run_due(database, optional, job_body_of):
 def claim(database, under_way):
     """Rows of deliveries that are due, which the caller sends now. under_way: {host: number}, to which it adds."""
     claimed, now = [], time.time()
-    is_due = and_(deliveries.c.state == "pending", deliveries.c.next_at <= now)
     if under_way.total() >= AT_ONCE:
         return claimed
     with database.read() as connection:  # nearly always there is none, and no lock is needed to see that
-        if not found(connection, is_due, under_way, 1):
+        if connection.execute(due(under_way, now, 1)).first() is None:
             return claimed
     with database.begin() as connection:
-        while rows := found(connection, is_due, under_way, AT_ONCE - under_way.total()):
-            ids = []
+        while room := AT_ONCE - under_way.total():
+            some, ids = due(under_way, now, room).with_for_update(skip_locked=True), []
+            rows = [dict(row) for row in connection.execute(some).mappings()]
+            if not rows:
+                break
             for row in rows:
                 if under_way[row["host"]] < AT_ONCE_PER_HOST:
                     under_way[row["host"]] += 1
@@ -158,12 +160,12 @@ def claim(database, under_way):
     return claimed
 
 
-def found(connection, is_due, under_way, limit):
-    """The rows that have been due for longest, without those of hosts at which enough is under way."""
+def due(under_way, now, limit):
+    """Selects the rows that have been due for longest, without those of hosts at which enough is under way."""
+    is_due = and_(deliveries.c.state == "pending", deliveries.c.next_at <= now)
     full = [host for host, number in under_way.items() if number >= AT_ONCE_PER_HOST]
-    query = (select(*(deliveries.c[name] for name in ("id", "job_id", "url", "host")))
-             .where(is_due, deliveries.c.host.not_in(full)).order_by(deliveries.c.next_at).limit(limit))
-    return [dict(row) for row in connection.execute(query.with_for_update(skip_locked=True)).mappings()]
+    return (select(*(deliveries.c[name] for name in ("id", "job_id", "url", "host")))
+            .where(is_due, deliveries.c.host.not_in(full)).order_by(deliveries.c.next_at).limit(limit))
 
 
 def record(database, row, made):

@@ -6,6 +6,7 @@ SIGHUP: the model is prepared anew, then the processes are replaced one after th
 """
 import contextlib
 import dataclasses
+import hashlib
 import hmac
 import http.server
 import json
@@ -198,7 +199,10 @@ class Supervisor:
 
 def serve(host, port, supervisor):
     """GET /metrics and /health of the worker, in threads. With API_KEYS, /metrics needs one of them."""
-    keys = (*supervisor.settings.api_keys, *supervisor.optional.admin_keys)
+    def digest(key):  # of equal length, so that the time taken reveals nothing about the keys
+        return hashlib.sha256(key).digest()
+    keys = [digest(key.encode()) for key in (*(supervisor.settings.api_keys or ()),
+                                             *(supervisor.optional.admin_keys or ()))]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 5
@@ -225,8 +229,8 @@ def serve(host, port, supervisor):
         def has_key(self):
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
             given = token if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
-            given = given.strip().encode("latin-1")  # as which http.server decodes headers
-            return bool(sum([hmac.compare_digest(given, key.encode()) for key in keys]))
+            given = digest(given.strip().encode("utf-8", "replace"))
+            return bool(sum([hmac.compare_digest(given, key) for key in keys]))
 
         def answer(self, status, content_type, body):
             self.send_response(status)
