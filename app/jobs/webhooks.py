@@ -78,7 +78,7 @@ async def attempt(row, job_body, optional):
 
 @functools.cache
 def client(private_networks):
-    return http.Client(private_networks)
+    return http.Client(private_networks, keeps_connections=False)
 
 
 def signed(secret, message_id, timestamp, body):

@@ -270,6 +270,7 @@ def check_shared(database, other, receiver):
         thread.start()
     for thread in threads:
         thread.join(20)
+    assert [delivery(database, one)["attempts"] for one in ids if delivery(database, one)["state"] != "delivered"] == []
     assert sum(counts) == 80
     assert sorted(verified(request, SECRET.encode())["id"] for request in receiver.requests) == sorted(ids)
     assert {delivery(database, one)["state"] for one in ids} == {"delivered"}
