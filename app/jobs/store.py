@@ -116,10 +116,14 @@ class Store:
             where.append(jobs.c.created_at < until)
         if after is not None:
             where.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*after))
-        query = newest(jobs, where, limit)
-        if states:  # the newest of each state, and of those the newest: read in order from an index, however many exist
-            each = [select(newest(jobs, [*where, jobs.c.state == state], limit).subquery()) for state in set(states)]
-            query = newest(union_all(*each).subquery(), [], limit)
+        # The newest of each state, and of those the newest: read in order from an index, however many there are.
+        each = [newest(jobs, [*where, jobs.c.state == state], limit) for state in set(states)]
+        if not each:
+            query = newest(jobs, where, limit)
+        elif len(each) == 1:
+            query = each[0]
+        else:
+            query = newest(union_all(*(select(one.subquery()) for one in each)).subquery(), [], limit)
         with self.database.read() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
