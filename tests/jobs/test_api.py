@@ -60,8 +60,12 @@ class Ask:
 
     def stored(self):
         """{key: bytes} of the storage."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(self.folder.rglob("*"))
-                if path.is_file()}
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                if path.is_file():
+                    found[str(path.relative_to(self.folder))] = path.read_bytes()
+        return found
 
     def stored_of(self, row):
         return [data for key, data in self.stored().items() if key.startswith(row["id"])]
@@ -478,7 +482,7 @@ def test_identical_requests_at_the_same_time_make_one_job(on_engines):
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 3
     ids = {row["id"] for row in ask.rows()}
     assert len(ids) == 4
-    assert {key.partition("/")[0] for key in ask.stored()} == ids == set(ask.messages())
+    wait_for(lambda: {key.partition("/")[0] for key in ask.stored()} == ids == set(ask.messages()))
     assert len(ask.messages()) == 4
 
 
@@ -702,7 +706,7 @@ def test_too_many_unfinished_jobs_are_refused_and_leave_nothing(on_engines):
     answer = ask.post(("file", "a.png", WHITE))
     assert error_of(answer) == (503, "OVERLOADED")
     assert answer.headers["Retry-After"] == "30"
-    assert len(ask.rows()) == len(ask.stored()) == 2
+    wait_for(lambda: len(ask.rows()) == len(ask.stored()) == 2)
     assert keyed(ask, "k", ("file", "a.png", WHITE)).status_code == 202  # a repeat needs no room
     ask.client.delete(first.json["url"])
     assert ask.post(("file", "a.png", WHITE)).status_code == 202
@@ -711,7 +715,7 @@ def test_too_many_unfinished_jobs_are_refused_and_leave_nothing(on_engines):
 def test_the_storage_of_unfinished_jobs_is_limited(on_engines):
     ask = on_engines(MAX_JOBS_STORAGE=str(2 * len(WHITE)))
     assert [ask.post(("file", "a.png", WHITE)).status_code for _ in range(3)] == [202, 202, 503]
-    assert len(ask.stored()) == 2
+    wait_for(lambda: len(ask.stored()) == 2)
 
 
 def test_each_file_counts_against_the_rate_limit_and_a_look_does_not(ask):
@@ -755,7 +759,7 @@ def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tm
         silence()
         for key in ("k", "l"):
             assert_unavailable(keyed(ask, key, ("file", "a.png", RED)))
-    assert len(ask.rows()) == len(ask.stored()) == 1
+    wait_for(lambda: len(ask.rows()) == len(ask.stored()) == 1)
     assert ask.client.get(url).json["state"] == "queued"
     assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
     broker.start()
