@@ -8,9 +8,9 @@ import time
 class HostileServer:
     """answers: {path: what to send}, as bytes or as a function of the connection; requests: [the bytes of each]."""
 
-    def __init__(self, answers=None, tls=None):
+    def __init__(self, answers=None, tls=None, address=("127.0.0.1", 0)):
         self.answers, self.requests = dict(answers or {}), []
-        self.listener, self.tls = socket.create_server(("127.0.0.1", 0)), tls
+        self.listener, self.tls = socket.create_server(address), tls
         self.port = self.listener.getsockname()[1]
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         self.closed = threading.Event()

@@ -127,6 +127,11 @@ def was_too_slow(error):
     return type(cause).__name__ == "QueryCanceled" or str(cause) == "interrupted"
 
 
+def had_no_connection(error):
+    """Whether all connections of the pool were taken for too long."""
+    return isinstance(error, sqlalchemy.exc.TimeoutError) and error.code == "3o7r"  # SQLAlchemy's code of that alone
+
+
 # --- SQLite ---
 
 def create_file(path):

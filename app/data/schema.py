@@ -1,4 +1,6 @@
 """The tables. A change here needs a migration in migrations/versions/, and its number in REVISION."""
+from urllib.parse import urlsplit
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -18,6 +20,13 @@ REVISION = "0001"  # of the last migration
 
 metadata = MetaData()
 BigNumber = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys by itself
+
+
+
+def host_of_url(context):
+    """The default of a row's `host`, of which one host has only a few callbacks at a time."""
+    return (urlsplit(context.get_current_parameters()["url"]).hostname or "").rstrip(".")[:255]
+
 
 # Times are Unix seconds; texts called *_json hold JSON.
 jobs = Table(
@@ -54,6 +63,9 @@ jobs = Table(
     Column("result_json", Text),                           # the body of the answer that /predict would have given
     UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     Index("jobs_listed", "owner", "created_at", "id"),
+    Index("jobs_listed_by_state", "owner", "state", "created_at", "id"),
+    Index("jobs_listed_by_model", "owner", "model", "created_at", "id"),
+    Index("jobs_by_time", "created_at", "id"),
     Index("jobs_unfinished", "state", "dispatched_at", postgresql_where=text("state IN ('queued', 'running')"),
           sqlite_where=text("state IN ('queued', 'running')")),
     Index("jobs_expiry", "expires_at"),
@@ -64,11 +76,12 @@ deliveries = Table(
     Column("id", String(32), primary_key=True),            # which receivers tell repeats by
     Column("job_id", String(32), nullable=False, index=True),
     Column("url", Text, nullable=False),
+    Column("host", String(255), nullable=False, default=host_of_url),
     Column("state", String(10), nullable=False),           # pending, delivered, failed
     Column("created_at", Double, nullable=False),
     Column("next_at", Double),                             # when it is due, or the lease of who is delivering it ends
     Column("attempts_json", Text, nullable=False),         # [{"at", "status" or null, "error" or null, "ms"}, …]
-    Index("deliveries_due", "state", "next_at"),
+    Index("deliveries_due", "state", "next_at", "host"),
 )
 
 history = Table(

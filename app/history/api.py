@@ -11,7 +11,7 @@ from sqlalchemy import select, tuple_
 from sqlalchemy.exc import OperationalError
 
 from app.api import access, listing
-from app.data.background import Background
+from app.data.background import LISTINGS, Background, Threads
 from app.data.database import was_too_slow
 from app.data.schema import history
 from app.errors import ServiceError, invalid_parameter
@@ -41,7 +41,8 @@ def register(app, settings):
         from app.history import openapi  # only needed there
         openapi.add(made, settings)
     app.extensions["record"], app.extensions["at_exit"] = record, recorder.stop
-    app.extensions["history"] = History(app.extensions["database"])
+    listings = app.extensions.setdefault("listings", Threads(LISTINGS))
+    app.extensions["history"] = History(app.extensions["database"], listings)
     app.extensions.setdefault("endpoints", {}).update(ENDPOINTS)
     app.extensions.setdefault("documented", []).append(document)
     app.register_blueprint(bp)
@@ -129,10 +130,10 @@ def is_csv():
 
 
 class History:
-    """Reads the table, within a time limit and without the event loop."""
+    """Reads the table, within a time limit and without the event loop. threads: in which it does."""
 
-    def __init__(self, database):
-        self.database, self.background = database, Background("HISTORY_UNAVAILABLE", AWAY)
+    def __init__(self, database, threads):
+        self.database, self.background = database, Background("HISTORY_UNAVAILABLE", AWAY, threads)
 
     def page(self, where, after, limit, write, with_owner):
         """(text of a page, cursor of the next one or None, number of predictions). after: (time, id) of the one before

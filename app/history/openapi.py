@@ -30,9 +30,11 @@ def add(document, settings):
 def operation(summary, name, parameters, *statuses):
     found = success("A page of them.", ref("History"), "Link")
     found["content"]["text/csv"] = {"schema": TEXT, "example": ",".join(COLUMNS)}
-    away = {"description": "The database cannot be reached now.", "headers": header("X-Request-ID", "Retry-After"),
+    away = {"description": "The database cannot be reached now, or is busy.",
+            "headers": header("X-Request-ID", "Retry-After"),
             "content": {"application/json": {
-                "schema": {"allOf": [ref("Error"), {"properties": {"error": {"const": "HISTORY_UNAVAILABLE"}}}]},
+                "schema": {"allOf": [ref("Error"), {"properties": {
+                    "error": {"enum": ["HISTORY_UNAVAILABLE", "OVERLOADED"]}}}]},
                 "example": {"status": "error", "error": "HISTORY_UNAVAILABLE", "message": AWAY,
                             "request_id": REQUEST_ID}}}}
     return {"summary": summary, "operationId": name, "parameters": parameters, "responses": {

@@ -17,7 +17,8 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from app.api import access, json_body, listing, uploads
 from app.api.predict import client, request_deadline
-from app.data.background import Background
+from app.data.background import LISTINGS, Background, Threads
+from app.data.database import had_no_connection, was_too_slow
 from app.data.storage import Storage
 from app.engine.slots import in_native_thread
 from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
@@ -41,6 +42,8 @@ MOST_URL = 2048         # characters
 PARTS_PER_FILE = 4      # lists, objects and members of a JSON body, which may be {"b64": …} or {"url": …} with others
 POLL_AFTER_S = 1
 ENOUGH_S = 10           # if storing and publishing take so long, something is away
+REMOVALS = 2            # jobs whose inputs are removed at once
+REMOVED_WITHIN_S = 60
 
 ENDPOINTS = {
     "/jobs": "POST what /predict or /predict/batch takes, get the result later; GET lists your jobs",
@@ -52,27 +55,31 @@ ENDPOINTS = {
 
 def register(app, settings):
     addresses.check_prefixes("CALLBACK_URLS", settings.optional.callback_urls or ())
-    app.extensions["jobs"] = Jobs(app.extensions["database"], settings.optional)
+    listings = app.extensions.setdefault("listings", Threads(LISTINGS))
+    app.extensions["jobs"] = Jobs(app.extensions["database"], settings.optional, listings)
     app.extensions.setdefault("endpoints", {}).update(ENDPOINTS)
     app.extensions.setdefault("documented", []).append(openapi.add)
     app.register_blueprint(bp)
 
 
 class Jobs:
-    """The way to the storage, the database and the broker. submitting, asking: run blocking calls; the long ones, with
-    inputs, and the quick ones do not wait for each other."""
+    """The way to the storage, the database and the broker. submitting, asking, listing, removing: run blocking calls;
+    the long ones, with inputs, the quick ones, lists and the removal of inputs do not wait for each other.
 
-    def __init__(self, database, optional):
+    listings: Threads for lists."""
+
+    def __init__(self, database, optional, listings):
         self.store = Named(Store(database, optional), optional.database_variable)
         self.storage = Named(Storage(optional.storage), "STORAGE_URL" if optional.storage_url else "DATA_DIR")
         self.broker = Named(Broker(optional), "JOBS_BROKER" if optional.jobs_broker else "DATA_DIR")
         message = "Jobs are not available now; try again later."
-        self.submitting, self.asking = (Background("JOBS_UNAVAILABLE", message) for _ in range(2))
+        self.submitting, self.asking, self.listing, self.removing = (
+            Background("JOBS_UNAVAILABLE", message, threads) for threads in (None, None, listings, Threads(REMOVALS)))
 
     def accept(self, row, contents, left):
         """(the job's row, rows of its webhooks, whether it is new). row: see Store.add; contents: {storage key: bytes};
         left: an Event that is set when nobody waits for this call any more. Raises ServiceError, OSError, and what the
-        database raises; then there is nothing left of the job."""
+        database raises; then there is no such job, and its inputs are being removed."""
         key = row["idempotency_key"]
         earlier = key and self.store.find_idempotent(row["owner"], key)
         if earlier and self.relies_on(earlier, row):
@@ -96,9 +103,8 @@ class Jobs:
                     raise
             return added, [], True  # where it could not be withdrawn, a repeat was told of it: the job will be run
         finally:
-            if not is_kept:
-                with suppress(OSError):  # what remains then is swept up later
-                    self.storage.delete_all(row["id"])
+            if not is_kept:  # not here: a slow removal does not mean that submitting does not work
+                self.submitting.threads.pool.hub.loop.run_callback_threadsafe(self.remove_inputs_soon, row["id"])
 
     def relies_on(self, earlier, row):
         """Whether the answer can be the job of an earlier request, which then stays. Raises ServiceError if that was
@@ -130,10 +136,13 @@ class Jobs:
         row = self.store.cancel(job_id, owner)
         return row and (row, self.text(row))
 
-    def remove_inputs(self, job_id):
+    def remove_inputs_soon(self, job_id):
         """In a greenlet of its own: whoever cancels a job does not wait for the storage."""
+        gevent.spawn(self.remove_inputs, job_id)
+
+    def remove_inputs(self, job_id):
         with suppress(ServiceError):  # what remains is swept up later
-            self.submitting.run(self.storage.delete_all, job_id)
+            self.removing.run(self.storage.delete_all, job_id, within_s=REMOVED_WITHIN_S)
 
     def listed(self, **asked):
         """[job object] without results."""
@@ -166,6 +175,8 @@ class Named:
             try:
                 return found(*arguments, **named)
             except AWAY as e:
+                if was_too_slow(e) or had_no_connection(e):  # it is there, but busy
+                    raise
                 raise Away(f"{self.variable}: {first_line(e)}") from e
         return call
 
@@ -343,7 +354,7 @@ def cancel(job_id):
     jobs = current_app.extensions["jobs"]
     row, text = asked(jobs.cancelled, job_id)
     if row["state"] == "cancelled":
-        gevent.spawn(jobs.remove_inputs, job_id)
+        jobs.remove_inputs_soon(job_id)
     if row["state"] in ("succeeded", "failed"):
         raise ServiceError(409, "JOB_FINISHED", f"The job has already {row['state']}; it can no longer be cancelled.")
     return answer(row, text, 202 if row["state"] == "running" else 200)
@@ -361,7 +372,7 @@ def jobs():
     if model and not re.fullmatch(r"\w{1,64}", model):
         raise invalid_parameter("model", "a model's name, without its version", ascii(model[:40]))
     limit, of_jobs = listing.limit(100, 20), current_app.extensions["jobs"]
-    found = of_jobs.asking.run(lambda: of_jobs.listed(
+    found = of_jobs.listing.run(lambda: of_jobs.listed(
         owner=owner, states=[state for state in states if state], model=model, since=since, until=until, after=after,
         limit=limit + 1))
     last = found[limit - 1] if len(found) > limit else None

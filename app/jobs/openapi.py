@@ -10,8 +10,8 @@ KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "
 CALLBACK = {"type": "string", "format": "uri", "maxLength": 2048, "pattern": "^https?://[!-~]+$",
             "description": "Where to send the job when it has ended; CALLBACK_URLS decides which URLs are allowed."}
 EXAMPLE_ID = "6f0e7a1c55d94c1b8f9a1b0f6c2d3e4a"
-UNAVAILABLE = ["Jobs are not available now.", ["JOBS_UNAVAILABLE"], "Jobs are not available now; try again later.",
-               "Retry-After"]
+UNAVAILABLE = ["Jobs are not available now.", ["JOBS_UNAVAILABLE", "OVERLOADED"],
+               "Jobs are not available now; try again later.", "Retry-After"]
 
 
 def add(document, settings):

@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 
-from sqlalchemy import and_, delete, exists, func, insert, or_, select, tuple_, update
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, tuple_, union_all, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.config import StartError
@@ -115,8 +115,6 @@ class Store:
     def listed(self, owner, states=(), model=None, since=None, until=None, after=None, limit=20):
         """Rows without their results, newest first. after: (created_at, id) of the last one that has been seen."""
         where = [] if owner is None else [jobs.c.owner == owner]
-        if states:
-            where.append(jobs.c.state.in_(states))
         if model is not None:
             where.append(jobs.c.model == model)
         if since is not None:
@@ -125,10 +123,16 @@ class Store:
             where.append(jobs.c.created_at < until)
         if after is not None:
             where.append(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*after))
+        # The newest of each state, and of those the newest: read in order from an index, however many there are.
+        each = [newest(jobs, [*where, jobs.c.state == state], limit) for state in set(states)]
+        if not each:
+            query = newest(jobs, where, limit)
+        elif len(each) == 1:
+            query = each[0]
+        else:
+            query = newest(union_all(*(select(one.subquery()) for one in each)).subquery(), [], limit)
         with self.database.read() as connection:
-            found = connection.execute(select(*LISTED).where(*where)
-                                       .order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit))
-            return [dict(row) for row in found.mappings()]
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def cancel(self, job_id, owner):
         """The row afterwards, or None. A queued job is cancelled, a running one is asked to stop."""
@@ -293,6 +297,11 @@ def clock(connection):
 
 def as_json(value):
     return None if value is None else json.dumps(value)
+
+
+def newest(rows, where, limit):
+    return (select(*(rows.c[column.name] for column in LISTED)).where(*where)
+            .order_by(rows.c.created_at.desc(), rows.c.id.desc()).limit(limit))
 
 
 def row_of(result):

@@ -9,18 +9,24 @@ import json
 import logging
 import random
 import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 
 from sqlalchemy import and_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.data.schema import deliveries
 from app.errors import ServiceError
 from app.outbound import addresses, http
-from app.outbound.event_loop import run
+from app.outbound.event_loop import loop, run
 from app.server import counters
 
 WITHIN_S = 10        # for one attempt
 LEASE_S = 60         # after which another process takes over what one has claimed
-AT_ONCE = 32
+AT_ONCE = 32         # per process
+AT_ONCE_PER_HOST = 4  # so that one that does not answer leaves room for the others
+LOOK_EVERY_S = 0.5   # for what is due, while others are under way
 DELAYS_S = (5, 30, 120, 600, 3600, 21_600)  # between attempts
 JITTER = 0.2         # of a delay, so that what failed together does not come back together
 
@@ -46,7 +52,7 @@ def check_callback(url, optional):
 def deliver(row, job_body, optional):
     """Make one attempt. row: of `deliveries`; job_body: what GET /jobs/ID answers.
 
-    Returns {"at": Unix seconds, "status": the answer's or None, "error": why there was none, or None, "ms"}.
+    Returns {"at": Unix seconds, "status": the answer's or None, "error": why it does not count, or None, "ms"}.
     """
     return run(attempt(row, job_body, optional))
 
@@ -59,6 +65,8 @@ async def attempt(row, job_body, optional):
         target = addresses.check_url(row["url"], optional.callback_urls, optional.private_networks)
         headers = signed(optional.callback_secret, row["id"], int(at), body)
         status = await client(optional.private_networks).post(target, body, headers, WITHIN_S)
+        if 300 <= status < 400:
+            error = "redirects are not followed"
     except addresses.NotAllowed:
         error = "the URL or its address is not allowed"
     except http.RequestFailed as e:
@@ -70,7 +78,7 @@ async def attempt(row, job_body, optional):
 
 @functools.cache
 def client(private_networks):
-    return http.Client(private_networks)
+    return http.Client(private_networks, keeps_connections=False)
 
 
 def signed(secret, message_id, timestamp, body):
@@ -102,40 +110,62 @@ def next_delay(attempts):
 # --- all that are due ---
 
 def run_due(database, optional, job_body_of):
-    """Make an attempt for each delivery that is due, side by side, and record it. Takes up to WITHIN_S; any number of
-    processes may do it. job_body_of(job's id): its body, or None if it is gone. Returns how many were due.
+    """Make an attempt for each delivery that is due, side by side, and record each when it has ended; what becomes due
+    meanwhile is begun too. Returns how many were due, once nothing is under way; any number of processes may do it.
+    job_body_of(job's id): its body, or None if it is gone.
 
-    A delivery is claimed before it is sent, and recorded afterwards: if a process dies between, another one sends it
-    when the lease ends, and the receiver may see it twice.
+    A delivery is claimed just before it is sent, and recorded afterwards: if a process dies between, another one sends
+    it when the lease ends, and the receiver may see it twice.
     """
-    claimed = claim(database)
-    if claimed:
-        bodies = [job_body_of(row["job_id"]) for row in claimed]
+    under_way, number = {}, 0  # {future: row}
+    try:
+        while True:
+            for row in claim(database, Counter(row["host"] for row in under_way.values())):
+                number += 1
+                body = job_body_of(row["job_id"])
+                if body:
+                    under_way[asyncio.run_coroutine_threadsafe(attempt(row, body, optional), loop())] = row
+                else:
+                    record(database, row, None)
+            if not under_way:
+                return number
+            for future in wait(under_way, LOOK_EVERY_S, FIRST_COMPLETED).done:
+                record(database, under_way.pop(future), future.result())
+    finally:  # of a failure: most others that are under way can still be recorded
+        for future, row in under_way.items():
+            with suppress(SQLAlchemyError, OSError):
+                record(database, row, future.result())
 
-        async def attempts():
-            return await asyncio.gather(*(attempt_if_there(row, body, optional)
-                                          for row, body in zip(claimed, bodies, strict=True)))
-        for row, made in zip(claimed, run(attempts()), strict=True):
-            record(database, row, made)
-    return len(claimed)
 
-
-async def attempt_if_there(row, body, optional):
-    return await attempt(row, body, optional) if body else None
-
-
-def claim(database):
-    now = time.time()
-    is_due = and_(deliveries.c.state == "pending", deliveries.c.next_at <= now)
+def claim(database, under_way):
+    """Rows of deliveries that are due, which the caller sends now. under_way: {host: number}, to which it adds."""
+    claimed, now = [], time.time()
+    if under_way.total() >= AT_ONCE:
+        return claimed
     with database.read() as connection:  # nearly always there is none, and no lock is needed to see that
-        if connection.execute(select(deliveries.c.id).where(is_due).limit(1)).first() is None:
-            return []
+        if connection.execute(due(under_way, now, 1)).first() is None:
+            return claimed
     with database.begin() as connection:
-        due = select(deliveries).where(is_due).order_by(deliveries.c.next_at).limit(AT_ONCE)
-        rows = [dict(row) for row in connection.execute(due.with_for_update(skip_locked=True)).mappings()]
-        connection.execute(update(deliveries).where(deliveries.c.id.in_([row["id"] for row in rows]))
-                           .values(next_at=now + LEASE_S))
-    return rows
+        while room := AT_ONCE - under_way.total():
+            some, ids = due(under_way, now, room).with_for_update(skip_locked=True), []
+            rows = [dict(row) for row in connection.execute(some).mappings()]
+            if not rows:
+                break
+            for row in rows:
+                if under_way[row["host"]] < AT_ONCE_PER_HOST:
+                    under_way[row["host"]] += 1
+                    ids.append(row["id"])
+                    claimed.append(row)
+            connection.execute(update(deliveries).where(deliveries.c.id.in_(ids)).values(next_at=now + LEASE_S))
+    return claimed
+
+
+def due(under_way, now, limit):
+    """Selects the rows that have been due for longest, without those of hosts at which enough is under way."""
+    is_due = and_(deliveries.c.state == "pending", deliveries.c.next_at <= now)
+    full = [host for host, number in under_way.items() if number >= AT_ONCE_PER_HOST]
+    return (select(*(deliveries.c[name] for name in ("id", "job_id", "url", "host")))
+            .where(is_due, deliveries.c.host.not_in(full)).order_by(deliveries.c.next_at).limit(limit))
 
 
 def record(database, row, made):

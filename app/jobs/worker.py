@@ -6,6 +6,8 @@ SIGHUP: the model is prepared anew, then the processes are replaced one after th
 """
 import contextlib
 import dataclasses
+import hashlib
+import hmac
 import http.server
 import json
 import logging.config
@@ -197,12 +199,20 @@ class Supervisor:
 
 
 def serve(host, port, supervisor):
-    """GET /metrics and /health of the worker, in threads."""
+    """GET /metrics and /health of the worker, in threads. With API_KEYS, /metrics needs one of them."""
+    def digest(key):  # of equal length, so that the time taken reveals nothing about the keys
+        return hashlib.sha256(key).digest()
+    keys = [digest(key.encode()) for key in (*(supervisor.settings.api_keys or ()),
+                                             *(supervisor.optional.admin_keys or ()))]
+
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 5
 
         def do_GET(self):
-            if self.path == "/metrics":
+            if self.path == "/metrics" and keys and not self.has_key():
+                self.answer(401, "application/json", b'{"status": "error", "error": "UNAUTHORIZED", "message": '
+                                                     b'"This needs a valid key."}')
+            elif self.path == "/metrics":
                 from app.api.metrics import Sums
                 encode, content_type = choose_encoder(self.headers.get("Accept"))
                 registry = CollectorRegistry(auto_describe=False)
@@ -216,6 +226,12 @@ def serve(host, port, supervisor):
             else:
                 self.answer(404, "application/json", b'{"status": "error", "error": "NOT_FOUND", "message": '
                                                      b'"There are /health and /metrics."}')
+
+        def has_key(self):
+            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+            given = token if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
+            given = digest(given.strip().encode("utf-8", "replace"))
+            return bool(sum([hmac.compare_digest(given, key) for key in keys]))
 
         def answer(self, status, content_type, body):
             self.send_response(status)

@@ -26,10 +26,11 @@ class TooLarge(RequestFailed):
 
 
 class Client:
-    """Makes requests in the event loop of event_loop.py. private_networks: see addresses.check_url."""
+    """Makes requests in the event loop of event_loop.py. private_networks: see addresses.check_url; keeps_connections:
+    for later requests, of which a POST is not repeated if its server has just closed the connection."""
 
-    def __init__(self, private_networks):
-        self.private_networks = private_networks
+    def __init__(self, private_networks, keeps_connections=True):
+        self.private_networks, self.keeps_connections = private_networks, keeps_connections
         self.session = self.loop = None
 
     async def fetch(self, target, most_bytes, within_s, taken=lambda size: None):
@@ -58,7 +59,7 @@ class Client:
     async def post(self, target, body, headers, within_s):
         """Send bytes to an addresses.Target and return the status of the answer, which is not read. Raises as fetch."""
         async with asyncio.timeout(within_s), self.request("POST", target, headers, data=body) as answer:
-            answer.close()  # posts are rare: a connection that is kept may have been closed when it is needed
+            answer.close()
             return answer.status
 
     def request(self, method, target, headers, **options):
@@ -68,7 +69,8 @@ class Client:
     def own_session(self):
         if self.loop is not loop():  # the first time, and in a process that was forked
             self.loop = loop()
-            connector = aiohttp.TCPConnector(limit=0, use_dns_cache=False, resolver=Resolver(self.private_networks),
+            connector = aiohttp.TCPConnector(limit=0, use_dns_cache=False, force_close=not self.keeps_connections,
+                                             resolver=Resolver(self.private_networks),
                                              socket_factory=functools.partial(connection, self.private_networks))
             self.session = aiohttp.ClientSession(
                 connector=connector, trust_env=False, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,

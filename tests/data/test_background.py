@@ -1,5 +1,6 @@
 """Blocking calls of greenlets: nothing waits for long for a service that hangs, and all is as before once it is back.
 """
+import contextlib
 import threading
 import time
 
@@ -9,7 +10,8 @@ from conftest import need
 from servers import Postgres
 
 from app.data import background, postgres
-from app.data.background import THREADS, WAITING, Background
+from app.data import database as database_module
+from app.data.background import THREADS, WAITING, Background, Threads
 from app.data.database import Database
 from app.errors import ServiceError
 
@@ -87,9 +89,9 @@ def test_calls_that_have_not_begun_in_time_are_not_made(away):
     goes_on, made = threading.Event(), []
     hanging = [gevent.spawn(refused, away, goes_on.wait, within_s=0.3) for _ in range(THREADS)]
     gevent.sleep(0.05)
-    waiting = [gevent.spawn(refused, away, made.append, number, within_s=0.3) for number in range(WAITING)]
+    waiting = [gevent.spawn(refused, away, made.append, number) for number in range(WAITING)]
     gevent.sleep(0.05)
-    refused(away, made.append, "one too many")
+    overloaded(away, made.append, "one too many")
     try:
         gevent.joinall([*hanging, *waiting], raise_error=True, timeout=10)
     finally:
@@ -98,7 +100,102 @@ def test_calls_that_have_not_begun_in_time_are_not_made(away):
     assert away.run(lambda: "answer") == "answer"
     assert made == []
     gevent.sleep(0.1)
-    assert away.unfinished == 0
+    assert (away.threads.unfinished, away.threads.waiting, away.threads.free.counter) == (0, 0, THREADS)
+
+
+def overloaded(away, call, *arguments, **options):
+    with pytest.raises(ServiceError) as e:
+        away.run(call, *arguments, **options)
+    assert (e.value.status, e.value.code, e.value.retry_after()) == (503, "OVERLOADED", 5)
+    assert away.failed_at is None
+
+
+def test_a_burst_of_calls_waits_and_is_answered(away):
+    calls = [gevent.spawn(away.run, lambda: time.sleep(0.01)) for _ in range(300)]
+    gevent.joinall(calls, raise_error=True)
+
+
+def test_calls_that_found_no_thread_are_no_outage(away):
+    goes_on, made = threading.Event(), []
+    running = [gevent.spawn(away.run, goes_on.wait) for _ in range(THREADS)]
+    gevent.sleep(0.05)
+    overloaded(away, made.append, 1, within_s=0.2)
+    goes_on.set()
+    gevent.joinall(running, raise_error=True)
+    assert away.run(lambda: "answer") == "answer"
+    assert made == []
+
+
+def test_a_call_that_got_its_thread_late_is_no_outage(away):
+    goes_on, never = threading.Event(), threading.Event()
+    running = [gevent.spawn(away.run, goes_on.wait) for _ in range(THREADS)]
+    gevent.sleep(0.05)
+    late = gevent.spawn(overloaded, away, never.wait, within_s=0.5)
+    gevent.sleep(0.4)
+    goes_on.set()
+    try:
+        gevent.joinall([late, *running], raise_error=True)
+    finally:
+        never.set()
+
+
+def test_waiting_for_a_connection_or_a_slow_statement_is_overload_and_no_outage(away, tmp_path, monkeypatch):
+    monkeypatch.setattr(database_module, "CONNECT_WITHIN_S", 0.2)
+    monkeypatch.setattr(database_module, "STATEMENT_WITHIN_S", 0.3)
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+
+    def read(statement="SELECT 1"):
+        with database.read() as connection:
+            return connection.exec_driver_sql(statement).scalar()
+    assert away.run(read) == 1
+    with contextlib.ExitStack() as stack:
+        for _ in range(database_module.POOL):
+            stack.enter_context(database.read())
+        overloaded(away, read)
+    overloaded(away, read, "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+    assert away.run(read) == 1
+    database.close()
+
+
+def test_an_outage_that_began_while_calls_waited_is_told_to_them(away):
+    goes_on, made = threading.Event(), []
+
+    def fail_later():
+        goes_on.wait()
+        raise OSError("gone")
+    failing = [gevent.spawn(refused, away, fail_later) for _ in range(THREADS)]
+    gevent.sleep(0.05)
+    waiting = [gevent.spawn(refused, away, made.append, number) for number in range(20)]
+    gevent.sleep(0.05)
+    goes_on.set()
+    gevent.joinall([*failing, *waiting], raise_error=True, timeout=10)
+    assert made == []
+
+
+def test_a_probe_without_a_thread_or_connection_leaves_the_service_away(away):
+    goes_on = threading.Event()
+    hanging = [gevent.spawn(refused, away, goes_on.wait, within_s=0.1) for _ in range(THREADS)]
+    gevent.joinall(hanging, raise_error=True)
+    gevent.sleep(0.25)
+    try:
+        refused(away, time.monotonic, within_s=0.1)  # the probe
+        started = time.monotonic()
+        refused(away, time.monotonic)
+        assert time.monotonic() - started < 2  # at once
+    finally:
+        goes_on.set()
+
+
+def test_backgrounds_can_share_their_threads(away):
+    goes_on, two = threading.Event(), Threads(2)
+    shared = [Background("A", "A is away.", two), Background("B", "B is away.", two)]
+    running = [gevent.spawn(one.run, goes_on.wait) for one in shared]
+    gevent.sleep(0.05)
+    for one in shared:
+        overloaded(one, time.monotonic, within_s=0.1)
+    assert away.run(lambda: "answer") == "answer"
+    goes_on.set()
+    gevent.joinall(running, raise_error=True)
 
 
 def test_the_time_limit_of_the_request_is_not_taken_for_the_services(away):
@@ -137,7 +234,7 @@ def test_it_needs_no_more_threads_or_connections_after_outages(away, tmp_path, m
         while not storm():
             assert time.monotonic() < until
             gevent.sleep(0.1)
-        while away.unfinished:
+        while away.threads.unfinished:
             assert time.monotonic() < until
             gevent.sleep(0.05)
     try:
@@ -151,7 +248,7 @@ def test_it_needs_no_more_threads_or_connections_after_outages(away, tmp_path, m
             server.start()
             back()
         assert threading.active_count() <= max(threads, THREADS + 1)
-        assert away.pool.size <= THREADS
+        assert away.threads.pool.size <= THREADS
         assert database.engine.pool.checkedout() == 0
         found = server.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'test1'")
         assert found[0][0] <= 4

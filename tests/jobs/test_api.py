@@ -1,6 +1,7 @@
 """Jobs over HTTP: what every request leaves in the database, the storage and the broker, and what clients are told."""
 import base64
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -16,6 +17,7 @@ import openapi_spec_validator
 import pytest
 import redis
 import requests
+import sqlalchemy
 import videos
 from conftest import Service, encoded, photo
 from PIL import Image
@@ -25,8 +27,10 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings, SettingsError
+from app.data.background import LISTINGS
 from app.data.schema import deliveries
-from app.errors import Deadline
+from app.errors import Deadline, ServiceError
+from app.jobs import api as jobs_api
 from app.jobs import webhooks
 from app.server.counters import Stages
 
@@ -60,8 +64,12 @@ class Ask:
 
     def stored(self):
         """{key: bytes} of the storage."""
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(self.folder.rglob("*"))
-                if path.is_file()}
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                if path.is_file():
+                    found[str(path.relative_to(self.folder))] = path.read_bytes()
+        return found
 
     def stored_of(self, row):
         return [data for key, data in self.stored().items() if key.startswith(row["id"])]
@@ -490,7 +498,7 @@ def test_identical_requests_at_the_same_time_make_one_job(on_engines):
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 3
     ids = {row["id"] for row in ask.rows()}
     assert len(ids) == 4
-    assert {key.partition("/")[0] for key in ask.stored()} == ids == set(ask.messages())
+    wait_for(lambda: {key.partition("/")[0] for key in ask.stored()} == ids == set(ask.messages()))
     assert len(ask.messages()) == 4
 
 
@@ -655,6 +663,38 @@ def test_a_misspelt_filter_is_refused(plain):
     assert answer.json["message"] == "status is not a filter; there are state, model, since, until, limit and after"
 
 
+@pytest.mark.parametrize(("asked_for", "index"), [
+    ({"owner": "a"}, "jobs_listed "),
+    ({"owner": "a", "model": "m"}, "jobs_listed_by_model "),
+    ({"owner": "a", "model": "m", "since": 1.0, "until": 2.0}, "jobs_listed_by_model "),
+    ({"owner": "a", "states": ["succeeded"]}, "jobs_listed_by_state "),
+    ({"owner": "a", "states": ["succeeded", "failed"], "after": (1.0, "0")}, "jobs_listed_by_state "),
+    ({"owner": None}, "jobs_by_time "),
+])
+def test_lists_are_read_from_an_index(plain, asked_for, index):
+    """In its order, so that the number of jobs does not matter: what is sorted is at most a page of each state."""
+    statements = []
+
+    def keep(connection, cursor, statement, parameters, *_):
+        if "FROM jobs" in statement:
+            statements.append((statement, parameters))
+    engine = plain.store.database.engine
+    sqlalchemy.event.listen(engine, "after_cursor_execute", keep)
+    try:
+        plain.store.listed(**asked_for)
+    finally:
+        sqlalchemy.event.remove(engine, "after_cursor_execute", keep)
+    with plain.store.database.read() as connection:
+        statement, parameters = statements[0]
+        plan = [(row[1], row[3] + " ") for row in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + statement,
+                                                                             parameters)]
+    looked_up = [(parent, step) for parent, step in plan if " jobs " in step]
+    assert len(looked_up) == len(asked_for.get("states", [1]))
+    assert all(f"USING INDEX {index}" in step for _, step in looked_up), plan
+    sorting = {parent for parent, step in plan if "TEMP B-TREE" in step}  # subqueries by their number
+    assert not sorting & {parent for parent, _ in looked_up}, plan
+
+
 def test_a_forged_cursor_shows_nothing_of_others(ask):
     asked = ask(**KEYS)
     keyed(asked, "k", ("file", "a.png", WHITE), headers={"X-API-Key": "key-of-ann"})
@@ -691,7 +731,7 @@ def test_too_many_unfinished_jobs_are_refused_and_leave_nothing(on_engines):
     answer = ask.post(("file", "a.png", WHITE))
     assert error_of(answer) == (503, "OVERLOADED")
     assert answer.headers["Retry-After"] == "30"
-    assert len(ask.rows()) == len(ask.stored()) == 2
+    wait_for(lambda: len(ask.rows()) == len(ask.stored()) == 2)
     assert keyed(ask, "k", ("file", "a.png", WHITE)).status_code == 202  # a repeat needs no room
     ask.client.delete(first.json["url"])
     assert ask.post(("file", "a.png", WHITE)).status_code == 202
@@ -700,7 +740,7 @@ def test_too_many_unfinished_jobs_are_refused_and_leave_nothing(on_engines):
 def test_the_storage_of_unfinished_jobs_is_limited(on_engines):
     ask = on_engines(MAX_JOBS_STORAGE=str(2 * len(WHITE)))
     assert [ask.post(("file", "a.png", WHITE)).status_code for _ in range(3)] == [202, 202, 503]
-    assert len(ask.stored()) == 2
+    wait_for(lambda: len(ask.stored()) == 2)
 
 
 def test_each_file_counts_against_the_rate_limit_and_a_look_does_not(ask):
@@ -751,7 +791,7 @@ def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tm
         for key in ("k", "l"):
             assert_unavailable(keyed(ask, key, ("file", "a.png", RED)))
     assert_logged(caplog, "JOBS_BROKER")
-    assert len(ask.rows()) == len(ask.stored()) == 1
+    wait_for(lambda: len(ask.rows()) == len(ask.stored()) == 1)
     assert ask.client.get(url).json["state"] == "queued"
     assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
     broker.start()
@@ -783,7 +823,66 @@ def test_what_was_stored_before_the_storage_failed_is_removed(ask):
         put(key, data)
     asked.jobs.storage.put = full
     assert_unavailable(asked.post(*MANY))
-    assert asked.is_empty()
+    wait_for(asked.is_empty)
+
+
+def test_a_slow_removal_of_inputs_refuses_nobody_and_is_no_outage(ask, monkeypatch):
+    monkeypatch.setattr(jobs_api, "REMOVED_WITHIN_S", 0.2)
+    asked, goes_on = ask(MAX_JOBS="100"), threading.Event()
+    asked.jobs.storage.delete_all = lambda job_id: goes_on.wait(20)
+    try:
+        for _ in range(20):  # more than there are threads
+            answer = asked.post(("file", "a.png", WHITE))
+            assert asked.client.delete(answer.json["url"]).status_code == 200
+        publish, asked.jobs.broker.publish = asked.jobs.broker.publish, raise_overloaded
+        started = time.monotonic()
+        assert error_of(asked.post(("file", "a.png", WHITE))) == (503, "OVERLOADED")
+        assert time.monotonic() - started < 10
+        asked.jobs.broker.publish = publish
+        wait_for(lambda: asked.jobs.removing.failed_at is not None)
+        assert asked.post(("file", "a.png", WHITE)).status_code == 202
+        assert asked.jobs.submitting.failed_at is None
+    finally:
+        goes_on.set()
+
+
+def raise_overloaded(*_):
+    raise ServiceError(503, "OVERLOADED", "Too much.", retry_after_s=1)
+
+
+def test_a_burst_of_requests_is_answered(on_engines):
+    ask = on_engines()
+    url = ask.post(("file", "a.png", WHITE)).json["url"]
+    tasks = [gevent.spawn(ask.client.open, url) for _ in range(300)]
+    gevent.joinall(tasks)
+    assert {task.get().status_code for task in tasks} == {200}
+
+
+def test_lists_leave_connections_to_others(ask):
+    """However many are asked for at once, and however slow they are."""
+    asked = ask(HISTORY="on")
+    asked.post(("file", "a.png", WHITE))
+    listed, history = asked.jobs.listed, asked.app.extensions["history"]
+    read, goes_on, now, most = history.read, threading.Event(), [], []
+
+    def slowly(call, *arguments, **named):
+        now.append(1)
+        most.append(len(now))
+        with asked.app.extensions["database"].read():
+            goes_on.wait(10)
+        now.pop()
+        return call(*arguments, **named)
+    asked.jobs.listed, history.read = (functools.partial(slowly, call) for call in (listed, read))
+    tasks = [gevent.spawn(asked.client.get, path) for path in ["/jobs", "/history"] * 10]
+    try:
+        wait_for(lambda: len(now) == LISTINGS)
+        assert asked.client.get("/jobs/" + "0" * 32).status_code == 404
+        assert asked.post(("file", "a.png", WHITE)).status_code == 202
+    finally:
+        goes_on.set()
+    gevent.joinall(tasks)
+    assert {task.get().status_code for task in tasks} == {200}
+    assert max(most) == LISTINGS
 
 
 def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, postgres_server, tmp_path, caplog):

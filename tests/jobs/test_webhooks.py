@@ -180,7 +180,7 @@ def test_what_is_not_due_yet_waits(database, receiver):
 
 @pytest.mark.parametrize(("answer", "status", "error"), [
     (b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\n\r\n", 500, None),
-    (b"HTTP/1.1 302 Found\r\nLocation: /other\r\n\r\n", 302, None),
+    (b"HTTP/1.1 302 Found\r\nLocation: /other\r\n\r\n", 302, "redirects are not followed"),
     (b"", None, "its server ended the connection before it had sent everything"),
     (repeatedly(b"HTTP/1.1 200 OK\r\nX: ", b"a", 0.05), None, "no answer within 0.2 s"),
 ])
@@ -270,6 +270,7 @@ def check_shared(database, other, receiver):
         thread.start()
     for thread in threads:
         thread.join(20)
+    assert [delivery(database, one)["attempts"] for one in ids if delivery(database, one)["state"] != "delivered"] == []
     assert sum(counts) == 80
     assert sorted(verified(request, SECRET.encode())["id"] for request in receiver.requests) == sorted(ids)
     assert {delivery(database, one)["state"] for one in ids} == {"delivered"}
@@ -289,13 +290,99 @@ def test_several_machines_share_the_deliveries_in_postgresql(postgres_server, re
     other.close()
 
 
-def test_a_slow_receiver_delays_no_other(database, receiver, monkeypatch):
-    monkeypatch.setattr(webhooks, "WITHIN_S", 1)
-    receiver.answers["/slow"] = repeatedly(b"", b"", 0.05)
-    slow = [due(database, receiver.url + "/slow") for _ in range(20)]
-    quick = due(database, receiver.url + "/hook")
-    started = time.monotonic()
-    webhooks.run_due(database, allowing(receiver), body_of)
-    assert time.monotonic() - started < 10  # side by side: one after the other takes 20 s
-    assert delivery(database, quick)["state"] == "delivered"
-    assert {delivery(database, one)["state"] for one in slow} == {"pending"}
+class Waiting:
+    """A receiver's path that answers once `over` is set."""
+
+    def __init__(self):
+        self.over, self.lock, self.now, self.most = threading.Event(), threading.Lock(), 0, 0
+
+    def __call__(self, connection, closed):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        self.over.wait(20)
+        with self.lock:
+            self.now -= 1
+        connection.sendall(ACCEPTED)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def running():
+    """running(database, settings): run_due in a thread; the bodies that it has asked for."""
+    threads, loaded = [], []
+
+    def body(job_id):
+        loaded.append(job_id)
+        return body_of(job_id)
+
+    def start(database, optional):
+        threads.append(threading.Thread(target=webhooks.run_due, args=(database, optional, body)))
+        threads[-1].start()
+        return loaded
+    yield start
+    for thread in threads:
+        thread.join(20)
+
+
+def test_a_receiver_that_does_not_answer_delays_no_other(database, receiver, running):
+    """Not even one whose callback becomes due while it is awaited."""
+    receiver.answers["/slow"] = slow = Waiting()
+    try:
+        hanging = [due(database, receiver.url + "/slow", next_at=time.time() - 100) for _ in range(50)]
+        other = receiver.url.replace("127.0.0.1", "127.0.0.2")
+        optional = settings(CALLBACK_URLS=f"{receiver.url}/,{other}/")
+        loaded = running(database, optional)
+        wait_for(lambda: slow.now == webhooks.AT_ONCE_PER_HOST)
+        assert len(loaded) == webhooks.AT_ONCE_PER_HOST  # no body is held for later
+        second = HostileServer({"/hook": ACCEPTED}, address=("127.0.0.2", receiver.port))
+        quick = due(database, other + "/hook")
+        wait_for(lambda: delivery(database, quick)["state"] == "delivered")  # recorded while the others are under way
+        assert (slow.now, slow.most) == (webhooks.AT_ONCE_PER_HOST, webhooks.AT_ONCE_PER_HOST)
+        unclaimed = [one for one in hanging if delivery(database, one)["next_at"] < time.time()]
+        assert len(unclaimed) == 50 - webhooks.AT_ONCE_PER_HOST  # left to other machines
+    finally:
+        slow.over.set()
+    wait_for(lambda: {delivery(database, one)["state"] for one in hanging} == {"delivered"})
+    assert slow.most == webhooks.AT_ONCE_PER_HOST
+    second.close()
+
+
+def test_a_process_has_a_limited_number_of_callbacks_under_way(database, receiver, running, monkeypatch):
+    monkeypatch.setattr(webhooks, "AT_ONCE_PER_HOST", 100)
+    receiver.answers["/slow"] = slow = Waiting()
+    ids = [due(database, receiver.url + "/slow") for _ in range(webhooks.AT_ONCE + 8)]
+    try:
+        loaded = running(database, allowing(receiver))
+        wait_for(lambda: slow.now == webhooks.AT_ONCE)
+        time.sleep(2 * webhooks.LOOK_EVERY_S)
+        assert len(loaded) == webhooks.AT_ONCE
+    finally:
+        slow.over.set()
+    wait_for(lambda: {delivery(database, one)["state"] for one in ids} == {"delivered"})
+    assert slow.most == webhooks.AT_ONCE
+
+
+def test_what_was_under_way_is_recorded_when_the_next_one_cannot_be_sent(database, receiver):
+    ids = [due(database, receiver.url + "/hook", job_id=f"j{i}", next_at=time.time() - 10 + i) for i in range(2)]
+
+    def body(job_id):
+        if job_id == "j1":
+            raise OSError("the database is away")
+        return body_of(job_id)
+    with pytest.raises(OSError, match="away"):
+        webhooks.run_due(database, allowing(receiver), body)
+    assert [delivery(database, one)["state"] for one in ids] == ["delivered", "pending"]
+
+
+@pytest.mark.parametrize(("url", "host"), [
+    ("https://Example.org:8443/a?b=c", "example.org"), ("http://example.org./", "example.org"),
+    ("http://[2001:db8::1]/", "2001:db8::1")])
+def test_hosts_are_told_apart_without_their_notation(database, url, host):
+    assert delivery(database, due(database, url))["host"] == host

@@ -6,8 +6,11 @@ import time
 
 import pytest
 import requests
-from conftest import Service
+from conftest import Service, free_port
 from job_workers import Jobs, Worker
+
+from app.config import Settings
+from app.jobs.worker import Supervisor, serve
 
 TROUBLED = {"MODEL_NAME": "tests.jobs.troubled:Troubled"}
 
@@ -210,6 +213,23 @@ def test_reload_replaces_the_processes_one_after_the_other(start_worker, tmp_pat
         assert worker.nodes(), worker.log
         time.sleep(0.05)
     worker.wait_ready()
+
+
+def test_metrics_of_a_worker_need_a_key_where_the_service_does(tmp_path):
+    settings = Settings.parse({"JOBS": "on", "DATA_DIR": str(tmp_path), "API_KEYS": "key-of-ann,key-of-ben",
+                               "ADMIN_KEYS": "key-of-admin", "DEVICE": "cpu"})
+    port = free_port()
+    serve("127.0.0.1", port, Supervisor(settings))
+
+    def status(path, **headers):
+        return requests.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=5).status_code
+    for headers in ({}, {"X-API-Key": "key-of-an"}, {"Authorization": "Bearer key-of-annn"}, {"X-API-Key": ""},
+                    {"Authorization": "Basic key-of-ann"}, {"X-API-Key": b"key-of-ann\xe9"}):
+        assert status("/metrics", **headers) == 401
+    for headers in ({"X-API-Key": "key-of-ben"}, {"Authorization": "bearer key-of-ann"},
+                    {"Authorization": "Bearer key-of-admin"}):
+        assert status("/metrics", **headers) == 200
+    assert status("/live") == 200
 
 
 @pytest.mark.parametrize(("variables", "says"), [

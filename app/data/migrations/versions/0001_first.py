@@ -12,13 +12,14 @@ def upgrade():
         sa.Column("id", sa.String(length=32), nullable=False),
         sa.Column("job_id", sa.String(length=32), nullable=False),
         sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("host", sa.String(length=255), nullable=False),
         sa.Column("state", sa.String(length=10), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("next_at", sa.Double()),
         sa.Column("attempts_json", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id")
         )
-    op.create_index("deliveries_due", "deliveries", ["state", "next_at"])
+    op.create_index("deliveries_due", "deliveries", ["state", "next_at", "host"])
     op.create_index("ix_deliveries_job_id", "deliveries", ["job_id"])
     op.create_table("history",
         sa.Column("id", BigNumber, autoincrement=True, nullable=False),
@@ -76,6 +77,9 @@ def upgrade():
         sa.UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency")
         )
     op.create_index("jobs_expiry", "jobs", ["expires_at"])
+    op.create_index("jobs_by_time", "jobs", ["created_at", "id"])
     op.create_index("jobs_listed", "jobs", ["owner", "created_at", "id"])
+    op.create_index("jobs_listed_by_model", "jobs", ["owner", "model", "created_at", "id"])
+    op.create_index("jobs_listed_by_state", "jobs", ["owner", "state", "created_at", "id"])
     op.create_index("jobs_unfinished", "jobs", ["state", "dispatched_at"],
                     postgresql_where=UNFINISHED, sqlite_where=UNFINISHED)
