@@ -23,6 +23,7 @@ settings = Settings.parse({})
 app = Flask("fuzz")  # the application's way to read a request, without a model
 app.request_class = uploads.MemoryRequest
 app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
+app.extensions["fetch"] = None
 
 
 @contextlib.contextmanager
