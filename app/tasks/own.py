@@ -247,6 +247,9 @@ class OwnTask(Task):
             for one in inputs:
                 call.deadline.check("inference")
                 outputs += self.predicted([one])
+        except Exception:
+            call.deadline.check("inference")  # by then, to give up is no failure
+            raise
         finally:
             del self.due[thread]
         return outputs

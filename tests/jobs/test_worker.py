@@ -53,6 +53,16 @@ def test_job_fails_as_the_prediction_would(troubled, order, code):
     assert job["result"] is None
 
 
+def test_model_that_gives_up_when_its_time_is_over_does_not_fail(troubled):
+    """For predictions too: the deadline is the reason, whether the model or the service notices it first."""
+    jobs, _, service = troubled
+    assert jobs.wait(jobs.accepted("late"))["error"]["error"] == "DEADLINE_EXCEEDED"
+    for _ in range(5):
+        answer = requests.post(service.url + "/predict", json={"text": "late"}, timeout=30,
+                               headers={"X-Request-Timeout": "0.1"})
+        assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
+
+
 def test_job_whose_process_is_killed_is_run_again(troubled):
     jobs, worker, _ = troubled
     job_id = jobs.accepted("wait 1.5")

@@ -25,6 +25,10 @@ class Troubled(OwnTask):
             raise RuntimeError("as told")
         elif order == "hang":
             time.sleep(3600)
+        elif order == "late":  # gives up as soon as its time is over
+            while self.seconds_left() > 0:
+                time.sleep(0.001)
+            raise TimeoutError
         until = time.monotonic() + float(seconds)
         while time.monotonic() < until and self.seconds_left() > 0:
             time.sleep(0.01)
