@@ -129,7 +129,7 @@ def take_over_sigterm(**_):
 def consume(work, arguments):
     """Run jobs until SIGTERM."""
     celery = Broker(work.settings.optional, BROKER_WITHIN_S).celery
-    celery.conf.update(worker_prefetch_multiplier=1, task_acks_late=False, worker_hijack_root_logger=False)
+    celery.conf.worker_prefetch_multiplier = 1
     celery.task(work.run, name=TASK, ignore_result=True)
     signals.setup_logging.connect(lambda **_: None, weak=False)  # it is set up
     signals.worker_ready.connect(take_over_sigterm, weak=False)

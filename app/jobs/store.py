@@ -31,7 +31,6 @@ STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input coul
 AWAY = (SQLAlchemyError, OSError, StartError)  # what a database that is away raises, or one with newer tables
 
 UNFINISHED = ("queued", "running")
-FINAL = ("succeeded", "failed", "cancelled")
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
 
 AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one

@@ -6,7 +6,6 @@ SIGHUP: the model is prepared anew, then the processes are replaced one after th
 """
 import contextlib
 import dataclasses
-import hashlib
 import hmac
 import http.server
 import json
@@ -200,10 +199,9 @@ class Supervisor:
 
 def serve(host, port, supervisor):
     """GET /metrics and /health of the worker, in threads. With API_KEYS, /metrics needs one of them."""
-    def digest(key):  # of equal length, so that the time taken reveals nothing about the keys
-        return hashlib.sha256(key).digest()
-    keys = [digest(key.encode()) for key in (*(supervisor.settings.api_keys or ()),
-                                             *(supervisor.optional.admin_keys or ()))]
+    from app.api.access import digest  # of equal length, so that the time taken reveals nothing about the keys
+    keys = [digest(key) for key in (*(supervisor.settings.api_keys or ()),
+                                    *(supervisor.optional.admin_keys or ()))]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 5
@@ -230,7 +228,7 @@ def serve(host, port, supervisor):
         def has_key(self):
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
             given = token if scheme.lower() == "bearer" else self.headers.get("X-API-Key", "")
-            given = digest(given.strip().encode("utf-8", "replace"))
+            given = digest(given.strip())
             return bool(sum([hmac.compare_digest(given, key) for key in keys]))
 
         def answer(self, status, content_type, body):
