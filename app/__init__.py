@@ -3,13 +3,15 @@ import logging
 
 from app.config import StartError
 
+LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")])]
+
 
 def create_app(settings=None, loader=None):
     """The Flask application. loader: a ModelLoader that has its model; by default one is created, once per worker."""
     # Imported here to keep 10 MB out of the Gunicorn master, which imports this package too.
     from flask import Flask
 
-    from app.api import docs, error_handlers, health, info, metrics, predict, requests, uploads
+    from app.api import error_handlers, health, info, lazy_views, metrics, predict, requests, uploads
     from app.config import Settings
     from app.engine.bundle import Prepared
 
@@ -37,8 +39,10 @@ def create_app(settings=None, loader=None):
     if settings.optional:
         from app import optional_parts
         optional_parts.register(app, settings)
-    for module in (predict, health, info, metrics, docs):
+    for module in (predict, health, info, metrics):
         app.register_blueprint(module.bp)
+    for lazy in LAZY:
+        app.register_blueprint(lazy_views.blueprint(*lazy))
     return app
 
 

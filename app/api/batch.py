@@ -26,7 +26,7 @@ def predict_batch(name):
     def read(option, model):
         with g.stages("read"):
             g.model = model
-            return uploads.batch_of_files(model.task, settings), options.read(option, model.task)
+            return batch_of_files(model.task, settings), options.read(option, model.task)
 
     def answers():
         option = loader.slots.run(sent_options, deadline, g.stages, client_watch())
@@ -44,6 +44,19 @@ def predict_batch(name):
     if len(failures) == len(files):
         raise all_failed(failures, body)
     return jsonify({"status": "success", **body})
+
+
+def batch_of_files(task, settings):
+    """All inputs of the received body, unchecked, in the body's order, after sent_options. Raises ServiceError."""
+    if task.is_file:
+        files = uploads.parse_body(uploads.BATCH_FIELDS, task)
+    else:
+        from app.api import values
+        files = values.several(task)
+    if len(files) > settings.max_batch_files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"A batch may have at most {settings.max_batch_files} files, "
+                           f"found {len(files)}; send the others in a second batch.")
+    return files
 
 
 def body_of(filenames, outcomes):
