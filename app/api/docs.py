@@ -16,7 +16,11 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 
 def openapi():
     extensions = current_app.extensions
-    return jsonify(document(extensions["settings"], extensions["model"].tasks(None), extensions.get("documented", ())))
+    parts = [*extensions.get("documented", ())]
+    if extensions["settings"].open_inference:
+        from app.open_inference import openapi as of_v2
+        parts.append(of_v2.add)
+    return jsonify(document(extensions["settings"], extensions["model"].tasks(None), parts))
 
 
 def docs():
