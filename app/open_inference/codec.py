@@ -212,8 +212,8 @@ def parse(text, most_parts):
     while True:
         found = None
         while found is None and at < len(text):
-            found = DATA.search(text, at, at + LOOK)
-            at = found.end() if found else at + LOOK - MOST_BETWEEN
+            found = DATA.search(text, at, at + LOOK + MOST_BETWEEN)
+            at = found.end() if found else at + LOOK
         if found is None:
             break
         end = end_of_numbers(text, at)
