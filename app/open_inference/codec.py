@@ -264,7 +264,7 @@ def tensors(members, numbers, binary, may_be_binary):
     made = []
     for one in found:
         name, shape, datatype = one["name"][:80], one.get("shape"), one.get("datatype")
-        if datatype not in SIZES:
+        if not isinstance(datatype, str) or datatype not in SIZES:
             raise invalid(f"datatype of {name} must be one of {', '.join(SIZES)}")
         if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(
                 isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63 for size in shape):

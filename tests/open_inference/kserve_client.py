@@ -1,17 +1,20 @@
-"""What KServe's own client asks and is answered, as one JSON object on standard output. Run by test_clients_v2.py in the
-environment of the clients: kserve_client.py URL MODEL PICTURE ARRAYS.npz"""
+"""What KServe's own client asks and is answered, as one JSON object on standard output.
+
+Run by test_clients_v2.py in the environment of the clients: kserve_client.py URL MODEL PICTURE ARRAYS.npz
+"""
 import asyncio
 import base64
 import json
 import sys
+from pathlib import Path
 
 import httpx
 import numpy as np
-from kserve import InferInput, InferRequest, InferenceRESTClient, RESTConfig
+from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from kserve.protocol.infer_type import RequestedOutput
 
 URL, MODEL, PICTURE, ARRAYS = sys.argv[1:]
-DATA = open(PICTURE, "rb").read()
+DATA = Path(PICTURE).read_bytes()
 PIXELS, TENSOR = (np.load(ARRAYS)[name] for name in ("pixels", "tensor"))
 
 

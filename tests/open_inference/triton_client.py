@@ -1,15 +1,18 @@
-"""What Triton's own client asks and is answered, as one JSON object on standard output. Run by test_clients_v2.py in the
-environment of the clients: triton_client.py URL MODEL PICTURE ARRAYS.npz"""
+"""What Triton's own client asks and is answered, as one JSON object on standard output.
+
+Run by test_clients_v2.py in the environment of the clients: triton_client.py URL MODEL PICTURE ARRAYS.npz
+"""
 import base64
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 URL, MODEL, PICTURE, ARRAYS = sys.argv[1:]
-DATA = open(PICTURE, "rb").read()
+DATA = Path(PICTURE).read_bytes()
 PIXELS, TENSOR = (np.load(ARRAYS)[name] for name in ("pixels", "tensor"))
 client = InferenceServerClient(URL.removeprefix("http://"), concurrency=4)
 
