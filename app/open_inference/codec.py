@@ -98,12 +98,16 @@ class Tensor:
 
 @dataclass
 class Numbers:
-    """A list of numbers in JSON, flat or nested, not parsed yet. text: from the first bracket to the last."""
+    """A list of numbers in JSON, flat or nested, not parsed yet: text[start:end], from the first bracket to the last.
+    Of that, only pieces are ever copied or searched at once."""
     text: bytes
+    start: int
+    end: int
 
     def array(self, tensor, dtype, deadline):
         """(count,) dtype. Raises ServiceError."""
-        brackets = b"".join(piece.translate(None, b"0123456789+-.eE \t\r\n") for piece in self.pieces(LOOK))
+        brackets = b"".join(piece.translate(None, b"0123456789+-.eE \t\r\n")
+                            for piece in pieces(self.text, self.start, self.end))
         if not self.fits(brackets, tensor):
             raise invalid(f"data of {tensor.name} must have the {tensor.count()} numbers of shape {tensor.shape}, "
                           "flat or nested in that shape")
@@ -139,18 +143,17 @@ class Numbers:
                 return False
             expected = b"[" + b",".join([expected] * size) + b"]"
         return expected == brackets and not any(
-            MISPLACED.search(self.text, at, at + LOOK + MOST_BETWEEN) for at in range(0, len(self.text), LOOK))
-
-    def pieces(self, size):
-        return (self.text[at:at + size] for at in range(0, len(self.text), size))
+            MISPLACED.search(self.text, at, min(at + LOOK + MOST_BETWEEN, self.end))
+            for at in range(self.start, self.end, LOOK))
 
     def at_commas(self):
         """The text in pieces, without the commas between them."""
-        start = 0
-        while start < len(self.text):
-            end = self.text.rfind(b",", start, start + PIECE) if start + PIECE < len(self.text) else len(self.text)
-            if end < 0:
-                end = len(self.text)
+        start = self.start
+        while start < self.end:
+            end = self.text.rfind(b",", start, start + PIECE) if start + PIECE < self.end else self.end
+            if end < 0:  # white space, or nonsense
+                end = self.text.find(b",", start, self.end)
+            end = self.end if end < 0 else end
             yield self.text[start:end]
             start = end + 1
 
@@ -171,6 +174,10 @@ class Request:
     outputs: list | None
     parameters: dict
     is_binary: bool = False
+
+
+def pieces(text, start, end):
+    return (text[at:min(at + LOOK, end)] for at in range(start, end, LOOK))
 
 
 def flat(value):
@@ -194,7 +201,7 @@ def request(body, header_length, most_parts=MOST_PARTS):
             raise invalid(f"{HEADER_LENGTH} must be the length of the JSON in the body of {len(body)} bytes, got "
                           f"{header_length[:40]}")
         end = int(header_length)
-    members, numbers = parse(body[:end], most_parts)
+    members, numbers = parse(body, end, most_parts)
     parameters = object_of(members, "parameters", "the request")
     identifier = members.get("id")
     if not isinstance(identifier, str | None):
@@ -206,35 +213,37 @@ def request(body, header_length, most_parts=MOST_PARTS):
     return Request(identifier, inputs, outputs(members, is_binary), parameters, is_binary)
 
 
-def parse(text, most_parts):
-    """(the JSON object, {number: Numbers}): lists of numbers in members `data` are replaced by {MARK: number}."""
+def parse(text, length, most_parts):
+    """(the JSON object in the first `length` bytes, {number: Numbers}): lists of numbers in members `data` are replaced
+    by {MARK: number}."""
     kept, numbers, copied, at = [], {}, 0, 0
     while True:
         found = None
-        while found is None and at < len(text):
-            found = DATA.search(text, at, at + LOOK + MOST_BETWEEN)
+        while found is None and at < length:
+            found = DATA.search(text, at, min(at + LOOK + MOST_BETWEEN, length))
             at = found.end() if found else at + LOOK
         if found is None:
             break
-        end = end_of_numbers(text, at)
+        end = end_of_numbers(text, at, length)
         if end:
             kept += [text[copied:at], f'{{"{MARK}":{len(numbers)}}}'.encode()]
-            numbers[len(numbers)] = Numbers(text[at:end])
+            numbers[len(numbers)] = Numbers(text, at, end)
             copied = at = end
-    return json_body.parse(b"".join([*kept, text[copied:]]) if kept else text, most_parts), numbers
+    return json_body.parse(b"".join([*kept, text[copied:length]]), most_parts), numbers
 
 
-def end_of_numbers(text, start):
+def end_of_numbers(text, start, length):
     """Where a list of numbers ends that begins here; None if something else is in it."""
     at = start
-    while at < len(text):
-        other = text[at:at + LOOK].translate(None, NUMBERS)[:1]
+    while at < length:
+        other = text[at:min(at + LOOK, length)].translate(None, NUMBERS)[:1]
         if other:
             at = text.index(other, at)
             break
-        at += LOOK
-    end = text.rfind(b"]", start, at) + 1
-    return end if end and text.count(b"[", start, end) == text.count(b"]", start, end) else None
+        at = min(at + LOOK, length)
+    end = text.rfind(b"]", max(start, at - LOOK), at) + 1
+    depth = sum(piece.count(b"[") - piece.count(b"]") for piece in pieces(text, start, end))
+    return end if end and not depth else None
 
 
 def object_of(members, name, where):

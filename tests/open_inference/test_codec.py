@@ -53,8 +53,7 @@ def test_numbers_of_many_pieces_are_those_that_json_reads(monkeypatch):
     texts = ["1", "-2.5", "3e2", "4.25E-1", "0", "123456.75"]
     for number in range(1, 40):
         values = list(itertools.islice(itertools.cycle(texts), number))
-        text = '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [%d], "data" :\n [%s]}]}' % (
-            number, " ,".join(values))
+        text = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": [{number}], "data" :\n [{" ,".join(values)}]}}]}}'
         tensor = codec.request(text.encode(), None).inputs[0]
         assert np.array_equal(tensor.array(SOON), np.array(json.loads(f"[{','.join(values)}]"), np.float32))
 
@@ -107,8 +106,8 @@ def test_wrong_numbers(shape, data):
 
 
 @pytest.mark.parametrize("text", ["[1,,2]", "[1,2", "[1,2]]", "[1 2]", "[1,]", "[,1]", "[NaN,1]", "[1,Infinity]",
-                                  "[01,2]", "[1.,2]", "[+1,2]", "[--1,2]", "[1e,2]", "[[1]2]", "[1[2]]", "[1],[2]", "[1e400,2]",
-                                  "[.5,1]", "[1,2]3", "[1,2]]]", "[-,1]"])
+                                  "[01,2]", "[1.,2]", "[+1,2]", "[--1,2]", "[1e,2]", "[[1]2]", "[1[2]]", "[1],[2]",
+                                  "[1e400,2]", "[.5,1]", "[1,2]3", "[1,2]]]", "[-,1]"])
 @pytest.mark.parametrize("shape", ["[2]", "[1,2]", "[2,1]"])
 def test_numbers_that_are_no_json(text, shape):
     body = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": {shape}, "data": {text}}}]}}'

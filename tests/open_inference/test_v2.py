@@ -114,7 +114,8 @@ def test_models_of_ones_own():
             (numbers, {"more": "aGk="}, "more is a file"), (numbers, {"times": 10}, "times must be"),
             (image("[1,", name="numbers"), {}, "numbers must be JSON"),
             (image("[NaN]", name="numbers"), {}, "NaN"),
-            (image('"a"', name="numbers"), {}, "must be a list of numbers"), (image("[1]"), {}, "There is no input image"), (numbers, {"times": [1]}, "single value")):
+            (image('"a"', name="numbers"), {}, "must be a list of numbers"),
+            (image("[1]"), {}, "There is no input image"), (numbers, {"times": [1]}, "single value")):
         assert_error(infer(client, tensor, path="/v2/models/sum/infer", parameters=parameters), 400, message)
     assert_error(infer(client, numbers, path="/v2/models/tone/versions/2/infer"), 404, "no model tone@2")
     assert_error(infer_binary(client, text, b"\2\0\0\0\xff\xfe", path="/v2/models/tone/infer"), 400, "UTF-8")
@@ -137,7 +138,8 @@ def test_models_of_ones_own():
     ([image()], {"outputs": [{"name": "scores"}]}, "There is no output scores"),
     ([image()], {"outputs": [{"name": "labels", "parameters": {"classification": 2}}]}, "classification is not"),
     ([image()], {"parameters": {"top_k": "x"}}, "top_k must be"),
-    ([image()], {"parameters": {"explain": True}}, "explain is not available"), ([image()], {"parameters": {"top_k": {}}}, "single value"), ([], {}, "inputs must be")])
+    ([image()], {"parameters": {"explain": True}}, "explain is not available"),
+    ([image()], {"parameters": {"top_k": {}}}, "single value"), ([], {}, "inputs must be")])
 def test_mistakes(client, inputs, members, message):
     assert_error(infer(client, *inputs, **members), 400, message)
 
