@@ -192,7 +192,8 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items()
-                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"}
+                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"
+                       and not k.startswith("OTEL_")}
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
