@@ -15,7 +15,8 @@ HOST = r"(\*\.)?[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]"
 URL_PREFIX = rf"(https?://({HOST})(:\d{{1,5}})?|s3://[a-z0-9.-]{{3,63}})(/[^\s,?#]*)?"
 SECRET = r"whsec_([A-Za-z0-9+/]{4}){5,}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?|(?!whsec_)[!-~]{16,}"
 REQUIREMENTS = "app/jobs/requirements.txt"
-TRACING_REQUIREMENTS = "app/tracing/requirements.txt"
+NO_TRACING = ("the OTEL_* variables switch tracing on, which needs further packages: pip install -r "
+              "app/tracing/requirements.txt")
 
 
 def url(pattern, takes):
@@ -69,8 +70,7 @@ def trace_exporters(texts):
     except ModuleNotFoundError:
         is_there = False
     if not is_there:
-        raise SettingsError("the OTEL_* variables switch tracing on, which needs further packages: pip install -r "
-                            + TRACING_REQUIREMENTS)
+        raise SettingsError(NO_TRACING)
     for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         if "otlp" in names and variable in texts:
             if texts[variable] != "http/protobuf":
@@ -79,8 +79,10 @@ def trace_exporters(texts):
     names = tuple("otlp_proto_http" if name == "otlp" else name for name in names)
     for name in names:
         if not importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name):
-            raise SettingsError(f"OTEL_TRACES_EXPORTER must be otlp, console or none, or need an exporter that is "
-                                f"installed, got {name!r}; for otlp: pip install -r {TRACING_REQUIREMENTS}")
+            if name == "otlp_proto_http":
+                raise SettingsError(NO_TRACING)
+            raise SettingsError("OTEL_TRACES_EXPORTER must be otlp, console, none or the name of an exporter that is "
+                                f"installed, got {name!r}")
     return names
 
 

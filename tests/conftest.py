@@ -33,7 +33,8 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py",
-         "history/test_history_service.py", "jobs/test_results.py", "data/test_database.py", "tasks/test_answers.py",
+         "history/test_history_service.py", "jobs/test_results.py", "data/test_database.py", "tracing/test_tracing.py",
+         "tasks/test_answers.py",
          "jobs/test_api.py", "api/test_page.py", "api/test_openapi.py", "server/test_service.py",
          "engine/test_engines.py", "prepare/test_quantize.py", "tasks/test_ocean.py", "tasks/test_own.py",
          "test_model_repository.py", "test_cli.py", "api/test_access.py", "api/test_metrics.py",

@@ -63,13 +63,13 @@ def stopping(within_s=FLUSH_WITHIN_S):
     """Send what waits while the block runs, and for at most this long. Raises nothing."""
     until = time.monotonic() + within_s
     thread = threading.Thread(target=trace.get_tracer_provider().shutdown, name="end-tracing", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
+    with contextlib.suppress(RuntimeError):  # there is no memory for a thread
+        thread.start()
+    yield
+    if thread.is_alive():
         thread.join(max(0.0, until - time.monotonic()))
-        if thread.is_alive():
-            log.warning("tracing: the last spans could not be sent before the end")
+    if thread.is_alive():
+        log.warning("tracing: the last spans could not be sent before the end")
 
 
 def add_ids(record):

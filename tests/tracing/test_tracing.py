@@ -405,8 +405,11 @@ def test_otel_variables_alone_switch_it_on(variables, is_on, monkeypatch):
      "OTEL_EXPORTER_OTLP_PROTOCOL must be http/protobuf, got 'grpc'"),
     ({ENDPOINT: "http://c:4317", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/json"},
      "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL must be http/protobuf, got 'http/json'"),
-    ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER must be otlp, console or none, or need an exporter that is "
-     "installed, got 'zipkin'; for otlp: pip install -r app/tracing/requirements.txt")])
+    ({"OTEL_TRACES_EXPORTER": "zipkin"},
+     "OTEL_TRACES_EXPORTER must be otlp, console, none or the name of an exporter that is installed, got 'zipkin'"),
+    ({"OTEL_TRACES_EXPORTER": "console,otlp_proto_grpc"},
+     "OTEL_TRACES_EXPORTER must be otlp, console, none or the name of an exporter that is installed, got "
+     "'otlp_proto_grpc'")])
 def test_what_cannot_be_exported_is_refused_in_one_line(variables, message):
     with pytest.raises(SettingsError) as e:
         Settings.parse(variables)
