@@ -185,6 +185,8 @@ def test_requests_of_one_connection_do_not_mix(traced, receiver):
     callers = [Caller(), None, Caller(), Caller("00"), None]
     with requests.Session() as session:
         ids = [ask(traced, caller, session=session).headers["X-Request-ID"] for caller in callers]
+        untraced = ask(traced, None, "/metrics", "GET", session).headers["X-Request-ID"]
+    assert "trace_id" not in lines(traced.log, untraced)[0]
     logged = [lines(traced.log, request_id)[0]["trace_id"] for request_id in ids]
     assert len(set(logged)) == len(callers)
     for caller, trace_id in zip(callers, logged, strict=True):
