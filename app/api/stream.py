@@ -12,7 +12,7 @@ from flask import Response, current_app, g, json, request, stream_with_context
 from gevent.queue import Queue
 
 from app.api import requests, uploads
-from app.api.batch import batch_limit, batch_of_files, outcome
+from app.api.batch import batch_of_files, outcome
 from app.api.predict import client
 from app.engine.batches import run_batch
 from app.engine.slots import in_native_thread
@@ -28,7 +28,7 @@ HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx woul
 def body_limit(settings):
     """Let the current request hold several files; returns how many bytes they may have together."""
     request.max_form_parts = 2 * settings.max_batch_files + 64
-    return batch_limit(settings)
+    return uploads.batch_limit(settings)
 
 
 def respond(name, option, deadline, is_there):
