@@ -19,7 +19,7 @@ from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.media.containers import is_video
 from app.server import counters
-from app.tasks import Call, options
+from app.tasks import Call, insight, options
 from app.tasks.from_pictures import FromPictures, Views
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
@@ -126,22 +126,22 @@ def of_video(model, files, chosen, deadline, is_there):
 def frame_by_frame(task, send, data, options, call):
     """What task.answer returns for a video; each frame is inferred before the next one is decoded. send(its entry in
     the answer) is called in between, and may raise."""
-    views = Views([], [], [], None, True)
-    outputs, features = [], []
+    if options.get("explain") or options.get("embedding"):
+        insight.check(task, options)
+    views, outputs, features = Views([], [], [], None, True), [], []
     for frame, size in task.read_frames(data, True, options, call):
         one = Views([], [], [], None, True)
         task.look_at(one, frame, size, options, call)
-        if one.inputs:
+        if one.counted:
             task.infer(one, options, call)
             task.answer_of(one, options)  # completes its entry
             outputs.append(one.outputs)
             features.append(one.features)
-        views.inputs += one.inputs
         views.shots += one.shots
         views.counted += one.counted
         views.image_size = views.image_size or one.image_size
         send(one.shots[0])
-    if not views.inputs:
+    if not views.counted:
         raise task.nothing_counts()
     views.outputs = np.concatenate(outputs)
     views.features = None if features[0] is None else np.concatenate(features)

@@ -78,6 +78,15 @@ def test_a_video_is_answered_frame_by_frame(client, video):
     assert end["metadata"]["timings_ms"].keys() == expected["metadata"]["timings_ms"].keys()
 
 
+def test_where_the_model_looked_in_each_frame(client, video):
+    *frames, (_, end) = stream(client, ("clip.mp4", video), frames="2", explain="true", explain_class="281")
+    expected = predict(client, video, frames="2", explain="true", explain_class="281")
+    assert exactly([shot["explanations"][0]["map"] for _, shot in frames]) == about(
+        [shot["explanations"][0]["map"] for shot in expected["metadata"]["frames"]])
+    assert end["metadata"]["uncertainty"] == about(expected["metadata"]["uncertainty"])
+    assert frames[0][1]["explanations"][0]["overlay"]
+
+
 def test_faces_of_a_video(ocean_settings, ocean_app):
     client = ocean_app.test_client()
     frames = [np.asarray(photo("astronaut").crop((0, 0, 384, 384)))] * 6 + [np.zeros((384, 384, 3), np.uint8)] * 6
