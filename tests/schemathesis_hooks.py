@@ -24,7 +24,7 @@ PICTURES = strategies.builds(
 
 LONG_ENOUGH_S = 20  # so that no request ends with 504, which is right where the client wants it
 RIGHT = {"top_k": ["", *map(str, range(1, 11))], "frames": ["", *map(str, range(1, 33))], "method": ["", *FACE_METHODS],
-         "tta": ["", "True", "False", *YES_OR_NO]}
+         "tta": ["", "True", "False", *YES_OR_NO], "stream": ["", "True", "False", *YES_OR_NO]}
 
 
 def is_right(name, value):

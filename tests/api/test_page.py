@@ -60,7 +60,8 @@ def on_page(chromium, service, model):
     wait(chromium, lambda: find(chromium, "#name").text == model)
     yield chromium
     complaints = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
-                  and not re.search(r"/predict(\?stream=true)? - Failed to load resource", entry["message"])]  # an error that a test asked for
+                  and not re.search(r"/predict(\?stream=true)? - Failed to load resource",
+                                    entry["message"])]  # an error that a test asked for
     assert complaints == []
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
