@@ -77,6 +77,13 @@ ERRORS = {
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
 }
+EVENT = {  # before OpenAPI 3.2, the schema of a stream is that of each of its events
+    "type": "object", "required": ["event", "data"], "properties": {
+        "event": {"enum": ["frame", "error", "end"], "description":
+                  "With stream=true: `frame` for each frame of a video, as in metadata.frames, or for each file, as in a "
+                  "batch's results; `error` for a file, with its index, or for the request; `end` with the whole answer "
+                  "for a video, else with count and failed."},
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
 EVERYWHERE = ("405", "500")
 OF_A_PREDICTION = ("400", "401", "404", "413", "415", "429", "503", "504", *EVERYWHERE)
 KEY_NEEDED = ("/predict", "/predict/batch", "/models", "/models/{name}/predict",
@@ -234,10 +241,7 @@ def paths(settings, tasks):
             "description": "A name, or a name and a version, such as cats@2."}
     answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
                 **errors(*OF_A_PREDICTION, "422")}
-    answered["200"]["content"] |= {**media, "text/event-stream": {"schema": {
-        "type": "string", "description": "With stream=true: `frame` for each frame of a video, as in metadata.frames, "
-        "or for each file, as in a batch's results; `error` for a file, with its index, or for the request; `end` "
-        "with the whole answer for a video, else with count and failed."}}}
+    answered["200"]["content"] |= {**media, "text/event-stream": {"schema": EVENT}}
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
