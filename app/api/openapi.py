@@ -314,10 +314,13 @@ def schemas(settings, tasks):
     predictions = answers[0] if len(answers) == 1 else {"anyOf": answers}
     traits = {"type": "object", "additionalProperties": number}
     of_pictures = ["media_type", "image_size"] if all(isinstance(task, FromPictures) for task in tasks) else []
+    explanations = {"type": "array", "items": ref("Explanation"), "minItems": 1, "description":
+                    "With explain=true: where the model looked, for one class or for each trait. Of a video, each "
+                    "frame that counts has its own."}
     shot = record({"index": {**some, "description": "Number of the frame in display order, from 0."},
                    "time_s": milliseconds},
                   {"predictions": {**predictions, "description": "For this frame; missing if it does not count."},
-                   "face_detected": {"type": "boolean"},
+                   "face_detected": {"type": "boolean"}, "explanations": explanations,
                    "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
                                 "description": "[x, y, width, height] of the crop, in pixels; null for no crop."}})
     metadata = record({
@@ -334,7 +337,15 @@ def schemas(settings, tasks):
                     "description": "The frames analysed: for videos with any model, for pictures with ocean."},
          "backbone": text, "method": {"enum": list(FACE_METHODS)}, "tta": {"type": "boolean"},
          "face_detected": {"type": "boolean", "description": "Whether every frame that counts was cropped to a face."},
-         "spread": {**traits, "description": "Standard deviation over frames and mirror images."}})
+         "spread": {**traits, "description": "Standard deviation over frames and mirror images."},
+         "uncertainty": {**record({"entropy": {**milliseconds, "description": "In nats: 0 for certainty."},
+                                   "margin": {**milliseconds, "maximum": 1}}), "description":
+                         "How sure a classifier is: the entropy of all its probabilities, and by how much the best "
+                         "one exceeds the next."},
+         "explanations": explanations,
+         "embedding": {"type": "array", "items": number, "minItems": 1, "description":
+                       "With embedding=true: the vector before the network's last layer, averaged over frames and "
+                       "mirror images."}})
     metadata["required"] += of_pictures
     prediction = {"predictions": predictions, "metadata": ref("Metadata")}
     success_word, error_word = {"const": "success"}, {"const": "error"}
@@ -358,6 +369,13 @@ def schemas(settings, tasks):
                          "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
                                         "preprocess": 3.1, "inference": 36.9}}}),
         "Metadata": metadata,
+        "Explanation": record(
+            {"map": {"type": "array", "minItems": 1, "items": {"type": "array", "items": milliseconds, "minItems": 1},
+                     "description": "Rows of cells: how much each adds to the class's logit, or the trait's score, "
+                                    "and 0 where it takes away. The class activation map, as Grad-CAM scales it."},
+             "overlay": {**text, "contentEncoding": "base64", "contentMediaType": "image/png", "description":
+                         "A picture to lay over the upright input: the stronger, the less transparent."}},
+            {"class": text, "class_id": some, "trait": text}),
         "BatchResult": {"oneOf": [record({**position, "status": success_word, **prediction}),
                                   record({**position, "status": error_word, "error": text, "message": wording})]},
         "BatchAnswer": record({"status": success_word, **results}),
@@ -387,7 +405,10 @@ def schemas(settings, tasks):
                              "preprocessing": record({"resize": some, "crop": some, "interpolation": text,
                                                       "mean": {"type": "array", "items": number},
                                                       "std": {"type": "array", "items": number}}),
-                             "weights": record({"source": text, "sha256": text})}),
+                             "weights": record({"source": text, "sha256": text}),
+                             "calibration": {"type": ["object", "null"]},
+                             "features": record({"kind": {"enum": ["maps", "vector", None]}, "size": some,
+                                                 "reason": {"type": ["string", "null"]}})}),
             "config": {"type": "object"},
             "versions": {"type": "object", "additionalProperties": text}}),
     }
