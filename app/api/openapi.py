@@ -77,12 +77,12 @@ ERRORS = {
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
 }
-EVENT = {  # before OpenAPI 3.2, the schema of a stream is that of each of its events
+EVENT = {  # of a stream: before OpenAPI 3.2, its schema is that of each event
     "type": "object", "required": ["event", "data"], "properties": {
         "event": {"enum": ["frame", "error", "end"], "description":
-                  "With stream=true: `frame` for each frame of a video, as in metadata.frames, or for each file, as in a "
-                  "batch's results; `error` for a file, with its index, or for the request; `end` with the whole answer "
-                  "for a video, else with count and failed."},
+                  "With stream=true: `frame` for each frame of a video, as in metadata.frames, or for each file, as in "
+                  "a batch's results; `error` for a file, with its index, or for the request; `end` with the whole "
+                  "answer for a video, else with count and failed."},
         "data": {"type": "string", "contentMediaType": "application/json"}}}
 EVERYWHERE = ("405", "500")
 OF_A_PREDICTION = ("400", "401", "404", "413", "415", "429", "503", "504", *EVERYWHERE)
