@@ -53,7 +53,8 @@ def test_numbers_of_many_pieces_are_those_that_json_reads(monkeypatch):
     texts = ["1", "-2.5", "3e2", "4.25E-1", "0", "123456.75"]
     for number in range(1, 40):
         values = list(itertools.islice(itertools.cycle(texts), number))
-        text = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": [{number}], "data" :\n [{" ,".join(values)}]}}]}}'
+        data = f'"data" :\n [{" ,".join(values)}]'
+        text = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": [{number}], {data}}}]}}'
         tensor = codec.request(text.encode(), None).inputs[0]
         assert np.array_equal(tensor.array(SOON), np.array(json.loads(f"[{','.join(values)}]"), np.float32))
 
