@@ -24,7 +24,7 @@ PICTURES = strategies.builds(
 
 LONG_ENOUGH_S = 20  # so that no request ends with 504, which is right where the client wants it
 RIGHT = {"top_k": ["", *map(str, range(1, 11))], "frames": ["", *map(str, range(1, 33))], "method": ["", *FACE_METHODS],
-         **dict.fromkeys(("tta", "explain", "embedding", "normalize"), ["", "True", "False", *YES_OR_NO])}
+         **dict.fromkeys(("tta", "explain", "embedding", "normalize", "stream"), ["", "True", "False", *YES_OR_NO])}
 
 
 def is_right(name, value):

@@ -2,6 +2,7 @@
 from app.api.uploads import FILE_FIELDS, batch_limit
 from app.config import FACE_METHODS, NAME, VERSION
 from app.tasks.from_pictures import FromPictures
+from app.tasks.options import STREAM
 
 # A red square of 8 × 8 pixels, small enough for an example.
 PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
@@ -77,6 +78,13 @@ ERRORS = {
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
 }
+EVENT = {  # of a stream: before OpenAPI 3.2, its schema is that of each event
+    "type": "object", "required": ["event", "data"], "properties": {
+        "event": {"enum": ["frame", "error", "end"], "description":
+                  "With stream=true: `frame` for each frame of a video, as in metadata.frames, or for each file, as in "
+                  "a batch's results; `error` for a file, with its index, or for the request; `end` with the whole "
+                  "answer for a video, else with count and failed."},
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
 EVERYWHERE = ("405", "500")
 OF_A_PREDICTION = ("400", "401", "404", "413", "415", "429", "503", "504", *EVERYWHERE)
 KEY_NEEDED = ("/predict", "/predict/batch", "/models", "/models/{name}/predict",
@@ -208,6 +216,11 @@ def inputs(settings, tasks):
             "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
                       "maxItems": settings.max_batch_files}, **fields}}}
         batch["application/json"]["example"] = {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}]}
+    stream = {**STREAM.schema, "default": False, "description": STREAM.meaning}
+    for schema in content["application/json"]["schema"]["anyOf"]:
+        schema["properties"]["stream"] = or_null(stream)
+    if form:
+        content["multipart/form-data"]["schema"]["properties"]["stream"] = stream
     return content, batch, raws
 
 
@@ -220,6 +233,8 @@ def paths(settings, tasks):
         {"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
          "description": "Seconds after which you no longer want the answer, if fewer than "
                         f"{settings.request_timeout:g}."}]
+    of_one = [*parameters, {"name": "stream", "in": "query", "description": STREAM.meaning, "allowEmptyValue": True,
+                            "schema": {**STREAM.schema, "default": False}}]
     content, batch, raws = inputs(settings, tasks)
     media = {media_type: {"schema": {"type": "string", "format": "binary"}} for task in tasks
              for media_type in task.media_types}
@@ -227,7 +242,7 @@ def paths(settings, tasks):
             "description": "A name, or a name and a version, such as cats@2."}
     answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
                 **errors(*OF_A_PREDICTION, "422")}
-    answered["200"]["content"] |= media
+    answered["200"]["content"] |= {**media, "text/event-stream": {"schema": EVENT}}
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
@@ -238,10 +253,10 @@ def paths(settings, tasks):
                           **errors(*EVERYWHERE)}}},
         "/predict": {
             "post": {"summary": "One input in, one prediction out", "operationId": "predict",
-                     "parameters": parameters, "requestBody": {"required": True, "content": content},
+                     "parameters": of_one, "requestBody": {"required": True, "content": content},
                      "responses": answered},
             "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
-                    "parameters": parameters, "requestBody": {"required": True, "content": raws or content},
+                    "parameters": of_one, "requestBody": {"required": True, "content": raws or content},
                     "responses": answered}},
         "/predict/batch": {"post": (in_batches := {
             "summary": "Several inputs in, one result for each, in order", "operationId": "predictBatch",
@@ -255,10 +270,10 @@ def paths(settings, tasks):
         "/models": get("The models", ref("Models"), further=errors("401", "429")),
         "/models/{name}/predict": {
             "post": {"summary": "A prediction of one of several models", "operationId": "predictWithModel",
-                     "parameters": [name, *parameters], "requestBody": {"required": True, "content": content},
+                     "parameters": [name, *of_one], "requestBody": {"required": True, "content": content},
                      "responses": answered},
             "put": {"summary": "The same for a raw body", "operationId": "predictWithModelByPut",
-                    "parameters": [name, *parameters], "requestBody": {"required": True, "content": raws or content},
+                    "parameters": [name, *of_one], "requestBody": {"required": True, "content": raws or content},
                     "responses": answered}},
         "/models/{name}/predict/batch": {"post": {**in_batches, "operationId": "predictBatchWithModel",
                                                   "parameters": [name, *parameters]}},
