@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from app import config
-from app.config import SettingsError, byte_size, integer, listed, path, seconds, setting, yes_or_no
+from app.config import SettingsError, integer, listed, path, seconds, setting, yes_or_no
+from app.setting_formats import byte_size
 
 DAY_S = 86_400
 HOST = r"(\*\.)?[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]"
