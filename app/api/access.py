@@ -14,7 +14,7 @@ from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs")
-LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs"), ("POST", "PUT")
+LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs", "embed"), ("POST", "PUT")
 FAILURES = "30/minute"  # requests without a valid key from one address
 MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 

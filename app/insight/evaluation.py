@@ -8,11 +8,12 @@ import numpy as np
 
 from app import cli
 from app.config import StartError
+from app.engine.calibration import FILE
 from app.errors import ServiceError
 from app.insight import calibration, diagram
 from app.insight.files import replacing
 
-CALIBRATION, DIAGRAM = "calibration.json", "calibration.png"  # in the bundle's folder
+DIAGRAM = "calibration.png"  # beside calibration.json
 
 
 class Seen(NamedTuple):
@@ -40,7 +41,7 @@ class Observer:
         self.folder = self.task.place.source.folder
         if arguments.calibrate:
             calibration.check_number(len(labels))
-        for path in ([self.folder / CALIBRATION] if arguments.calibrate else []) + list(filter(None, [
+        for path in ([self.folder / FILE] if arguments.calibrate else []) + list(filter(None, [
                 arguments.report])):
             with replacing(path, only_try=True):
                 pass
@@ -53,7 +54,7 @@ class Observer:
         views = self.task.prepare(data, options, call)
         self.task.infer(views, options, call)
         predictions, metadata = self.task.answer_of(views, options)
-        scores = self.task.pooled(self.task.scores(views.outputs), views)  # (K,)
+        scores = self.task.scores(views.outputs).mean(axis=0)  # (K,), as each frame has equally many views
         return predictions, {**metadata, "outputs": views.outputs, "scores": scores}
 
     def add(self, path, answer, label):
@@ -110,9 +111,9 @@ class Observer:
                                    f"{fit.before.nll:.4f} before, {fit.after.nll:.4f} after): nothing is stored")
         with replacing(self.folder / DIAGRAM) as path:
             path.write_bytes(diagram.before_and_after(self.model.name, fit))
-        with replacing(self.folder / CALIBRATION) as path:
+        with replacing(self.folder / FILE) as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
-        return [f"stored: {self.folder / CALIBRATION}", f"diagram: {self.folder / DIAGRAM}",
+        return [f"stored: {self.folder / FILE}", f"diagram: {self.folder / DIAGRAM}",
                 "a running service uses it after: python -m app reload",
                 "to go back, remove the stored file and reload"]
 

@@ -25,6 +25,7 @@ MOST_POINTS = 1500     # of a scatter plot
 MOST_FAILURES = 50
 THUMBNAIL = 176        # pixels of the longer side
 PLOT = 220             # side of a scatter plot
+UNSEEN = ("explain", "explain_class", "embedding", "normalize")  # options that change no prediction
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -52,7 +53,8 @@ def facts(observer, result):
                       f"{info['preprocessing']['resize']}, {info['preprocessing']['interpolation']}"),
             ("Temperature", (info.get("calibration") or {}).get("temperature") or "none")
             if observer.task.answers == "Classes" else ("Backbone", info["backbone"]),
-            ("Options", ", ".join(f"{name}={value}" for name, value in observer.options.items() if value is not None)),
+            ("Options", ", ".join(f"{name}={value}" for name, value in observer.options.items()
+                                  if value is not None and name not in UNSEEN)),
             ("Labels", observer.arguments.labels), ("Folder", observer.arguments.folder),
             ("Files", f"{result['files']} answered, {result['failed']} failed"),
             ("Begun", f"{datetime.datetime.fromtimestamp(observer.started, datetime.UTC):%Y-%m-%d %H:%M} UTC"),
