@@ -14,7 +14,9 @@ from PIL import Image
 from app.errors import ServiceError, invalid_parameter
 
 LONGEST_SIDE = 512  # of an overlay, in pixels
-HEAT = np.array([[68, 1, 84], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]])  # RGB, weak to strong
+HEAT = [[68, 1, 84], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]]  # RGB, from weak to strong
+PALETTE = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(HEAT)), channel) for channel in zip(
+    *HEAT, strict=True)], axis=1).astype(np.uint8).tobytes()
 
 
 def check(task, options):
@@ -101,8 +103,8 @@ def activation_map(maps, weights):
 
 
 def overlay(heat, image_size, face_box, preprocessing):
-    """Base64 of an RGBA PNG to lay over the upright picture: the stronger, the brighter and the less transparent;
-    transparent where the network saw nothing. heat: (h, w), at least 0; image_size: (width, height) of the picture;
+    """Base64 of a PNG to lay over the upright picture: the stronger, the brighter and the less transparent; transparent
+    where the network saw nothing. heat: (h, w), at least 0; image_size: (width, height) of the picture;
     face_box: (x, y, width, height) of what was cut out of it, or None."""
     strength = heat / max(heat.max(), np.finfo(np.float32).tiny)
     scale = min(1, LONGEST_SIDE / max(image_size))
@@ -111,20 +113,23 @@ def overlay(heat, image_size, face_box, preprocessing):
     side = min(region_width, region_height) * preprocessing.crop / preprocessing.resize  # of the square that it saw
     left, top = (scale * (x + (region_width - side) / 2), scale * (y + (region_height - side) / 2))
     side *= scale
-    shown = [max(0, round(left)), max(0, round(top)), min(width, round(left + side)), min(height, round(top + side))]
-    shown[2], shown[3] = max(shown[0] + 1, shown[2]), max(shown[1] + 1, shown[3])
-    cells = heat.shape[1] / side, heat.shape[0] / side  # of the map per pixel of the overlay
-    box = [min(max(0, (edge - start) * per_pixel), most) for edge, start, per_pixel, most in zip(
-        shown, (left, top) * 2, cells * 2, heat.shape[::-1] * 2, strict=True)]
+    columns, from_column, to_column = visible(left, side, width, heat.shape[1])
+    rows, from_row, to_row = visible(top, side, height, heat.shape[0])
     grey = Image.fromarray(strength.astype(np.float32)).resize(
-        (shown[2] - shown[0], shown[3] - shown[1]), Image.Resampling.BICUBIC, box)
-    values = np.clip(np.asarray(grey), 0, 1)
-    rgba = np.zeros((height, width, 4), np.uint8)
-    at = np.linspace(0, 1, len(HEAT))
-    seen = rgba[shown[1]:shown[3], shown[0]:shown[2]]
-    for channel in range(3):
-        seen[..., channel] = np.interp(values, at, HEAT[:, channel])[:seen.shape[0], :seen.shape[1]]
-    seen[..., 3] = (255 * values)[:seen.shape[0], :seen.shape[1]]
-    buffer = io.BytesIO()
-    Image.fromarray(rgba).save(buffer, "PNG", compress_level=1)
+        (columns.stop - columns.start, rows.stop - rows.start), Image.Resampling.BICUBIC,
+        (from_column, from_row, to_column, to_row))
+    indices = np.zeros((height, width), np.uint8)
+    indices[rows, columns] = np.clip(np.rint(255 * np.asarray(grey)), 0, 255)
+    image, buffer = Image.fromarray(indices), io.BytesIO()
+    image.putpalette(PALETTE)
+    image.save(buffer, "PNG", transparency=bytes(range(256)))
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def visible(start, side, length, cells):
+    """(slice of at least one of `length` pixels, first and last edge in cells of the map that they show), for a map of
+    that many cells that covers the pixels from `start` for `side`, both with fractions."""
+    first = min(max(0, round(start)), length - 1)
+    last = min(max(first + 1, round(start + side)), length)
+    edges = [min(max(0.0, (edge - start) * cells / side), cells) for edge in (first, last)]
+    return slice(first, last), *(edges if edges[1] > edges[0] else (0, cells))
