@@ -22,8 +22,8 @@ def predict_batch(name):
 
 
 def answered(name, options_for=lambda task, chosen: chosen, how_for=lambda task: None):
-    """(model, uploads, options, outcomes) of the current request. options_for(task, options): what to do with the options
-    that were sent; how_for(task): of Model.answer. Raises ServiceError."""
+    """(model, uploads, options, outcomes) of the current request. options_for(task, options): those to use
+    instead of what was sent; how_for(task): of Model.answer. Raises ServiceError."""
     loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     loader.slots.check_room()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import flask_swagger_ui
 from flask import current_app, jsonify, render_template, send_from_directory
+from werkzeug.utils import import_string
 
 from app.api.openapi import document
 
+LAZY = ("app.insight.openapi:add",)  # of what is imported with its first request
 SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
 
 # Swagger UI uses icons from data: URLs and inline styles; nothing is loaded from other hosts.
@@ -16,7 +18,8 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 
 def openapi():
     extensions = current_app.extensions
-    return jsonify(document(extensions["settings"], extensions["model"].tasks(None), extensions.get("documented", ())))
+    parts = [*map(import_string, LAZY), *extensions.get("documented", ())]
+    return jsonify(document(extensions["settings"], extensions["model"].tasks(None), parts))
 
 
 def docs():

@@ -151,8 +151,8 @@ def golden_section(function, low, high):
 
 def check_number(count):
     if count < FEWEST:
-        raise CalibrationError(f"{count} labelled files are too few to calibrate with: at least {FEWEST} are needed, as "
-                               f"each of {FOLDS} parts is judged by the others; some hundreds are better")
+        raise CalibrationError(f"{count} labelled files are too few to calibrate with: at least {FEWEST} are needed, "
+                               f"as each of {FOLDS} parts is judged by the others; some hundreds are better")
 
 
 def fit(logits, counts, labels):

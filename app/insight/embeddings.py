@@ -118,8 +118,9 @@ def write_parquet(path, found):
     arrow, parquet = pyarrow()
     size = found.vectors.shape[1]
     column = arrow.FixedSizeListArray.from_arrays(arrow.array(found.vectors.reshape(-1)), size)
-    table = arrow.table({"path": [cli.printable(name) for name in found.paths], "embedding": column}).replace_schema_metadata({
-        "model": found.model, "weights_sha256": found.weights_sha256, "normalized": str(found.normalized).lower()})
+    table = arrow.table({"path": [cli.printable(name) for name in found.paths], "embedding": column})
+    table = table.replace_schema_metadata({"model": found.model, "weights_sha256": found.weights_sha256,
+                                           "normalized": str(found.normalized).lower()})
     with replacing(path) as temporary:
         parquet.write_table(table, temporary)
 

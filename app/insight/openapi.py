@@ -13,7 +13,8 @@ def add(document, settings):
         return
     raws = {media_type: content for media_type, content in one.items()
             if media_type not in ("application/json", "multipart/form-data")}
-    content = {**several, **raws}
+    schemas = [*one["application/json"]["schema"]["anyOf"][:-1], several["application/json"]["schema"]]
+    content = {**several, "application/json": {**several["application/json"], "schema": {"anyOf": schemas}}, **raws}
     parameters = [parameter for parameter in paths["/predict"]["post"]["parameters"] if parameter["name"] in OPTIONS]
     name = paths["/models/{name}/predict"]["post"]["parameters"][0]
     document["components"]["schemas"] |= {"Embeddings": embeddings(settings), "Embedding": EMBEDDING,

@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from app import cli
 from app.api.uploads import Upload
 from app.config import VERSION
 from app.errors import Deadline, ServiceError
@@ -96,9 +95,12 @@ def of_classes(observer, result, fit):
             "confusions": [(names[true], names[said], n, n / totals[true])
                            for (true, said), n in pairs.most_common(MOST_CONFUSIONS)], "confusion_kinds": len(pairs),
             "heat_map": heat_map(names, labels, best),
-            "sureness": [(name, *(f"{np.median(values[chosen]):.3f}" if chosen.any() else "–" for chosen in (right, ~right)))
-                         for name, values in (("Confidence", confidence), ("Margin between the best two", margin),
-                                              ("Entropy in nats", entropy))]}
+            "sureness": [(name, median(values[right]), median(values[~right])) for name, values in (
+                ("Confidence", confidence), ("Margin between the best two", margin), ("Entropy in nats", entropy))]}
+
+
+def median(values):
+    return f"{np.median(values):.3f}" if len(values) else "–"
 
 
 def wilson(share, count, z=1.96):
@@ -161,7 +163,7 @@ def scatter(trait, labels, predicted):
 def picture(observer, index, true, said, note, is_share=True):
     """An entry of a gallery. said: [(text, value for its bar, whether it is right)]."""
     path = observer.answered[index][0]
-    return {"path": str(path), "thumbnail": thumbnail(observer, path), "true": true, "note": note, "said": said,
+    return {"path": str(path), "thumbnail": thumbnail(observer, path), "label": true, "note": note, "said": said,
             "is_share": is_share}
 
 
