@@ -5,7 +5,7 @@ from app.config import StartError
 
 LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
         ("embed", "app.insight.api", [("/embed", "embed", "POST", "PUT"),
-                                      ("/models/<name>/embed", "embed", "POST", "PUT")])]
+                                      ("/models/<name>/embed", "embed_with_model", "POST", "PUT")])]
 
 
 def create_app(settings=None, loader=None):

@@ -18,7 +18,7 @@ from app.server.counters import Stages
 from app.tasks import Call
 
 MOST_PICTURES = 18     # of each kind of mistake
-MOST_CONFUSIONS = 25
+MOST_CONFUSIONS = 15
 MOST_IN_HEAT_MAP = 25  # classes
 MOST_POINTS = 1500     # of a scatter plot
 MOST_FAILURES = 50
