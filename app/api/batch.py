@@ -44,9 +44,11 @@ def answered(name, options_for=lambda task, chosen: chosen, how_for=lambda task:
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return model, files, chosen, run_batch(loader.slots, [
-                    functools.partial(outcome, model, file, chosen, deadline, i, how_for(model.task))
-                    for i, file in enumerate(files)])
+                calls = [functools.partial(outcome, model, file, chosen, deadline, i, how_for(model.task))
+                         for i, file in enumerate(files)]
+                traced = current_app.extensions.get("traced_file")
+                return model, files, chosen, run_batch(loader.slots, calls if traced is None else [
+                    functools.partial(traced, i, call) for i, call in enumerate(calls)])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         found = loader.when_loaded(answers, deadline)
     for o in found[3]:
@@ -79,7 +81,7 @@ def outcome(model, file, chosen, deadline, position, how):
     """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
     loader, settings, cache, record = (current_app.extensions[name] for name in ("model", "settings", "cache",
                                                                                  "record"))
-    stages, data, is_hit = counters.Stages(), None, False
+    stages, data, is_hit = type(g.stages)(), None, False
 
     def read():
         nonlocal data
