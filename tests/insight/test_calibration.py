@@ -106,7 +106,7 @@ def test_the_diagram_has_bars_as_high_as_the_share_that_is_right(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         column = [image.getpixel((diagram.LEFT + 14.5 * diagram.SIDE / 15, diagram.TOP + y)) for y in (
             0.25 * diagram.SIDE, 0.75 * diagram.SIDE)]
-    assert ["#%02x%02x%02x" % pixel for pixel in column] == [diagram.GAP_COLOUR, diagram.RIGHT_COLOUR]
+    assert ["#" + bytes(pixel).hex() for pixel in column] == [diagram.GAP_COLOUR, diagram.RIGHT_COLOUR]
 
 
 # --- with a real model ---

@@ -89,7 +89,8 @@ def test_every_form_of_an_upload(client):
     expected = post(client, ("cat.jpg", CAT)).json["results"][0]["embedding"]
     for response in (client.put("/embed?normalize=false", data=CAT, content_type="image/jpeg"),
                      client.post("/embed", data=CAT, content_type="application/octet-stream"),
-                     client.post("/embed", json={"image": b64}), client.post("/embed", json={"instances": [{"b64": b64}]}),
+                     client.post("/embed", json={"image": b64}),
+                     client.post("/embed", json={"instances": [{"b64": b64}]}),
                      client.post("/models/efficientnet_lite0/embed", json={"image": b64})):
         assert response.status_code == 200
         assert response.json["results"][0]["embedding"] == expected
