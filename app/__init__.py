@@ -3,7 +3,9 @@ import logging
 
 from app.config import StartError
 
-LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")])]
+LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
+        ("embed", "app.insight.api", [("/embed", "embed", "POST", "PUT"),
+                                      ("/models/<name>/embed", "embed_with_model", "POST", "PUT")])]
 
 V2 = [("v2_health", "app.open_inference.views", [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
       ("v2", "app.open_inference.views", [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST"), *(
