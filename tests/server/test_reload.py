@@ -28,7 +28,7 @@ def weights_of(service):
 
 @pytest.fixture(scope="module")
 def reloads_dir(tmp_path_factory, model_dir, app):
-    """A MODEL_DIR for squeezenet1_1 with the seeds 1 to 3: of each model only KEPT bundles stay, and others use it too."""
+    """A MODEL_DIR for squeezenet1_1 with the seeds 1 to 3: of each model only KEPT bundles stay."""
     return copy_model_dir(model_dir, tmp_path_factory.mktemp("reloads"))
 
 
