@@ -68,7 +68,7 @@ def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(tw
     service, put = two_workers
     put(2)
     first = reload(service)
-    wait_until(lambda: "reloading: preparing" in service.log, 10)
+    wait_until(lambda: "reloading: preparing" in service.log, 60)
     put(3)
     second = reload(service)
     outcomes = [process.communicate(timeout=120)[0] for process in (first, second)]
@@ -117,7 +117,7 @@ def test_reload_of_a_bad_model_changes_nothing(squeezenet1_1, checkpoint, damage
     assert done.returncode == 1
     assert "the old model goes on serving" in done.stderr
     assert "reload failed" in service.log[so_far:]
-    wait_until(lambda: service.workers() == workers, 10)  # and nothing is left of the check's own process
+    wait_until(lambda: service.workers() == workers, 30)  # and nothing is left of the check's own process
     assert service.predict(CAT).status_code == 200
     os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
     wait_until(lambda: "model ready" in service.log[so_far:], 30)
@@ -155,8 +155,8 @@ class Twice(OwnTask):
         os.write(1, b"no JSON")
         if "app/__main__.py" in sys.argv[0]:  # while it is checked
             threading.Thread(target=time.sleep, args=(600,)).start()
-            subprocess.Popen(["sleep", "20"], close_fds=False)
-            os.register_at_fork(after_in_child=lambda: time.sleep(20))
+            subprocess.Popen(["sleep", "60"], close_fds=False)
+            os.register_at_fork(after_in_child=lambda: time.sleep(60))
             os.fork()
 
     def predict(self, batch):
@@ -175,7 +175,7 @@ def test_new_code_of_a_model_of_ones_own_is_reloaded_whatever_it_prints_and_leav
     assert answer_of(service, 4) == 8
     (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "30"))
     command = reload(service)
-    assert command.communicate(timeout=15) == ("reloaded: 2 workers serve own_model:Twice\n", "")
+    assert command.communicate(timeout=45) == ("reloaded: 2 workers serve own_model:Twice\n", "")
     assert {answer_of(service, 4) for _ in range(8)} == {120}
 
 
@@ -199,7 +199,7 @@ def test_broken_code_of_a_model_of_ones_own_changes_nothing(twice, code, why):
     service, path = twice
     path.write_text(code)
     command = reload(service)
-    stderr = command.communicate(timeout=30)[1]
+    stderr = command.communicate(timeout=45)[1]
     assert command.returncode == 1
     assert "reload failed, the old model goes on serving: " in stderr
     assert why in stderr
@@ -210,15 +210,15 @@ def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
     service = start_service().wait_ready()
     workers = service.workers()
     command = reload(service)
-    wait_until(lambda: len(service.workers()) > 1, 10)
+    wait_until(lambda: len(service.workers()) > 1, 60)
     (preparing,) = set(service.workers()) - set(workers)
     os.kill(preparing, signal.SIGKILL)
-    assert "ended prematurely" in command.communicate(timeout=30)[1]
+    assert "ended prematurely" in command.communicate(timeout=60)[1]
     assert command.returncode == 1
-    wait_until(lambda: service.workers() == workers, 5)
+    wait_until(lambda: service.workers() == workers, 30)
     assert service.predict(CAT).status_code == 200
     command = reload(service)
-    assert "reloaded: 1 worker serves" in command.communicate(timeout=30)[0]
+    assert "reloaded: 1 worker serves" in command.communicate(timeout=60)[0]
 
 
 def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_service, model_dir, app, tmp_path):
