@@ -82,7 +82,7 @@ def test_the_search_ends_at_its_deadline():
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="during face"):
         faces.find_crop(noise, "face", Deadline(0.3))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
     assert faces.find_crop(noise, "middle", Deadline(0)) is None
 
 
