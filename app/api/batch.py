@@ -13,7 +13,7 @@ from app.server import counters
 from app.tasks import Call, options
 
 
-def predict_batch(name):
+def predict_batch(name=None):
     _, files, _, outcomes = answered(name)
     body, failures = body_of([file.filename for file in files], outcomes)
     if len(failures) == len(files):

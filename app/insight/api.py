@@ -17,9 +17,6 @@ def embed(name=None):
                     mimetype="application/json")
 
 
-embed_with_model = embed  # as a view, under a name of its own
-
-
 def options_for(task, options):
     return {**vectors.options_for(task, options), "path": "embed"}  # answers of /predict are cached apart
 
