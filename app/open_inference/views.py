@@ -175,8 +175,8 @@ def answers(key, body, deadline):
         else:
             current_app.extensions["count_batch"](len(asked.items))
             with g.stages("files"):
-                asked.found = run_batch(loader.slots, [functools.partial(outcome, asked, item, i)
-                                                      for i, item in enumerate(asked.items)])
+                asked.found = run_batch(loader.slots, batch.traced([functools.partial(outcome, asked, item, i)
+                                                                    for i, item in enumerate(asked.items)]))
             if len(asked.items) > 1:
                 for one in asked.found:
                     counters.count("batch_files", one.code if isinstance(one, ServiceError) else "")
