@@ -181,8 +181,10 @@ def answers(key, body, deadline):
         else:
             current_app.extensions["count_batch"](len(asked.items))
             with g.stages("files"):
-                asked.found = run_batch(loader.slots, [functools.partial(outcome, asked, item, i)
-                                                      for i, item in enumerate(asked.items)])
+                calls = [functools.partial(outcome, asked, item, i) for i, item in enumerate(asked.items)]
+                traced = current_app.extensions.get("traced_file")
+                asked.found = run_batch(loader.slots, calls if traced is None else [
+                    functools.partial(traced, i, call) for i, call in enumerate(calls)])
             if len(asked.items) > 1:
                 for one in asked.found:
                     counters.count("batch_files", one.code if isinstance(one, ServiceError) else "")
@@ -195,7 +197,7 @@ def answers(key, body, deadline):
 def outcome(asked, item, position):
     """The answer to one of several items, or its ServiceError; as in batch.outcome."""
     loader, cache, stages, is_hit = current_app.extensions["model"], current_app.extensions["cache"], \
-        counters.Stages(), False
+        type(g.stages)(), False
 
     def in_slot(data=None):
         return loader.slots.run(lambda: asked.answer(item, stages, data), asked.deadline, stages, admitted=True)
