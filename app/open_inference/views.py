@@ -72,9 +72,6 @@ def model_ready(name, version=None):
         else jsonify({"name": name, "ready": True})
 
 
-version_metadata, version_ready = model_metadata, model_ready  # endpoints of their own
-
-
 # --- inference ---
 
 def model_infer(name, version=None):
@@ -96,9 +93,6 @@ def model_infer(name, version=None):
     if made.header_length is not None:
         response.headers[codec.HEADER_LENGTH] = str(made.header_length)
     return response
-
-
-version_infer = model_infer
 
 
 def body_limit(tasks, settings):

@@ -7,11 +7,23 @@ import sys
 import openapi_spec_validator
 import pytest
 import requests
-from conftest import ROOT
+from conftest import ROOT, Service, exported
 
 from app import create_app
 from app.api.uploads import FILE_FIELDS
 from app.config import Settings
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """A ready Service whose network sees 32 × 32 pixels: some thousand answers are asked for, and not what they say."""
+    folder = tmp_path_factory.mktemp("small")
+    variables = {"MODEL_NAME": "efficientnet_lite0", "PREPROCESSING": "resize=32 crop=32", "DEVICE": "cpu",
+                 "MODEL_DIR": str(folder / "models")}
+    exported(Settings.parse(variables))
+    running = Service(folder, variables)
+    yield running.wait_ready()
+    running.kill()
 
 
 @pytest.fixture(scope="module")
