@@ -43,7 +43,9 @@ def server():
 
 def index():
     sent = request.get_data() if request.method == "POST" else b""
-    only_ready = json_body.parse(sent, codec.MOST_PARTS).get("ready") is True if sent else False
+    only_ready = json_body.parse(sent, codec.MOST_PARTS).get("ready", False) if sent else False
+    if not isinstance(only_ready, bool):
+        raise codec.invalid("ready must be true or false")
     found = []
     for state in current_app.extensions["model"].states():
         reason = not_ready() or ("" if state["loaded"] else "it is loaded with the first request")
