@@ -25,6 +25,9 @@ from app.tasks.from_pictures import FromPictures, Views
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
 
 
+LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
+
+
 def body_limit(settings):
     """Let the current request hold several files; returns how many bytes they may have together."""
     request.max_form_parts = 2 * settings.max_batch_files + 64
@@ -40,6 +43,12 @@ def respond(name, option, deadline, is_there):
     bodies = current_app.extensions["bodies"]
     bodies.grow(kept.enter_context(bodies.one()), request.content_length)  # the caller is about to let go of it
     return started(first, events)
+
+
+def respond_live(name, deadline, is_there):
+    """The same for a body of one of the types LIVE, which has not been received."""
+    from app.api import live
+    return live.respond(name, deadline, is_there)
 
 
 def started(first, events):

@@ -274,6 +274,52 @@ def test_http_1_0(service):
     assert [name for name, _ in events_of(text)] == ["frame", "end"]
 
 
+def chunk(data):
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+@contextlib.contextmanager
+def live(service, content_type, query="stream=true&top_k=1", **headers):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as sock:
+        lines = [f"PUT /predict?{query} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked",
+                 f"Content-Type: {content_type}", *[f"{name}: {value}" for name, value in headers.items()]]
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        yield sock
+
+
+def test_a_camera_is_answered_while_it_sends(service):
+    with live(service, "multipart/x-mixed-replace;boundary=ffmpeg", **{"X-Request-ID": "camera"}) as sock:
+        part = b"--ffmpeg\r\nContent-type: image/jpeg\r\nContent-length: %d\r\n\r\n%s\r\n"
+        cat, fill = part % (len(CAT), CAT), b" " * 1024  # in which the end of a picture arrives
+        sock.sendall(chunk(cat[:5000]) + chunk(cat[5000:] + fill))
+        assert b'"tiger cat"' in read_until(sock, b"\n\n\r\n")
+        sock.sendall(chunk(part % (len(CAT) // 2, CAT[:-1000] + b"\xff\xd9") + fill))
+        assert b'"index": 1' in read_until(sock, b"\n\n\r\n")
+        sock.sendall(chunk(40 * cat + fill) + b"0\r\n\r\n")
+        end = read_until(sock, b"\r\n0\r\n\r\n")
+    counts = json.loads(re.search(rb'\{"status": "success", "count": .*\}', end)[0])
+    assert counts["count"] + counts["skipped"] == 42
+    assert counts["skipped"] > 0
+    assert counts["is_complete"]
+    assert logged(service, "camera")["status"] == 200
+    until(lambda: metric(service, "body_bytes") == 0)
+
+
+def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
+    with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "1"}) as sock:
+        sock.sendall(chunk(CAT + bytes(1024)))
+        assert b'"is_complete": false' in read_until(sock, b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(("body", "code"), [
+    (b"0\r\n\r\n", "MISSING_FILE"), (chunk(TEXT) + b"0\r\n\r\n", "MISSING_FILE"),
+    (chunk(b"\xff\xd8\xff" + bytes(11 * 2**20)), "FILE_TOO_LARGE")])
+def test_a_camera_that_sends_no_pictures(service, body, code):
+    with live(service, "video/x-motion-jpeg") as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(body)
+        assert code.encode() in read_until(sock, b'"request_id"')
+
+
 def test_a_client_that_does_not_read_is_cut_off(start_service):
     service = start_service(MODEL_NAME="tests.own_tasks:Long", REQUEST_TIMEOUT="3", WORKERS="1").wait_ready()
     body = json.dumps({"instances": ["a", "b", "c"] * 10, "stream": True}).encode()
