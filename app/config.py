@@ -14,7 +14,8 @@ YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
 HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by handing_down.variables
-SWITCHES = ("JOBS", "HISTORY", "INPUT_URLS")  # of the optional parts
+SWITCHES = ("JOBS", "HISTORY", "INPUT_URLS",  # of the optional parts
+            "OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 BUILT_IN = r"[a-z0-9_]{1,64}"
 OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"

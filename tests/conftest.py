@@ -33,7 +33,8 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py",
-         "history/test_history_service.py", "jobs/test_results.py", "data/test_database.py", "tasks/test_answers.py",
+         "history/test_history_service.py", "jobs/test_results.py", "data/test_database.py", "tracing/test_tracing.py",
+         "tasks/test_answers.py",
          "jobs/test_api.py", "api/test_page.py", "api/test_openapi.py", "server/test_service.py",
          "engine/test_engines.py", "prepare/test_quantize.py", "tasks/test_ocean.py", "tasks/test_own.py",
          "test_model_repository.py", "test_cli.py", "api/test_access.py", "api/test_metrics.py",
@@ -192,7 +193,8 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items()
-                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"}
+                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"
+                       and not k.startswith("OTEL_")}
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:

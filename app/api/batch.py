@@ -34,8 +34,10 @@ def predict_batch(name):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline, i)
-                                                      for i, file in enumerate(files)])
+                calls = [functools.partial(outcome, model, file, chosen, deadline, i) for i, file in enumerate(files)]
+                traced = current_app.extensions.get("traced_file")
+                return files, run_batch(loader.slots, calls if traced is None else [
+                    functools.partial(traced, i, call) for i, call in enumerate(calls)])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         files, outcomes = loader.when_loaded(answers, deadline)
     for o in outcomes:
@@ -71,7 +73,7 @@ def outcome(model, file, chosen, deadline, position):
     """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
     loader, settings, cache, record = (current_app.extensions[name] for name in ("model", "settings", "cache",
                                                                                  "record"))
-    stages, data, is_hit = counters.Stages(), None, False
+    stages, data, is_hit = type(g.stages)(), None, False
 
     def read():
         nonlocal data

@@ -43,7 +43,8 @@ def options(tasks):
 def or_null(schema):
     """The same schema, but null is valid too: JSON may hold it for an option that is not sent."""
     wider = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
+    types = schema.get("type", [])
+    return {**schema, **wider, **({"type": [*([types] if isinstance(types, str) else types), "null"]} if types else {})}
 
 
 MEDIA = {"type": "object", "required": ["media_type", "b64"], "properties": {

@@ -30,7 +30,8 @@ def register(app, settings):
 class References:
     def __init__(self, settings):
         self.settings, self.prefixes = settings, settings.optional.input_urls
-        self.client, self.s3 = http.Client(settings.optional.private_networks), None
+        self.client, self.s3 = http.Client(settings.optional.private_networks,
+                                           is_traced=settings.optional.tracing), None
         self.running = 0  # fetches that requests may make at the moment
         addresses.check_prefixes("INPUT_URLS", self.prefixes)
         if any(prefix.startswith("s3:") for prefix in self.prefixes):
