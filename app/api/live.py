@@ -9,9 +9,8 @@ from flask import current_app, g, request
 from gevent.event import Event
 
 from app.api import uploads
-from app.api.batch import outcome
 from app.api.predict import client
-from app.api.stream import Audience, event, started
+from app.api.stream import Audience, answered, event, started
 from app.engine.batches import run_batch
 from app.errors import DeadlineExceeded, ServiceError
 from app.media.modes import END_OF_IMAGE, MARKER
@@ -49,7 +48,7 @@ def events_of(name, deadline, is_there):
             audience.check()
             if count:
                 current_app.extensions["count_batch"](2)  # this one, as the first has been counted
-            answer = functools.partial(outcome, model, uploads.Upload(picture[1], None, "the body"), chosen, deadline,
+            answer = functools.partial(answered, model, uploads.Upload(picture[1], None, "the body"), chosen, deadline,
                                        count)
             found = run_batch(loader.slots, [answer])[0]
             is_error = isinstance(found, ServiceError)

@@ -72,6 +72,7 @@ def sent(first, events):
         raise
     finally:
         events.close()
+        g.stream_status = status
         requests.ended(status)
         counters.change("requests_in_progress", -1)
 
@@ -165,7 +166,7 @@ def of_files(model, files, chosen, deadline, is_there):
     def work(put):
         def one(i):
             audience.check()
-            put((i, outcome(model, files[i], chosen, deadline, i)))
+            put((i, answered(model, files[i], chosen, deadline, i)))
         with stages("files"):
             run_batch(slots, [functools.partial(one, i) for i in range(len(files))])
     with audience:
@@ -178,6 +179,13 @@ def of_files(model, files, chosen, deadline, is_there):
             yield event("error" if is_error else "frame", {
                 "index": i, "filename": files[i].filename, **(found.body() if is_error else found)})
     yield event("end", {"status": "success", "count": len(files), "failed": failed})
+
+
+def answered(model, file, chosen, deadline, i):
+    """The result for a file, as in a batch, or its ServiceError."""
+    call = functools.partial(outcome, model, file, chosen, deadline, i)
+    traced = current_app.extensions.get("traced_file")
+    return traced(i, call) if traced else call()
 
 
 class Audience:
