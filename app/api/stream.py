@@ -23,8 +23,6 @@ from app.tasks import Call, insight, options
 from app.tasks.from_pictures import FromPictures, Views
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
-
-
 LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
 
 
@@ -41,7 +39,8 @@ def respond(name, option, deadline, is_there):
     events = events_of(kept, name, option, deadline, is_there)
     first = next(events)
     bodies = current_app.extensions["bodies"]
-    bodies.grow(kept.enter_context(bodies.one()), request.content_length)  # the caller is about to let go of it
+    size = int(request.environ["CONTENT_LENGTH"])  # of the body, which the caller is about to let go
+    bodies.grow(kept.enter_context(bodies.one()), size)
     return started(first, events)
 
 

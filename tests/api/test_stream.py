@@ -9,6 +9,7 @@ import re
 import socket
 import time
 
+import gevent
 import numpy as np
 import pytest
 import requests
@@ -139,6 +140,19 @@ def test_one_picture_as_the_raw_body(client):
     assert (last, end["count"], end["failed"]) == ("end", 1, 0)
 
 
+def test_pictures_of_a_client_that_leaves_make_room(app):
+    body, headers = form(*[(f"{i}.jpg", CAT) for i in range(20)], stream="true")
+    response = app.test_client().post("/predict", data=body, headers=headers, buffered=False)
+    assert next(response.response).startswith(b"event: frame")
+    slots = app.extensions["model"].slots
+    assert slots.batched > 0
+    response.close()
+    with gevent.Timeout(30):
+        while slots.batched or slots.waiting or slots.running:
+            gevent.sleep(0.01)
+    assert app.extensions["bodies"].total == 0
+
+
 @pytest.mark.parametrize(("files", "options", "code"), [
     ([("a.jpg", TEXT)], {}, "INVALID_IMAGE"), ([("a.jpg", b"")], {}, "EMPTY_FILE"), ([], {}, "MISSING_FILE"),
     ([("a.jpg", CAT)], {"stream": "maybe"}, "INVALID_PARAMETER"),
@@ -261,6 +275,12 @@ def test_a_connection_is_kept_after_a_stream(service):
         connection.request("PUT", "/predict", CAT, {"Content-Type": "image/jpeg"})
         assert json.loads(connection.getresponse().read())["status"] == "success"
         assert connection.sock is sock
+
+
+def test_a_body_in_chunks(service):
+    answer = requests.put(service.url + "/predict?stream=true", data=iter([CAT[:999], CAT[999:]]), timeout=30,
+                          headers={"Content-Type": "image/jpeg"})
+    assert [name for name, _ in events_of(answer.text)] == ["frame", "end"]
 
 
 def test_http_1_0(service):
