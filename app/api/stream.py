@@ -164,10 +164,11 @@ def of_files(model, files, chosen, deadline, is_there):
 
     def work(put):
         def one(i):
-            audience.check()
-            put((i, answered(model, files[i], chosen, deadline, i)))
+            if not audience.has_gone():
+                put((i, answered(model, files[i], chosen, deadline, i)))
         with stages("files"):
             run_batch(slots, [functools.partial(one, i) for i in range(len(files))])
+        audience.check()
     with audience:
         for i, found in produced(work):
             is_error = isinstance(found, ServiceError)
@@ -191,17 +192,20 @@ class Audience:
     """Whether anyone still waits for the events: until the end of the block, as long as the client is connected."""
 
     def __init__(self, is_there):
-        self.is_there, self.has_left = is_there, False
+        self.is_there, self.is_over = is_there, False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.has_left = True
+        self.is_over = True
+
+    def has_gone(self):
+        return self.is_over or bool(self.is_there) and not self.is_there()
 
     def check(self):
         """Raises ServiceError."""
-        if self.has_left or self.is_there and not self.is_there():
+        if self.has_gone():
             raise ServiceError(499, "CLIENT_CLOSED_REQUEST", "The client disconnected before its turn came.")
 
 

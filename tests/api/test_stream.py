@@ -140,7 +140,7 @@ def test_one_picture_as_the_raw_body(client):
     assert (last, end["count"], end["failed"]) == ("end", 1, 0)
 
 
-def test_pictures_of_a_client_that_leaves_make_room(app):
+def test_pictures_of_a_client_that_leaves_make_room(app, capfd):
     body, headers = form(*[(f"{i}.jpg", CAT) for i in range(20)], stream="true")
     response = app.test_client().post("/predict", data=body, headers=headers, buffered=False)
     assert next(response.response).startswith(b"event: frame")
@@ -151,6 +151,7 @@ def test_pictures_of_a_client_that_leaves_make_room(app):
         while slots.batched or slots.waiting or slots.running:
             gevent.sleep(0.01)
     assert app.extensions["bodies"].total == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("files", "options", "code"), [
