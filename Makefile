@@ -42,8 +42,13 @@ worker: $(VENV)/jobs-installed $(TRACING)  ## Run the jobs that a service with J
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
+$(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/installed
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
-test: $(VENV)/tests-installed  ## Run the tests
+test: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests
 	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		$(ARGS)
 

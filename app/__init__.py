@@ -3,7 +3,14 @@ import logging
 
 from app.config import StartError
 
-LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")])]
+EACH = ("", "/models/<name>")  # the default model, or one that the path names
+LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
+        ("batch", "app.api.batch", [(path + "/predict/batch", "predict_batch", "POST") for path in EACH]),
+        ("embed", "app.insight.api", [(path + "/embed", "embed", "POST", "PUT") for path in EACH])]
+V2 = [("v2_health", "app.open_inference.views", [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
+      ("v2", "app.open_inference.views", [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST"), *(
+          (f"/v2/models/<name>{version}{rest}", "model_" + view, *methods) for version in ("", "/versions/<version>")
+          for rest, view, *methods in (("", "metadata"), ("/ready", "ready"), ("/infer", "infer", "POST")))])]
 
 
 def create_app(settings=None, loader=None):
@@ -28,6 +35,7 @@ def create_app(settings=None, loader=None):
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
     app.extensions["at_exit"] = lambda: None  # for the worker to call before its process ends; raises nothing
     app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
+    app.extensions["endpoints"] = {"/v2": "the Open Inference Protocol V2"} if settings.open_inference else {}
     requests.register(app)
     error_handlers.register(app)
     if settings.cache_url:
@@ -41,7 +49,7 @@ def create_app(settings=None, loader=None):
         optional_parts.register(app, settings)
     for module in (predict, health, info, metrics):
         app.register_blueprint(module.bp)
-    for lazy in LAZY:
+    for lazy in LAZY + V2 * settings.open_inference:
         app.register_blueprint(lazy_views.blueprint(*lazy))
     return app
 

@@ -112,6 +112,7 @@ class Settings:
     preprocessing: str | None = setting(rare("preprocessing"), None, each=True)
     model_fallback: str | None = setting(matching(BUILT_IN, "a model's name such as resnet50"), None, each=True)
     models: tuple | None = setting(listed(ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"), None)
+    open_inference: bool = setting(yes_or_no, True)
     split_header: str | None = setting(matching("[A-Za-z0-9-]{1,64}", "a header's name such as X-User"), None)
     load_models: str = setting(one_of("boot", "first_use"), "boot")
     models_memory: int | None = setting(rare("byte_size"), None)

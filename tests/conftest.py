@@ -1,5 +1,6 @@
 """Real models, real pictures, and the service itself as real Gunicorn processes on a free port of loopback."""
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -32,14 +33,14 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
-FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py",
-         "history/test_history_service.py", "jobs/test_results.py", "data/test_database.py", "tracing/test_tracing.py",
-         "tasks/test_answers.py",
-         "jobs/test_api.py", "api/test_page.py", "api/test_openapi.py", "server/test_service.py",
-         "engine/test_engines.py", "prepare/test_quantize.py", "tasks/test_ocean.py", "tasks/test_own.py",
-         "test_model_repository.py", "test_cli.py", "api/test_access.py", "api/test_metrics.py",
-         "server/test_versions.py", "prepare/test_bundles.py", "prepare/test_networks.py", "prepare/test_download.py",
-         "test_clients.py"]
+FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
+         "history/test_history_service.py", "api/test_openapi.py", "tracing/test_tracing.py", "tasks/test_insight.py",
+         "open_inference/test_clients.py", "api/test_stream.py", "tasks/test_answers.py", "engine/test_engines.py",
+         "jobs/test_api.py", "server/test_service.py", "data/test_database.py", "tasks/test_ocean.py",
+         "jobs/test_results.py", "tasks/test_own.py", "media/test_media.py", "prepare/test_bundles.py",
+         "prepare/test_quantize.py", "api/test_access.py", "api/test_metrics.py", "server/test_versions.py",
+         "test_model_repository.py", "test_cli.py", "prepare/test_networks.py", "media/test_faces.py",
+         "media/test_codecs.py", "test_bench_load.py", "prepare/test_download.py", "test_clients.py"]
 SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
 
 
@@ -53,6 +54,13 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     order = {TESTS / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(FIRST)))
+
+
+def pytest_collection_finish():
+    """What the tests' modules have imported stays: the service's own garbage collections, each of which would take half
+    a second here, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def photo(name):

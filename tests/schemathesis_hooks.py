@@ -2,14 +2,13 @@
 import base64
 import contextlib
 import io
-import re
 
 import schemathesis
 from hypothesis import strategies
 from PIL import Image
 
 from app.config import FACE_METHODS, YES_OR_NO
-from app.tasks.options import LATEST_S
+from app.tasks.options import AT
 
 
 def picture(colour, size, format):
@@ -29,7 +28,9 @@ RIGHT = {"top_k": ["", *map(str, range(1, 11))], "frames": ["", *map(str, range(
 
 def is_right(name, value):
     if name == "at":
-        return re.fullmatch(r"[0-9]*(\.[0-9]+)?", str(value)) and float(value or 0) <= LATEST_S
+        with contextlib.suppress(ValueError):
+            return not value or AT.parse(str(value)) is not None
+        return False
     return str(value) in RIGHT.get(name, ())
 
 

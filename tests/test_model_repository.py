@@ -164,13 +164,12 @@ def test_a_model_is_loaded_once_with_its_first_request_while_others_wait(serve, 
     assert [one["loaded"] for one in client.get("/models").json["models"]] == [True, False]
     model = client.get("/info?model=counts").json["model"]
     assert (model["name"], model["takes"], model["loaded"]) == ("counts", ["json"], False)
-    (folder / "slow.txt").write_text("0.5")
+    (folder / "slow.txt").write_text("1.5")
     greenlets = [gevent.spawn(ask, app.test_client(), "/models/counts/predict") for _ in range(5)]
     greenlets.append(gevent.spawn(ask, app.test_client(), "/predict", model="counts"))
     gevent.sleep(0.2)
-    started = time.monotonic()
-    assert client.post("/predict", data=CAT, content_type="image/jpeg").status_code == 200  # not held up
-    assert time.monotonic() - started < 0.3
+    assert client.post("/predict", data=CAT, content_type="image/jpeg").status_code == 200
+    assert not any(greenlet.ready() for greenlet in greenlets)  # it was not held up
     hasty = client.post("/models/counts/predict", json={"x": 1}, headers={"X-Request-Timeout": "0.05"})
     assert (hasty.status_code, hasty.json["error"]) == (504, "DEADLINE_EXCEEDED")
     assert "(during load)" in hasty.json["message"]
@@ -246,7 +245,7 @@ def test_a_model_in_use_is_unloaded_after_its_last_request(serve):
         assert ask(app.test_client(), "/models/m2/predict") == 5
         assert ended == []
         assert "m1" not in loader.by_key
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while ended != [model]:
         assert time.monotonic() < until
         gevent.sleep(0.01)

@@ -1,5 +1,5 @@
 """Renders every error as JSON, including those that Flask and Werkzeug raise."""
-from flask import g, jsonify
+from flask import current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from app.errors import ServiceError, internal_error, out_of_memory
@@ -13,7 +13,9 @@ def register(app):
 
 
 def render(error):
-    response = jsonify({**error.body(), "request_id": g.get("request_id"), **error.details})
+    is_v2 = f"{request.path}/".startswith("/v2/") and current_app.extensions["settings"].open_inference
+    response = jsonify({"error": error.message} if is_v2 else {
+        **error.body(), "request_id": g.get("request_id"), **error.details})
     response.status_code = error.status
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after())

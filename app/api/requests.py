@@ -50,7 +50,7 @@ def ended(status):
              "duration_ms": round(1000 * seconds, 2), **({"model": model.label} if model else {}),
              **({"error": error} if error else {}),
              **({"timings_ms": timings} if timings else {})}
-    probe = request.blueprint == "health" and status == 200
+    probe = request.blueprint in ("health", "v2_health") and status == 200
     log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)
 
 

@@ -7,11 +7,23 @@ import sys
 import openapi_spec_validator
 import pytest
 import requests
-from conftest import ROOT
+from conftest import ROOT, Service, exported
 
 from app import create_app
 from app.api.uploads import FILE_FIELDS
 from app.config import Settings
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """A ready Service whose network sees 32 × 32 pixels: some thousand answers are asked for, and not what they say."""
+    folder = tmp_path_factory.mktemp("small")
+    variables = {"MODEL_NAME": "efficientnet_lite0", "PREPROCESSING": "resize=32 crop=32", "DEVICE": "cpu",
+                 "MODEL_DIR": str(folder / "models")}
+    exported(Settings.parse(variables))
+    running = Service(folder, variables)
+    yield running.wait_ready()
+    running.kill()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +48,8 @@ def test_every_reference_leads_somewhere_and_every_response_has_its_id(document)
 
 
 def test_document_has_every_path_and_method_and_no_other(app, document):
-    served = {(rule.rule.replace("<name>", "{name}"), method.lower()) for rule in app.url_map.iter_rules()
-              if not rule.arguments or rule.rule.startswith("/models/")
+    served = {(rule.rule.replace("<", "{").replace(">", "}"), method.lower()) for rule in app.url_map.iter_rules()
+              if not rule.arguments or rule.rule.startswith(("/models/", "/v2/models/"))
               for method in rule.methods - {"HEAD", "OPTIONS"}}
     assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
 
@@ -95,7 +107,7 @@ def test_running_service_does_what_the_document_says(service, tmp_path):
     """schemathesis asks every endpoint, with what the document allows and with what it does not."""
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
-         service.url + "/openapi.json"],
+         service.url + "/openapi.json", "--exclude-path-regex", "^/v2/.*/infer$"],  # whose shapes no schema can say
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -13,7 +13,7 @@ import wave
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, Service, encoded, need, photo
+from conftest import ROOT, Service, encoded, exported, need, photo
 from own_tasks import HTML, RATE
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -343,6 +343,7 @@ def test_live_survives_a_service_that_is_away(chromium, browser):
 
 @pytest.fixture(scope="module")
 def ocean_service(tmp_path_factory, ocean_settings):
+    exported(ocean_settings)
     running = Service(tmp_path_factory.mktemp("ocean-service"), {
         "MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_settings.model_path), "DEVICE": "cpu",
         "MODEL_DIR": str(ocean_settings.model_dir)})

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.client
 import json
+import os
 import re
 import socket
 import threading
@@ -65,10 +66,9 @@ class Ask:
     def stored(self):
         """{key: bytes} of the storage."""
         found = {}
-        for path in sorted(self.folder.rglob("*")):
-            with contextlib.suppress(FileNotFoundError):  # it is being removed
-                if path.is_file():
-                    found[str(path.relative_to(self.folder))] = path.read_bytes()
+        for path in sorted(Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # it is being removed, perhaps with its folder
+                found[str(path.relative_to(self.folder))] = path.read_bytes()
         return found
 
     def stored_of(self, row):

@@ -105,6 +105,7 @@ def test_inputs_lie_in_s3_until_the_job_has_ended(s3_server, redis_server, postg
                                                   start_worker):
     bucket = s3_server.bucket()
     servers = {**variables, **s3_server.variables, "STORAGE_URL": f"s3://{bucket}/inputs", "SHORT_WORKERS": "0",
+               "MODEL_NAME": "tests.jobs.troubled:Troubled", "HISTORY": "off",
                "DATABASE_URL": postgres_server.database(), "JOBS_BROKER": redis_server.database()}
     service, worker = start_service(**servers), start_worker(**servers)
     jobs = Jobs(service.wait_ready())
@@ -112,7 +113,7 @@ def test_inputs_lie_in_s3_until_the_job_has_ended(s3_server, redis_server, postg
     worker.process.send_signal(signal.SIGSTOP)
     for pid in worker.nodes():
         os.kill(pid, signal.SIGSTOP)
-    job_id = jobs.accepted(**FORMS["form"](encoded(photo("chelsea"))))
+    job_id = jobs.accepted("wait 0")
     with requests.get(f"{s3_server.url}/{bucket}", timeout=10) as listing:
         assert f"inputs/{job_id}/0" in listing.text
     worker.process.send_signal(signal.SIGCONT)

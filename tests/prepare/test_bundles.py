@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from app import prepare
-from app.config import Settings
+from app.config import Settings, StartError
 from app.engine import bundle
 from app.engine.bundle import Prepared
 from app.prepare import bundles, prepared
@@ -132,6 +132,25 @@ def test_a_crop_that_the_network_cannot_take_stops_the_start_with_one_line(check
     with pytest.raises(prepare.PrepareError, match=r"cannot be exported for pictures of 10 × 10 pixels: "):
         prepare.make(settings, "openvino")
     assert list(tmp_path.glob("bundles/*")) == []
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({"MODEL_NAME": "resnet51"}, "MODEL_NAME 'resnet51' is unknown"),
+    ({"MODEL_PATH": "{cut}"}, "cannot be read as a checkpoint"),
+    ({"MODEL_PATH": "{cut}", "MODEL_FALLBACK": "efficientnet_lite0"}, "cannot be read as a checkpoint"),
+    ({"MODEL_PATH": "{other}"}, "does not fit resnet50"),
+    ({"WEIGHTS_MIRROR": "http://127.0.0.1:9"}, "the weights of resnet50 are not available"),
+])
+def test_what_cannot_be_made_is_said_in_one_line(checkpoint, tmp_path, variables, message):
+    other = checkpoint("squeezenet1_1")
+    (tmp_path / "cut.pt").write_bytes(other.read_bytes()[:1_000_000])
+    variables = {k: v.format(cut=tmp_path / "cut.pt", other=other) for k, v in variables.items()}
+    settings = Settings.parse({"MODEL_NAME": "resnet50", "MODEL_DIR": str(tmp_path / "models"), **variables})
+    with pytest.raises(StartError) as e:
+        prepare.make(settings, "openvino")
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.glob("models/bundles/*")) == []
 
 
 @pytest.fixture

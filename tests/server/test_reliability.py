@@ -3,6 +3,7 @@ import contextlib
 import fcntl
 import http.client
 import inspect
+import itertools
 import json
 import os
 import random
@@ -67,10 +68,10 @@ def test_hung_inference_costs_one_client_its_deadline_and_the_slot_comes_back(st
     started = time.monotonic()
     answer = service.predict(WHITE)
     assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
     for _ in range(5):  # the other slot goes on
         assert service.predict(CAT).status_code == 200
-    wait_until(lambda: service.workers() and service.workers() != [worker], 30, "the worker that hangs is not replaced")
+    wait_until(lambda: service.workers() and service.workers() != [worker], 60, "the worker that hangs is not replaced")
     service.wait_ready()
     assert "an inference has been hanging" in service.log
     for _ in range(5):
@@ -81,10 +82,10 @@ def test_killed_worker_is_replaced(start_service):
     service = start_service(WORKERS="2").wait_ready()
     wait_until(lambda: workers_ready(service.url) == 2, 30)
     first = service.workers()
-    with Load(service.url, 4, pause_s=0.02) as load:
+    with Load(service.url, 4, pause_s=0.05) as load:
         time.sleep(0.5)
         os.kill(first[0], signal.SIGKILL)
-        wait_until(lambda: service.log.count("model ready") == 3, 10)
+        wait_until(lambda: service.log.count("model ready") == 3, 60)
         time.sleep(0.5)
     assert len(load.errors) <= 4  # at most what the killed worker had open
     assert set(load.answers) == {(200, "tiger cat")}
@@ -96,7 +97,7 @@ def test_killed_master_takes_its_workers_along_and_can_be_started_again(start_se
     workers = service.workers()
     service.process.kill()
     service.process.wait()
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 5)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 30)
     again = start_service(PORT=str(service.port))
     again.port, again.url = service.port, service.url
     assert again.wait_ready().predict(CAT).status_code == 200
@@ -126,8 +127,7 @@ def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, m
     killed, other = service.workers()
     shutil.rmtree(tmp_path / "bundles")
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: "this worker cannot serve" in service.log, 15)
-    time.sleep(3)
+    wait_until(lambda: service.log.count("this worker cannot serve") > 1, 60)  # Gunicorn's master would end
     assert service.process.poll() is None
     assert other in service.workers()
     for _ in range(3):
@@ -135,18 +135,18 @@ def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, m
 
 
 def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
-    service = start_service(DRAIN_SECONDS="1.5").wait_ready()
-    with Load(service.url, 4) as load:
+    service = start_service(DRAIN_SECONDS="2.5").wait_ready()
+    with Load(service.url, 4, pause_s=0.02) as load:
         time.sleep(0.5)
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: requests.get(service.url + "/health").status_code == 503, 1)
+        wait_until(lambda: requests.get(service.url + "/health").status_code == 503, 2.5)
         assert requests.get(service.url + "/health").json()["reason"] == "draining"
         while service.process.poll() is None and service.predict(CAT).status_code == 200:
             load.stopping = time.monotonic() or True  # the load balancer has turned away
             time.sleep(0.1)
             if "Handling signal: term" in service.log.split("draining", 1)[-1]:
                 break
-    assert service.process.wait(20) == 0
+    assert service.process.wait(60) == 0
     assert set(load.answers) == {(200, "tiger cat")}
     assert not load.errors
 
@@ -185,8 +185,8 @@ def test_slow_clients_starve_nobody(service, head):
     with dripping(service.port, 100, head):
         time.sleep(0.3)
         for _ in range(10):
-            assert requests.get(service.url + "/health", timeout=2).status_code == 200
-            assert service.predict(CAT, timeout_s=2).json()["predictions"][0]["class"] == "tiger cat"
+            assert requests.get(service.url + "/health", timeout=10).status_code == 200
+            assert service.predict(CAT, timeout_s=10).json()["predictions"][0]["class"] == "tiger cat"
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def impatient(tmp_path_factory, model_dir):
 def test_slow_bodies_are_told_at_the_deadline(impatient):
     with dripping(impatient.port, 3) as slow:
         for s in slow:
-            s.settimeout(4)
+            s.settimeout(20)
             answer = b""
             while piece := s.recv(4096):
                 answer += piece
@@ -213,9 +213,9 @@ def test_slow_bodies_are_told_at_the_deadline(impatient):
 def test_connections_that_say_nothing_and_slow_headers_are_closed(service):
     with contextlib.ExitStack() as stack, dripping(service.port, 3, b"GET / HTTP/1.1\r\nX: ") as slow:
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", service.port))) for _ in range(60)]
-        assert service.predict(CAT, timeout_s=2).status_code == 200
+        assert service.predict(CAT, timeout_s=10).status_code == 200
         for s in (*silent, *slow):
-            s.settimeout(HEADERS_WITHIN_S + 4)
+            s.settimeout(HEADERS_WITHIN_S + 20)
             with contextlib.suppress(ConnectionResetError):
                 assert s.recv(1) == b""  # closed, not left for ever
 
@@ -231,9 +231,9 @@ def test_a_client_that_never_reads_is_cut_off_and_costs_the_others_nothing(impat
             with contextlib.suppress(BlockingIOError):
                 s.send(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
         for _ in range(10):
-            assert service.predict(CAT, timeout_s=2).status_code == 200
-        wait_until(lambda: cut_off(service) == 60, 2 + 5, "they were not cut off")
-        wait_until(lambda: descriptors(worker) <= before + 2, 3)
+            assert service.predict(CAT, timeout_s=10).status_code == 200
+        wait_until(lambda: cut_off(service) == 60, 2 + 30, "they were not cut off")
+        wait_until(lambda: descriptors(worker) <= before + 2, 30)
 
 
 def cut_off(service):
@@ -253,9 +253,9 @@ def test_predictions_go_on_beside_a_thousand_connections(service):
             for _ in range(1050):
                 stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
             started = time.monotonic()
-            assert requests.get(service.url + "/health", timeout=5).status_code == 200
+            assert requests.get(service.url + "/health", timeout=20).status_code == 200
             assert service.predict(CAT).status_code == 200
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 20
             assert descriptors(worker) > 1050
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -275,23 +275,26 @@ def test_tls_serves_many_requests_on_a_kept_connection(start_service, tmp_path):
     silent = socket.create_connection(("127.0.0.1", service.port))
     (worker,) = service.workers()
     for _ in range(20):
-        answer = session.post(service.url + "/predict", files={"file": CAT}, timeout=10)
+        answer = session.post(service.url + "/predict", files={"file": CAT}, timeout=30)
         assert answer.json()["predictions"][0]["class"] == "tiger cat"
     assert f'"url": "{service.url}"' in service.log
     assert service.workers() == [worker]
     with silent:  # who never begins a handshake
-        silent.settimeout(HEADERS_WITHIN_S + 4)
+        silent.settimeout(HEADERS_WITHIN_S + 20)
         assert silent.recv(1) == b""
 
 
 def attack(port, head, piece):
-    """Send a piece over and over, while a second thread reads what comes: there is always more to be read."""
+    """Send a piece over and over, while a second thread reads what comes: there is always more to be read. Prints a
+    line when it has begun."""
     with socket.create_connection(("127.0.0.1", port)) as s:
         s.sendall(head)
         threading.Thread(target=lambda: any(not s.recv(2**20) for _ in iter(int, 1)), daemon=True).start()
         with contextlib.suppress(OSError):
-            while True:
+            for number in itertools.count():
                 s.sendall(piece)
+                if number == 3:
+                    print("begun", flush=True)
 
 
 @pytest.mark.parametrize("data", [(b"", b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n" * 200),
@@ -302,14 +305,16 @@ def test_a_client_that_always_has_more_keeps_nobody_from_the_loop(service, data)
     """Reads of gevent's that succeed do not switch greenlets."""
     code = "from test_reliability import attack; attack(%d, %r, %r)"
     process = subprocess.Popen([sys.executable, "-c", code % (service.port, *data)], env={
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/server"})  # faster than a thread of this process
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/server"},  # faster than a thread of this process
+        stdout=subprocess.PIPE)
     try:
-        time.sleep(3.5)
-        for _ in range(20):
+        assert process.stdout.readline() == b"begun\n"
+        time.sleep(0.5)
+        for _ in range(8):
             assert requests.get(service.url + "/health", timeout=10).status_code == 200
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def test_a_refusal_on_a_kept_connection_has_an_id_of_its_own(start_service):
@@ -340,8 +345,8 @@ def test_max_requests_do_not_wait_for_idle_connections(start_service):
         session.get(service.url + "/live")  # and the connection stays
         for _ in range(6):
             assert health_status(service.url) == 200
-        wait_until(lambda: set(before).isdisjoint(service.workers()), 6, "the worker is not replaced")
-        wait_until(lambda: health_status(service.url) == 200, 10)
+        wait_until(lambda: set(before).isdisjoint(service.workers()), 25, "the worker is not replaced")
+        wait_until(lambda: health_status(service.url) == 200, 30)
     assert "Traceback" not in service.log
 
 
@@ -373,15 +378,15 @@ def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir):
         wait_until(lambda: health_status(url) == 200, 60)
         with requests.Session() as session:
             for _ in range(1000):  # more than the pipe and what is kept
-                session.get(url + "/" + "x" * 3000, timeout=5)
+                session.get(url + "/" + "x" * 3000, timeout=20)
             tiff, order = pictures()["TIFF bits"], random.Random(0)
             for _ in range(100):  # about which libtiff and Pillow complain on standard error by themselves
-                answer = session.post(url + "/predict", files={"file": mutated(tiff, order)}, timeout=5)
+                answer = session.post(url + "/predict", files={"file": mutated(tiff, order)}, timeout=20)
                 assert answer.status_code in (200, 400, 413)
-            metrics = session.get(url + "/metrics", timeout=5).text
+            metrics = session.get(url + "/metrics", timeout=20).text
         assert float(re.search(r"log_lines_dropped_total ([0-9.]+)$", metrics, re.M)[1]) > 0
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -395,7 +400,7 @@ def test_a_dripping_upload_does_not_stretch_the_stop(start_service):
         time.sleep(0.2)
         started = time.monotonic()
         assert service.stop() == 0
-        assert time.monotonic() - started < 1 + 3 + 1
+        assert time.monotonic() - started < 1 + 3 + 3  # Gunicorn's own patience would end at nine
 
 
 def test_kept_connections_are_told_when_the_service_stops(start_service):
@@ -403,9 +408,9 @@ def test_kept_connections_are_told_when_the_service_stops(start_service):
     with requests.Session() as session:
         assert session.get(service.url + "/live").headers["Connection"] == "keep-alive"
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "draining" in service.log, 5)
+        wait_until(lambda: "draining" in service.log, 30)
         assert session.get(service.url + "/live").headers["Connection"] == "close"
-    assert service.process.wait(10) == 0
+    assert service.process.wait(60) == 0
 
 
 def test_idle_connections_do_not_hold_up_the_stop(start_service):
@@ -417,7 +422,7 @@ def test_idle_connections_do_not_hold_up_the_stop(start_service):
             stack.enter_context(socket.create_connection(("127.0.0.1", service.port)))
         started = time.monotonic()
         assert service.stop() == 0
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(("arguments", "line"), [
@@ -425,7 +430,7 @@ def test_idle_connections_do_not_hold_up_the_stop(start_service):
     ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be at least 1")])
 def test_gunicorns_options_that_do_not_fit_are_refused_in_one_line(start_service, arguments, line):
     service = start_service(GUNICORN_CMD_ARGS=arguments)
-    assert service.process.wait(20) != 0
+    assert service.process.wait(60) != 0
     assert [text for text in service.log.splitlines() if "error: " in text and line in text], service.log
     assert "Traceback" not in service.log
 
@@ -575,8 +580,8 @@ backend model
                              stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: health_status(url) == 200, 10)
-        with Load(url, 4, pause_s=0.05) as load:
+        wait_until(lambda: health_status(url) == 200, 30)
+        with Load(url, 3, pause_s=0.1) as load:
             time.sleep(1)
             assert one.stop() == 0
             time.sleep(0.5)
@@ -607,12 +612,12 @@ def nginx(tmp_path):
             f"http {{ access_log off; client_body_temp_path {tmp_path}/body; proxy_temp_path {tmp_path}/proxy;\n"
             f"fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;\n{site}}}\n")
         processes.append(subprocess.Popen([program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]))
-        wait_until(lambda: health_status(f"http://127.0.0.1:{port}") == 200, 10)
+        wait_until(lambda: health_status(f"http://127.0.0.1:{port}") == 200, 30)
         return f"http://127.0.0.1:{port}"
     yield start
     for process in processes:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_slow_clients_wait_in_the_documented_proxy(service, nginx):

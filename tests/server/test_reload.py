@@ -28,20 +28,20 @@ def weights_of(service):
 
 @pytest.fixture(scope="module")
 def reloads_dir(tmp_path_factory, model_dir, app):
-    """A MODEL_DIR for resnet18 with the seeds 1 to 3: of each model only KEPT bundles stay, and others use it too."""
+    """A MODEL_DIR for squeezenet1_1 with the seeds 1 to 3: of each model only KEPT bundles stay."""
     return copy_model_dir(model_dir, tmp_path_factory.mktemp("reloads"))
 
 
 @pytest.fixture
 def two_workers(start_service, checkpoint, reloads_dir, tmp_path):
-    """(a Service of two workers with a resnet18, put(seed) which replaces its weights)."""
+    """(a Service of two workers with a squeezenet1_1, put(seed) which replaces its weights)."""
     path = tmp_path / "model.pt"
 
     def put(seed):
-        shutil.copy(checkpoint("resnet18", seed=seed), tmp_path / "new.pt")
+        shutil.copy(checkpoint("squeezenet1_1", seed=seed), tmp_path / "new.pt")
         os.replace(tmp_path / "new.pt", path)
     put(1)
-    service = start_service(MODEL_NAME="resnet18", MODEL_PATH=str(path), MODEL_DIR=str(reloads_dir),
+    service = start_service(MODEL_NAME="squeezenet1_1", MODEL_PATH=str(path), MODEL_DIR=str(reloads_dir),
                             WORKERS="2").wait_ready()
     wait_until(lambda: workers_ready(service.url) == 2, 30)
     return service, put
@@ -50,14 +50,14 @@ def two_workers(start_service, checkpoint, reloads_dir, tmp_path):
 def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
     service, put = two_workers
     workers, before = service.workers(), weights_of(service)
-    with Load(service.url, 2, pause_s=0.05) as load:
+    with Load(service.url, 2, pause_s=0.2) as load:
         time.sleep(0.3)
         put(2)
         done = reload(service)
         stdout, stderr = done.communicate(timeout=120)
         time.sleep(0.3)
     assert done.returncode == 0, stderr
-    assert "reloaded: 2 workers serve resnet18-" in stdout
+    assert "reloaded: 2 workers serve squeezenet1_1-" in stdout
     assert service.workers() == workers
     assert {weights_of(service) for _ in range(8)}.isdisjoint({before})
     assert not load.errors
@@ -68,7 +68,7 @@ def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(tw
     service, put = two_workers
     put(2)
     first = reload(service)
-    wait_until(lambda: "reloading: preparing" in service.log, 10)
+    wait_until(lambda: "reloading: preparing" in service.log, 60)
     put(3)
     second = reload(service)
     outcomes = [process.communicate(timeout=120)[0] for process in (first, second)]
@@ -77,16 +77,16 @@ def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(tw
     assert service.log.count("reloading: preparing") == 2
     expected = hashlib.sha256((Path(service.log_path).parent / "model.pt").read_bytes()).hexdigest()
     assert {weights_of(service) for _ in range(8)} == {expected}
-    assert "resnet18-" + expected[:12] in outcomes[1]
+    assert "squeezenet1_1-" + expected[:12] in outcomes[1]
 
 
 def test_a_replaced_model_gives_its_memory_back(service):
     def resident():
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in service.workers()) / 256  # MiB
     sizes = []
-    for _ in range(6):
+    for _ in range(4):
         process = reload(service)
-        assert process.wait(60) == 0
+        assert process.wait(120) == 0
         process.communicate()
         assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
         sizes.append(resident())
@@ -94,30 +94,30 @@ def test_a_replaced_model_gives_its_memory_back(service):
 
 
 @pytest.fixture(scope="module")
-def resnet18(tmp_path_factory, checkpoint, reloads_dir):
-    """(a ready Service with a resnet18, the path of its weights)."""
-    path = tmp_path_factory.mktemp("resnet18") / "model.pt"
-    shutil.copy(checkpoint("resnet18", seed=1), path)
-    running = Service(path.parent, {"MODEL_NAME": "resnet18", "MODEL_PATH": str(path), "DEVICE": "cpu",
+def squeezenet1_1(tmp_path_factory, checkpoint, reloads_dir):
+    """(a ready Service with a squeezenet1_1, the path of its weights)."""
+    path = tmp_path_factory.mktemp("squeezenet1_1") / "model.pt"
+    shutil.copy(checkpoint("squeezenet1_1", seed=1), path)
+    running = Service(path.parent, {"MODEL_NAME": "squeezenet1_1", "MODEL_PATH": str(path), "DEVICE": "cpu",
                                     "MODEL_DIR": str(reloads_dir)})
     yield running.wait_ready(), path
     running.kill()
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "other"])
-def test_reload_of_a_bad_model_changes_nothing(resnet18, checkpoint, damage):
-    service, path = resnet18
+def test_reload_of_a_bad_model_changes_nothing(squeezenet1_1, checkpoint, damage):
+    service, path = squeezenet1_1
     workers, so_far = service.workers(), len(service.log)
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(checkpoint("resnet18", seed=2).read_bytes()[:10**6] if damage == "cut" else b"no weights")
+        path.write_bytes(checkpoint("squeezenet1_1", seed=2).read_bytes()[:10**6] if damage == "cut" else b"no weights")
     done = subprocess.run([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
                           capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "the old model goes on serving" in done.stderr
     assert "reload failed" in service.log[so_far:]
-    wait_until(lambda: service.workers() == workers, 10)  # and nothing is left of the check's own process
+    wait_until(lambda: service.workers() == workers, 30)  # and nothing is left of the check's own process
     assert service.predict(CAT).status_code == 200
     os.kill(workers[0], signal.SIGKILL)  # a worker that is replaced now gets the old model too
     wait_until(lambda: "model ready" in service.log[so_far:], 30)
@@ -126,18 +126,18 @@ def test_reload_of_a_bad_model_changes_nothing(resnet18, checkpoint, damage):
 
 def test_a_reload_of_several_models_is_all_or_nothing(start_service, checkpoint, reloads_dir, tmp_path):
     path = tmp_path / "model.pt"
-    shutil.copy(checkpoint("resnet18", seed=1), path)
-    service = start_service(MODELS="efficientnet_lite0,other@1=resnet18", OTHER__1__MODEL_PATH=str(path),
+    shutil.copy(checkpoint("squeezenet1_1", seed=1), path)
+    service = start_service(MODELS="efficientnet_lite0,other@1=squeezenet1_1", OTHER__1__MODEL_PATH=str(path),
                             MODEL_DIR=str(reloads_dir)).wait_ready()
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     (tmp_path / "broken.pt").replace(path)
     command = reload(service)
     assert "reload failed, the old model goes on serving: other@1: " in command.communicate(timeout=120)[1]
     assert command.returncode == 1
-    shutil.copy(checkpoint("resnet18", seed=2), path)
+    shutil.copy(checkpoint("squeezenet1_1", seed=2), path)
     command = reload(service)
     assert re.fullmatch("reloaded: 1 worker serves efficientnet_lite0=efficientnet_lite0-[^ ,]+, "
-                        "other@1=resnet18-[^ ,]+\n", command.communicate(timeout=120)[0])
+                        "other@1=squeezenet1_1-[^ ,]+\n", command.communicate(timeout=120)[0])
     assert service.log.count("published ") == 1
     assert service.predict(CAT).json()["predictions"][0]["class_id"] == 282
 
@@ -155,8 +155,8 @@ class Twice(OwnTask):
         os.write(1, b"no JSON")
         if "app/__main__.py" in sys.argv[0]:  # while it is checked
             threading.Thread(target=time.sleep, args=(600,)).start()
-            subprocess.Popen(["sleep", "20"], close_fds=False)
-            os.register_at_fork(after_in_child=lambda: time.sleep(20))
+            subprocess.Popen(["sleep", "60"], close_fds=False)
+            os.register_at_fork(after_in_child=lambda: time.sleep(60))
             os.fork()
 
     def predict(self, batch):
@@ -175,7 +175,7 @@ def test_new_code_of_a_model_of_ones_own_is_reloaded_whatever_it_prints_and_leav
     assert answer_of(service, 4) == 8
     (tmp_path / "own_model.py").write_text(OWN.replace("FACTOR", "30"))
     command = reload(service)
-    assert command.communicate(timeout=15) == ("reloaded: 2 workers serve own_model:Twice\n", "")
+    assert command.communicate(timeout=45) == ("reloaded: 2 workers serve own_model:Twice\n", "")
     assert {answer_of(service, 4) for _ in range(8)} == {120}
 
 
@@ -199,7 +199,7 @@ def test_broken_code_of_a_model_of_ones_own_changes_nothing(twice, code, why):
     service, path = twice
     path.write_text(code)
     command = reload(service)
-    stderr = command.communicate(timeout=30)[1]
+    stderr = command.communicate(timeout=45)[1]
     assert command.returncode == 1
     assert "reload failed, the old model goes on serving: " in stderr
     assert why in stderr
@@ -210,15 +210,15 @@ def test_a_reload_that_is_killed_is_told_and_the_next_one_works(start_service):
     service = start_service().wait_ready()
     workers = service.workers()
     command = reload(service)
-    wait_until(lambda: len(service.workers()) > 1, 10)
+    wait_until(lambda: len(service.workers()) > 1, 60)
     (preparing,) = set(service.workers()) - set(workers)
     os.kill(preparing, signal.SIGKILL)
-    assert "ended prematurely" in command.communicate(timeout=30)[1]
+    assert "ended prematurely" in command.communicate(timeout=60)[1]
     assert command.returncode == 1
-    wait_until(lambda: service.workers() == workers, 5)
+    wait_until(lambda: service.workers() == workers, 30)
     assert service.predict(CAT).status_code == 200
     command = reload(service)
-    assert "reloaded: 1 worker serves" in command.communicate(timeout=30)[0]
+    assert "reloaded: 1 worker serves" in command.communicate(timeout=60)[0]
 
 
 def test_a_worker_that_cannot_load_what_was_published_keeps_what_it_has(start_service, model_dir, app, tmp_path):
@@ -256,4 +256,4 @@ def test_a_published_bundle_that_is_gone_is_replaced_by_the_one_before(two_worke
 def model_folders(service, sha256):
     environment = Path(f"/proc/{service.process.pid}/environ").read_bytes().decode().split("\0")
     model_dir = next(line for line in environment if line.startswith("MODEL_DIR=")).partition("=")[2]
-    return list(Path(model_dir).glob(f"bundles/resnet18-{sha256[:12]}*"))
+    return list(Path(model_dir).glob(f"bundles/squeezenet1_1-{sha256[:12]}*"))

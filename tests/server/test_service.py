@@ -47,7 +47,10 @@ def test_bad_input_leaves_the_worker_alive_and_logs_no_crash(service):
 def test_one_log_line_a_request_with_its_id_and_stages(service):
     requests.post(service.url + "/predict", files={"file": CAT}, headers={"X-Request-ID": "my-id-1"})
     requests.get(service.url + "/nothing", headers={"X-Request-ID": "my-id-2"})
-    time.sleep(0.1)
+    until = time.monotonic() + 30
+    while "my-id-2" not in service.log:
+        assert time.monotonic() < until
+        time.sleep(0.01)
     lines = [json.loads(line) for line in service.log.splitlines() if line.startswith("{")]
     (first,) = [line for line in lines if line.get("request_id") == "my-id-1"]
     assert (first["method"], first["path"], first["status"], first["level"]) == ("POST", "/predict", 200, "INFO")
@@ -124,7 +127,7 @@ FORGED = {"/a%0A2026-01-01%20CRITICAL%20forged": r"/a\n2026-01-01 CRITICAL forge
 
 def logged(service, count):
     """The log's lines about requests, once there are as many."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while len(lines := [line for line in service.log_path.read_bytes().split(b"\n") if b"orged" in line]) < count:
         assert time.monotonic() < until, lines
         time.sleep(0.01)
@@ -184,22 +187,17 @@ def test_sigterm_ends_it_with_exit_code_0_and_leaves_nothing(start_service):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"MODEL_NAME": "resnet51"}, "MODEL_NAME 'resnet51' is unknown"),
     ({"MODEL_NAME": "resnet50", "MODEL_PATH": "/nowhere/model.pt"}, "MODEL_PATH /nowhere/model.pt cannot be read"),
-    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{corrupt}"}, "cannot be read as a checkpoint"),
-    ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{other}"}, "does not fit resnet50"),
     ({"MODEL_NAME": "resnet50", "MODEL_PATH": "{corrupt}", "MODEL_FALLBACK": "efficientnet_lite0"},
-     "cannot be read as a checkpoint"),
-    ({"MODEL_NAME": "resnet50", "WEIGHTS_MIRROR": "http://127.0.0.1:9"}, "the weights of resnet50 are not available"),
+     "cannot be read as a checkpoint"),  # more of what a model cannot be made of: tests/prepare/test_bundles.py
     ({"TOP_K": "20"}, "TOP_K must be an integer from 1 to 10, got '20'"),
     ({"DEVICE": "cuda"}, "DEVICE is cuda, but there is no NVIDIA GPU"),
     ({"PRECISION": "fp16"}, "PRECISION is fp16, which is for GPUs"),
 ])
-def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_path, checkpoint, variables, message):
-    (tmp_path / "corrupt.pt").write_bytes(checkpoint("resnet18").read_bytes()[:1_000_000])
-    places = {"corrupt": tmp_path / "corrupt.pt", "other": checkpoint("resnet18")}
-    service = start_service(**{k: v.format(**places) for k, v in variables.items()})
-    assert service.process.wait(30) != 0
+def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_path, variables, message):
+    (tmp_path / "corrupt.pt").write_bytes(b"PK\3\4" + bytes(1000))
+    service = start_service(**{k: v.format(corrupt=tmp_path / "corrupt.pt") for k, v in variables.items()})
+    assert service.process.wait(60) != 0
     lines = [line for line in service.log.splitlines() if message in line]
     assert len(lines) == 1, service.log
     assert "Traceback" not in service.log
@@ -268,7 +266,7 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
         with connection:
             (preparing,) = service.workers()
             service.process.send_signal(signal.SIGTERM)
-            assert service.process.wait(10) != 0
+            assert service.process.wait(30) != 0
             assert not Path(f"/proc/{preparing}").exists()
     assert "stopped before the model was ready" in service.log
     assert "Traceback" not in service.log

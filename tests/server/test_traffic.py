@@ -205,7 +205,7 @@ def test_a_writer_that_does_not_end_is_not_waited_for_for_ever(service, monkeypa
     started = time.monotonic()
     with pytest.raises(StartError, match="another process is changing the traffic"):
         area.write(lambda shares: {})
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4
     assert area.read() == AT_FIRST  # readers never wait
     fcntl.flock(other.descriptor, fcntl.LOCK_UN)
     area.write(lambda shares: {})
