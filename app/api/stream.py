@@ -23,6 +23,7 @@ from app.tasks import Call, insight, options
 from app.tasks.from_pictures import FromPictures, Views
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
+LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
 
 
 def body_limit(settings):
@@ -38,8 +39,15 @@ def respond(name, option, deadline, is_there):
     events = events_of(kept, name, option, deadline, is_there)
     first = next(events)
     bodies = current_app.extensions["bodies"]
-    bodies.grow(kept.enter_context(bodies.one()), request.content_length)  # the caller is about to let go of it
+    size = int(request.environ["CONTENT_LENGTH"])  # of the body, which the caller is about to let go
+    bodies.grow(kept.enter_context(bodies.one()), size)
     return started(first, events)
+
+
+def respond_live(name, deadline, is_there):
+    """The same for a body of one of the types LIVE, which has not been received."""
+    from app.api import live
+    return live.respond(name, deadline, is_there)
 
 
 def started(first, events):
@@ -63,6 +71,7 @@ def sent(first, events):
         raise
     finally:
         events.close()
+        g.stream_status = status
         requests.ended(status)
         counters.change("requests_in_progress", -1)
 
@@ -155,10 +164,11 @@ def of_files(model, files, chosen, deadline, is_there):
 
     def work(put):
         def one(i):
-            audience.check()
-            put((i, outcome(model, files[i], chosen, deadline, i)))
+            if not audience.has_gone():
+                put((i, answered(model, files[i], chosen, deadline, i)))
         with stages("files"):
             run_batch(slots, [functools.partial(one, i) for i in range(len(files))])
+        audience.check()
     with audience:
         for i, found in produced(work):
             is_error = isinstance(found, ServiceError)
@@ -171,21 +181,31 @@ def of_files(model, files, chosen, deadline, is_there):
     yield event("end", {"status": "success", "count": len(files), "failed": failed})
 
 
+def answered(model, file, chosen, deadline, i):
+    """The result for a file, as in a batch, or its ServiceError."""
+    call = functools.partial(outcome, model, file, chosen, deadline, i)
+    traced = current_app.extensions.get("traced_file")
+    return traced(i, call) if traced else call()
+
+
 class Audience:
     """Whether anyone still waits for the events: until the end of the block, as long as the client is connected."""
 
     def __init__(self, is_there):
-        self.is_there, self.has_left = is_there, False
+        self.is_there, self.is_over = is_there, False
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.has_left = True
+        self.is_over = True
+
+    def has_gone(self):
+        return self.is_over or bool(self.is_there) and not self.is_there()
 
     def check(self):
         """Raises ServiceError."""
-        if self.has_left or self.is_there and not self.is_there():
+        if self.has_gone():
             raise ServiceError(499, "CLIENT_CLOSED_REQUEST", "The client disconnected before its turn came.")
 
 

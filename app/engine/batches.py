@@ -20,11 +20,11 @@ def run_batch(slots, calls):
         raise slots.overloaded()
 
     def in_lane(call):
-        with slots.lanes:
-            try:
+        try:
+            with slots.lanes:
                 return call()
-            finally:
-                slots.batched -= 1
+        finally:  # also if it is cut off while it waits
+            slots.batched -= 1
     slots.batched += len(calls)
     greenlets = [gevent.spawn(contextvars.copy_context().run, in_lane, call) for call in calls]
     try:

@@ -74,11 +74,16 @@ def describe(_, response, **__):
 
 
 def end(_, exc=None, **__):
+    status = g.get("stream_status")  # once all events are sent, when there is another teardown
+    if "is_stream" in g and status is None:
+        return
     span = g.pop("span", None)
     if span is None:
         return
     if exc is not None:  # the client is gone, or its time is over
         mark(span, type(exc).__name__, True)
+    elif status and g.get("error_code"):
+        mark(span, g.error_code, status >= 500)
     if not g.get("is_probe"):  # a span that does not end is never sent
         span.end()
     context.attach(g.pop("context_before"))

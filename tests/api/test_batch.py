@@ -218,3 +218,13 @@ def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):
     assert {r["error"] for r in results[3:]} == {"DEADLINE_EXCEEDED"}
     assert len(begun) <= 3
     assert loader.slots.batched == len(loader.slots.waiting) == 0  # what had not begun never will
+
+
+def test_a_batch_that_is_cut_off_while_it_waits_makes_room():
+    slots = Slots(1, 4)
+    batch = gevent.spawn(run_batch, slots, [functools.partial(gevent.sleep, 30)] * 4)
+    gevent.sleep(0.01)
+    assert slots.batched == 4
+    batch.kill()
+    gevent.sleep(0.01)
+    assert slots.batched == 0

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 
+import gevent
 import numpy as np
 import pytest
 import requests
@@ -139,6 +140,20 @@ def test_one_picture_as_the_raw_body(client):
     assert (last, end["count"], end["failed"]) == ("end", 1, 0)
 
 
+def test_pictures_of_a_client_that_leaves_make_room(app, capfd):
+    body, headers = form(*[(f"{i}.jpg", CAT) for i in range(20)], stream="true")
+    response = app.test_client().post("/predict", data=body, headers=headers, buffered=False)
+    assert next(response.response).startswith(b"event: frame")
+    slots = app.extensions["model"].slots
+    assert slots.batched > 0
+    response.close()
+    with gevent.Timeout(30):
+        while slots.batched or slots.waiting or slots.running:
+            gevent.sleep(0.01)
+    assert app.extensions["bodies"].total == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("files", "options", "code"), [
     ([("a.jpg", TEXT)], {}, "INVALID_IMAGE"), ([("a.jpg", b"")], {}, "EMPTY_FILE"), ([], {}, "MISSING_FILE"),
     ([("a.jpg", CAT)], {"stream": "maybe"}, "INVALID_PARAMETER"),
@@ -263,6 +278,12 @@ def test_a_connection_is_kept_after_a_stream(service):
         assert connection.sock is sock
 
 
+def test_a_body_in_chunks(service):
+    answer = requests.put(service.url + "/predict?stream=true", data=iter([CAT[:999], CAT[999:]]), timeout=30,
+                          headers={"Content-Type": "image/jpeg"})
+    assert [name for name, _ in events_of(answer.text)] == ["frame", "end"]
+
+
 def test_http_1_0(service):
     body, headers = form(("a.jpg", CAT), stream="true")
     with opened(service, body, headers, version="HTTP/1.0") as sock:
@@ -272,6 +293,52 @@ def test_http_1_0(service):
     head, _, text = answer.decode().partition("\r\n\r\n")
     assert "Transfer-Encoding" not in head
     assert [name for name, _ in events_of(text)] == ["frame", "end"]
+
+
+def chunk(data):
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+@contextlib.contextmanager
+def live(service, content_type, query="stream=true&top_k=1", **headers):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as sock:
+        lines = [f"PUT /predict?{query} HTTP/1.1", "Host: x", "Transfer-Encoding: chunked",
+                 f"Content-Type: {content_type}", *[f"{name}: {value}" for name, value in headers.items()]]
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        yield sock
+
+
+def test_a_camera_is_answered_while_it_sends(service):
+    with live(service, "multipart/x-mixed-replace;boundary=ffmpeg", **{"X-Request-ID": "camera"}) as sock:
+        part = b"--ffmpeg\r\nContent-type: image/jpeg\r\nContent-length: %d\r\n\r\n%s\r\n"
+        cat, fill = part % (len(CAT), CAT), b" " * 1024  # in which the end of a picture arrives
+        sock.sendall(chunk(cat[:5000]) + chunk(cat[5000:] + fill))
+        assert b'"tiger cat"' in read_until(sock, b"\n\n\r\n")
+        sock.sendall(chunk(part % (len(CAT) // 2, CAT[:-1000] + b"\xff\xd9") + fill))
+        assert b'"index": 1' in read_until(sock, b"\n\n\r\n")
+        sock.sendall(chunk(40 * cat + fill) + b"0\r\n\r\n")
+        end = read_until(sock, b"\r\n0\r\n\r\n")
+    counts = json.loads(re.search(rb'\{"status": "success", "count": .*\}', end)[0])
+    assert counts["count"] + counts["skipped"] == 42
+    assert counts["skipped"] > 0
+    assert counts["is_complete"]
+    assert logged(service, "camera")["status"] == 200
+    until(lambda: metric(service, "body_bytes") == 0)
+
+
+def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
+    with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "1"}) as sock:
+        sock.sendall(chunk(CAT + bytes(1024)))
+        assert b'"is_complete": false' in read_until(sock, b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(("body", "code"), [
+    (b"0\r\n\r\n", "MISSING_FILE"), (chunk(TEXT) + b"0\r\n\r\n", "MISSING_FILE"),
+    (chunk(b"\xff\xd8\xff" + bytes(11 * 2**20)), "FILE_TOO_LARGE")])
+def test_a_camera_that_sends_no_pictures(service, body, code):
+    with live(service, "video/x-motion-jpeg") as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(body)
+        assert code.encode() in read_until(sock, b'"request_id"')
 
 
 def test_a_client_that_does_not_read_is_cut_off(start_service):

@@ -181,6 +181,17 @@ def test_each_file_of_a_batch_has_a_span_with_its_stages(traced, receiver):
     assert "files" in {span.name for span in children(spans, request)}
 
 
+def test_a_stream_is_a_span_until_its_end(traced, receiver):
+    caller = Caller()
+    files = [("files", ("a.png", CAT)), ("files", ("c.png", CAT))]
+    assert "event: end" in ask(traced, caller, "/predict?stream=true", files=files).text
+    spans = receiver.trace(caller.trace_id, ["POST /predict"])
+    request = only(spans, "POST /predict")
+    assert all(span.is_within(request) for span in spans if span is not request)
+    of_files = [span for span in children(spans, request) if span.name == "file"]
+    assert sorted(span.attributes["file.index"] for span in of_files) == [0, 1]
+
+
 def test_requests_of_one_connection_do_not_mix(traced, receiver):
     callers = [Caller(), None, Caller(), Caller("00"), None]
     with requests.Session() as session:
