@@ -4,6 +4,7 @@
 # docker build -t … --build-arg PIP_EXTRA_INDEX_URL=<index of CPU builds> .      torch without CUDA: gigabytes smaller
 # docker build -t … --target slim .                                              without torch: the baked model only
 # docker build -t … --build-arg WITH_JOBS=1 .                                    with what JOBS, HISTORY and INPUT_URLS need
+# docker build -t … --build-arg WITH_TRACING=1 .                                 with what tracing (OTEL_*) needs
 ARG BASE_IMAGE=python:3.11-slim
 
 # --- packages and the exported model, the only parts of this stage that are shipped ---
@@ -14,9 +15,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
 WORKDIR /app
 RUN python3 -m venv /opt/venv
 ARG WITH_JOBS=
+ARG WITH_TRACING=
 COPY requirements.txt .
 COPY app/jobs/requirements.txt jobs/
-RUN pip install -r requirements.txt ${WITH_JOBS:+-r jobs/requirements.txt}
+COPY app/tracing/requirements.txt tracing/
+RUN pip install -r requirements.txt ${WITH_JOBS:+-r jobs/requirements.txt} ${WITH_TRACING:+-r tracing/requirements.txt}
 COPY app app
 RUN MODEL_NAME=${MODEL_NAME} DEVICE=cpu python -m app prepare && cp -a models slim-models \
     && MODEL_NAME=${MODEL_NAME} DEVICE=cpu ENGINE=torch python -m app prepare && rm -rf models/weights slim-models/weights

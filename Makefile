@@ -17,26 +17,38 @@ $(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r app/jobs/requirements.txt
 	@touch $@
 
+$(VENV)/tracing-installed: $(VENV)/installed app/tracing/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r app/tracing/requirements.txt
+	@touch $@
+
 # Those packages, if the environment or .env turns one of these parts on.
 ON := on On ON true True TRUE yes Yes YES 1
 OPTIONAL := $(if $(filter $(ON),$(JOBS) $(HISTORY))$(strip $(INPUT_URLS))$(shell grep -siE \
 	'^ *(export +)?((JOBS|HISTORY) *= *.?(on|true|yes|1)|INPUT_URLS *= *.?[a-z])' .env),$(VENV)/jobs-installed)
+TRACING := $(if $(filter-out none,$(OTEL_TRACES_EXPORTER))$(strip $(OTEL_EXPORTER_OTLP_ENDPOINT) \
+	$(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT))$(shell grep -sE '^ *(export +)?(OTEL_TRACES_EXPORTER *= *.?(otlp|console)|OTEL_EXPORTER_OTLP_(TRACES_)?ENDPOINT *= *.?[a-z])' \
+	.env),$(VENV)/tracing-installed)
 
-$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt
+$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt app/tracing/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-run: $(VENV)/installed $(OPTIONAL)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
+run: $(VENV)/installed $(OPTIONAL) $(TRACING)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
-worker: $(VENV)/jobs-installed  ## Run the jobs that a service with JOBS=on accepts
+worker: $(VENV)/jobs-installed $(TRACING)  ## Run the jobs that a service with JOBS=on accepts
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
 
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
+$(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/installed
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
-test: $(VENV)/tests-installed  ## Run the tests
+test: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests
 	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		$(ARGS)
 

@@ -3,13 +3,21 @@ import logging
 
 from app.config import StartError
 
+LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")])]
+
+V2 = [("v2_health", "app.open_inference.views", [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
+      ("v2", "app.open_inference.views", [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST"), *(
+          (f"/v2/models/<name>{version}{rest}", of + view, *methods)
+          for version, of in (("", "model_"), ("/versions/<version>", "version_"))
+          for rest, view, *methods in (("", "metadata"), ("/ready", "ready"), ("/infer", "infer", "POST")))])]
+
 
 def create_app(settings=None, loader=None):
     """The Flask application. loader: a ModelLoader that has its model; by default one is created, once per worker."""
     # Imported here to keep 10 MB out of the Gunicorn master, which imports this package too.
     from flask import Flask
 
-    from app.api import docs, error_handlers, health, info, metrics, predict, requests, uploads
+    from app.api import error_handlers, health, info, lazy_views, metrics, predict, requests, uploads
     from app.config import Settings
     from app.engine.bundle import Prepared
 
@@ -26,6 +34,7 @@ def create_app(settings=None, loader=None):
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
     app.extensions["at_exit"] = lambda: None  # for the worker to call before its process ends; raises nothing
     app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
+    app.extensions["endpoints"] = {"/v2": "the Open Inference Protocol V2"} if settings.open_inference else {}
     requests.register(app)
     error_handlers.register(app)
     if settings.cache_url:
@@ -37,8 +46,10 @@ def create_app(settings=None, loader=None):
     if settings.optional:
         from app import optional_parts
         optional_parts.register(app, settings)
-    for module in (predict, health, info, metrics, docs):
+    for module in (predict, health, info, metrics):
         app.register_blueprint(module.bp)
+    for lazy in LAZY + V2 * settings.open_inference:
+        app.register_blueprint(lazy_views.blueprint(*lazy))
     return app
 
 

@@ -10,14 +10,12 @@ from dotenv import dotenv_values
 
 NAME, VERSION = "image-classifier-service", "0.1.0"
 
-UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb": 2**20, "mib": 2**20,
-         "g": 2**30, "gb": 2**30, "gib": 2**30}
-
 YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 FACE_METHODS = ("face", "middle", "face+middle")
 MOST_FRAMES = 32
 HANDED_DOWN = "SETTINGS_HANDED_DOWN"  # set by handing_down.variables
-SWITCHES = ("JOBS", "HISTORY", "INPUT_URLS")  # of the optional parts
+SWITCHES = ("JOBS", "HISTORY", "INPUT_URLS",  # of the optional parts
+            "OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 BUILT_IN = r"[a-z0-9_]{1,64}"
 OWN_CLASS = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
@@ -47,13 +45,6 @@ def seconds(low, high):
                 return float(text)
         raise ValueError(f"a number of seconds from {low} to {high}")
     return parse
-
-
-def byte_size(text):
-    match = re.fullmatch(r"(\d{1,15})\s*([a-z]*)", text.lower())
-    if not match or match[2] not in UNITS or int(match[1]) == 0:
-        raise ValueError("a number of bytes, or one followed by KiB, MiB or GiB")
-    return int(match[1]) * UNITS[match[2]]
 
 
 def rare(name, *arguments):
@@ -121,9 +112,10 @@ class Settings:
     preprocessing: str | None = setting(rare("preprocessing"), None, each=True)
     model_fallback: str | None = setting(matching(BUILT_IN, "a model's name such as resnet50"), None, each=True)
     models: tuple | None = setting(listed(ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"), None)
+    open_inference: bool = setting(yes_or_no, True)
     split_header: str | None = setting(matching("[A-Za-z0-9-]{1,64}", "a header's name such as X-User"), None)
     load_models: str = setting(one_of("boot", "first_use"), "boot")
-    models_memory: int | None = setting(byte_size, None)
+    models_memory: int | None = setting(rare("byte_size"), None)
     model_dir: Path = setting(path, Path("models"))
     weights_mirror: str | None = setting(str, None)
     device: str = setting(matching(r"(?i:auto|cpu|cuda(:\d{1,2})?)", "auto, cpu, cuda or cuda:N", str.lower), "auto")
@@ -138,12 +130,12 @@ class Settings:
     max_queue: int | None = setting(integer(0, 1000), None)
     request_timeout: float = setting(seconds(0.1, 3600), 30.0)
     drain_seconds: float = setting(seconds(0, 600), 5.0)
-    max_file_size: int = setting(byte_size, 10 * 2**20)
+    max_file_size: int = setting(rare("byte_size"), 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
-    max_video_size: int = setting(byte_size, 50 * 2**20)
+    max_video_size: int = setting(rare("byte_size"), 50 * 2**20)
     max_video_seconds: float = setting(seconds(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
-    max_body_memory: int = setting(byte_size, 512 * 2**20)
+    max_body_memory: int = setting(rare("byte_size"), 512 * 2**20)
     cache_url: str | None = setting(rare("store_url", "redis", "rediss", "unix"), None, secret=True)
     cache_ttl: int = setting(integer(1, 2_592_000), 3600)
     top_k: int = setting(integer(1, 10), 5, each=True)

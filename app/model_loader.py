@@ -49,11 +49,11 @@ class Model:
             raise ModelError(f"{self.name} fails its self-test: {(str(e) or type(e).__name__).splitlines()[0]}") from e
         self.tested = time.monotonic()
 
-    def answer(self, data, options, call):
-        """The answer to one input: {"predictions": …, "metadata": …}. Raises ServiceError, MemoryError; ModelError if
-        the model fails and then fails its self-test too."""
+    def answer(self, data, options, call, how=None):
+        """The answer to one input: {"predictions": …, "metadata": …}. how: to answer, if not by the task's `answer`.
+        Raises ServiceError, MemoryError; ModelError if the model fails and then fails its self-test too."""
         try:
-            predictions, metadata = self.task.answer(data, options, call)
+            predictions, metadata = (how or self.task.answer)(data, options, call)
         except (ServiceError, MemoryError):
             raise
         except Exception:  # does the model still work?
@@ -191,7 +191,8 @@ def no_such_model(name):
     return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists those that there are.")
 
 
-def rebuild(**arguments):
-    """The torch module for a manifest's `network`, without weights."""
-    from app.prepare import networks  # imports torch
-    return networks.rebuild(**arguments)
+def rebuild(manifest):
+    """(the torch module of a manifest, without weights; the Tap on its feature maps, or None)."""
+    from app.prepare import features, networks  # these import torch
+    module = networks.rebuild(**manifest.network)
+    return module, features.tap(module, manifest.features)

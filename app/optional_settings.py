@@ -1,5 +1,6 @@
-"""The settings of the optional parts: jobs, history, inputs by reference. Imported only if one of them is on."""
+"""The settings of the optional parts: jobs, history, inputs by reference, tracing. Imported only if one is on."""
 import dataclasses
+import importlib.metadata
 import importlib.util
 import ipaddress
 import os
@@ -7,13 +8,16 @@ import re
 from pathlib import Path
 
 from app import config
-from app.config import SettingsError, byte_size, integer, listed, path, seconds, setting, yes_or_no
+from app.config import SettingsError, integer, listed, path, seconds, setting, yes_or_no
+from app.setting_formats import byte_size
 
 DAY_S = 86_400
 HOST = r"(\*\.)?[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]"
 URL_PREFIX = rf"(https?://({HOST})(:\d{{1,5}})?|s3://[a-z0-9.-]{{3,63}})(/[^\s,?#]*)?"
 SECRET = r"whsec_([A-Za-z0-9+/]{4}){5,}([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?|(?!whsec_)[!-~]{16,}"
 REQUIREMENTS = "app/jobs/requirements.txt"
+NO_TRACING = ("the OTEL_* variables switch tracing on, which needs further packages: pip install -r "
+              "app/tracing/requirements.txt")
 
 
 def url(pattern, takes):
@@ -54,6 +58,35 @@ def networks(text):
         raise ValueError("comma-separated networks such as 10.0.0.0/8 or 127.0.0.1/32") from e
 
 
+def trace_exporters(texts):
+    """Names of the exporters that the OTEL_* variables ask for, as the SDK's packages register them; () if tracing is
+    off. texts: {variable: text}. Raises SettingsError."""
+    names = texts.get("OTEL_TRACES_EXPORTER", "otlp" if any(
+        texts.get(f"OTEL_EXPORTER_OTLP_{name}") for name in ("ENDPOINT", "TRACES_ENDPOINT")) else "none").lower()
+    names = tuple(name.strip() for name in names.split(",") if name.strip() not in ("", "none"))
+    if not names or texts.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return ()
+    try:
+        is_there = importlib.util.find_spec("opentelemetry.sdk.trace") is not None
+    except ModuleNotFoundError:
+        is_there = False
+    if not is_there:
+        raise SettingsError(NO_TRACING)
+    for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if "otlp" in names and variable in texts:
+            if texts[variable] != "http/protobuf":
+                raise SettingsError(f"{variable} must be http/protobuf, got {texts[variable]!r}")
+            break  # the first one counts
+    names = tuple("otlp_proto_http" if name == "otlp" else name for name in names)
+    for name in names:
+        if not importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name):
+            if name == "otlp_proto_http":
+                raise SettingsError(NO_TRACING)
+            raise SettingsError("OTEL_TRACES_EXPORTER must be otlp, console, none or the name of an exporter that is "
+                                f"installed, got {name!r}")
+    return names
+
+
 @dataclasses.dataclass(frozen=True)
 class OptionalSettings:
     """One field a variable, of the same name in capitals, as in Settings."""
@@ -83,21 +116,24 @@ class OptionalSettings:
     history_days: int = setting(integer(1, 36_600), 30)
     admin_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
                                        None, secret=True)
+    tracing: bool = False  # by the OTEL_* variables, which the SDK reads itself
 
     @classmethod
     def parse(cls, texts):
         """From a mapping of variables to texts; None if all parts are off. Raises SettingsError.
 
-        The AWS_* variables, which programs for S3 look for in the environment, are put there.
+        The AWS_* and OTEL_* variables, which libraries look for in the environment, are put there.
         """
-        optional = cls(**config.read(SETTINGS, texts))
-        if not (optional.jobs or optional.history or optional.input_urls):
+        optional = cls(**config.read(SETTINGS, texts), tracing=bool(trace_exporters(texts)))
+        has_packages = optional.jobs or optional.history or optional.input_urls
+        if not (has_packages or optional.tracing):
             return None
-        if optional.jobs and importlib.util.find_spec("celery") is None or importlib.util.find_spec("aiohttp") is None:
+        if has_packages and (optional.jobs and importlib.util.find_spec("celery") is None
+                             or importlib.util.find_spec("aiohttp") is None):
             raise SettingsError("JOBS, HISTORY and INPUT_URLS need further packages: pip install -r " + REQUIREMENTS)
         if optional.admin_keys and "API_KEYS" not in texts:
             raise SettingsError("ADMIN_KEYS needs API_KEYS: without them, everyone sees all jobs and records anyway")
-        for variable in (variable for variable in texts if variable.startswith("AWS_")):  # of .env
+        for variable in (variable for variable in texts if variable.startswith(("AWS_", "OTEL_"))):  # of .env
             os.environ.setdefault(variable, texts[variable])
         return dataclasses.replace(optional, data_dir=optional.data_dir.absolute())
 
@@ -117,4 +153,4 @@ class OptionalSettings:
         return self.storage_url or str(self.data_dir / "storage")
 
 
-SETTINGS = dataclasses.fields(OptionalSettings)
+SETTINGS = [field for field in dataclasses.fields(OptionalSettings) if field.metadata]

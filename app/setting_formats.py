@@ -3,6 +3,16 @@ import contextlib
 import re
 import urllib.parse
 
+UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "kib": 2**10, "m": 2**20, "mb": 2**20, "mib": 2**20,
+         "g": 2**30, "gb": 2**30, "gib": 2**30}
+
+
+def byte_size(text):
+    match = re.fullmatch(r"(\d{1,15})\s*([a-z]*)", text.lower())
+    if not match or match[2] not in UNITS or int(match[1]) == 0:
+        raise ValueError("a number of bytes, or one followed by KiB, MiB or GiB")
+    return int(match[1]) * UNITS[match[2]]
+
 
 def store_url(text, *schemes):
     parts = urllib.parse.urlsplit(text)

@@ -36,8 +36,8 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
          "history/test_history_service.py", "api/test_openapi.py", "tasks/test_answers.py", "engine/test_engines.py",
          "jobs/test_api.py", "server/test_service.py", "data/test_database.py", "tasks/test_ocean.py",
-         "jobs/test_results.py", "tasks/test_own.py", "media/test_media.py", "prepare/test_bundles.py",
-         "prepare/test_quantize.py", "api/test_access.py", "api/test_metrics.py", "server/test_versions.py",
+         "jobs/test_results.py", "tracing/test_tracing.py", "tasks/test_own.py", "media/test_media.py",
+         "prepare/test_bundles.py", "prepare/test_quantize.py", "api/test_access.py", "api/test_metrics.py", "server/test_versions.py",
          "test_model_repository.py", "test_cli.py", "prepare/test_networks.py", "media/test_faces.py",
          "media/test_codecs.py", "test_bench_load.py", "prepare/test_download.py", "test_clients.py"]
 SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
@@ -200,7 +200,8 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
         environment = {k: v for k, v in os.environ.items()
-                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"}
+                       if k.lower() not in Settings.__dataclass_fields__ and k != "OMP_NUM_THREADS"
+                       and not k.startswith("OTEL_")}
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:

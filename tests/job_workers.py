@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, folder, variables):
         self.port = free_port()
         self.log_path = folder / f"worker-{self.port}.log"
-        environment = {k: v for k, v in os.environ.items() if k.lower() not in OURS}
+        environment = {k: v for k, v in os.environ.items() if k.lower() not in OURS and not k.startswith("OTEL_")}
         self.environment = environment | {"WORKER_PORT": str(self.port), "HOST": "127.0.0.1", "DRAIN_SECONDS": "0.5",
                                           **variables}
         self.process = None

@@ -44,6 +44,14 @@ class Sum(OwnTask):
                 "text": note, "list": [total, note, []]}[options["shape"]]
 
 
+class Long(OwnTask):
+    """A megabyte of the text."""
+    takes = "text"
+
+    def predict(self, batch):
+        return [text * (2**20 // len(text)) for text in batch]
+
+
 class Tone(OwnTask):
     """Plays a tone for 50 ms per character."""
     takes = "text"

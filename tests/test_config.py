@@ -108,18 +108,24 @@ def test_credentials_in_the_file_reach_the_programs_for_s3(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("text", "arguments", "installs"), [
+    ("OTEL_EXPORTER_OTLP_ENDPOINT=http://a:4318\n", (), "tracing"), ("", ("OTEL_TRACES_EXPORTER=otlp",), "tracing"),
+    ("OTEL_TRACES_EXPORTER=console\n", (), "tracing"), ("OTEL_TRACES_EXPORTER=none\n", (), False),
+    ("", ("OTEL_TRACES_EXPORTER=none",), False), ("OTEL_SERVICE_NAME=a\n", (), False),
     (EXAMPLE.read_text(), (), False), ("JOBS=off\nHISTORY=no\nINPUT_URLS=\n", ("JOBS=off", "HISTORY=0"), False),
-    ("JOBS=on\n", (), True), ("export HISTORY=\"True\"\n", (), True), ("INPUT_URLS=https://example.org/\n", (), True),
-    ("", ("JOBS=on",), True), ("", ("HISTORY=1",), True), ("", ("INPUT_URLS=s3://bucket",), True)])
+    ("JOBS=on\n", (), "jobs"), ("export HISTORY=\"True\"\n", (), "jobs"),
+    ("INPUT_URLS=https://example.org/\n", (), "jobs"),
+    ("", ("JOBS=on",), "jobs"), ("", ("HISTORY=1",), "jobs"), ("", ("INPUT_URLS=s3://bucket",), "jobs")])
 def test_make_run_installs_optional_packages_only_if_a_part_is_on(tmp_path, text, arguments, installs):
     (tmp_path / ".env").write_text(text)
     for name in ("Makefile", "requirements.txt", "app"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {k: v for k, v in os.environ.items() if k not in (*NAMES, "MAKEFLAGS", "MAKELEVEL")}
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in (*NAMES, "MAKEFLAGS", "MAKELEVEL") and not k.startswith("OTEL_")}
     done = subprocess.run([need("make"), "--dry-run", "run", *arguments], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, check=True)
     assert "-r requirements.txt" in done.stdout
-    assert ("app/jobs/requirements.txt" in done.stdout) == installs
+    for part in ("jobs", "tracing"):
+        assert (f"app/{part}/requirements.txt" in done.stdout) == (part == installs)
 
 
 def test_values_are_parsed():

@@ -13,8 +13,8 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
-OPEN_BLUEPRINTS = ("health", "docs")
-LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs"), ("POST", "PUT")
+OPEN_BLUEPRINTS = ("health", "docs", "v2_health")
+LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs", "v2"), ("POST", "PUT")
 FAILURES = "30/minute"  # requests without a valid key from one address
 MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 
@@ -26,10 +26,10 @@ def register(app, settings):
         from flask_cors import CORS
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT", "DELETE"], max_age=600,
-             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-ID",
-                            "X-Request-Timeout", *filter(None, [settings.split_header])],
-             expose_headers=["Idempotent-Replayed", "Location", "Retry-After", "Server-Timing", "X-Cache", "X-Model",
-                             "X-Request-ID"])
+             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Inference-Header-Content-Length",
+                            "X-API-Key", "X-Request-ID", "X-Request-Timeout", *filter(None, [settings.split_header])],
+             expose_headers=["Idempotent-Replayed", "Inference-Header-Content-Length", "Location", "Retry-After",
+                             "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:
         from app.api.rate_limits import Counts
         counts = Counts(settings.rate_limit_storage)

@@ -26,7 +26,7 @@ def predict_batch(name):
     def read(option, model):
         with g.stages("read"):
             g.model = model
-            return uploads.batch_of_files(model.task, settings), options.read(option, model.task)
+            return batch_of_files(model.task, settings), options.read(option, model.task)
 
     def answers():
         option = loader.slots.run(sent_options, deadline, g.stages, client_watch())
@@ -34,8 +34,10 @@ def predict_batch(name):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                return files, run_batch(loader.slots, [functools.partial(outcome, model, file, chosen, deadline, i)
-                                                      for i, file in enumerate(files)])
+                calls = [functools.partial(outcome, model, file, chosen, deadline, i) for i, file in enumerate(files)]
+                traced = current_app.extensions.get("traced_file")
+                return files, run_batch(loader.slots, calls if traced is None else [
+                    functools.partial(traced, i, call) for i, call in enumerate(calls)])
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
         files, outcomes = loader.when_loaded(answers, deadline)
     for o in outcomes:
@@ -44,6 +46,19 @@ def predict_batch(name):
     if len(failures) == len(files):
         raise all_failed(failures, body)
     return jsonify({"status": "success", **body})
+
+
+def batch_of_files(task, settings):
+    """All inputs of the received body, unchecked, in the body's order, after sent_options. Raises ServiceError."""
+    if task.is_file:
+        files = uploads.parse_body(uploads.BATCH_FIELDS, task)
+    else:
+        from app.api import values
+        files = values.several(task)
+    if len(files) > settings.max_batch_files:
+        raise ServiceError(400, "TOO_MANY_FILES", f"A batch may have at most {settings.max_batch_files} files, "
+                           f"found {len(files)}; send the others in a second batch.")
+    return files
 
 
 def body_of(filenames, outcomes):
@@ -58,7 +73,7 @@ def outcome(model, file, chosen, deadline, position):
     """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
     loader, settings, cache, record = (current_app.extensions[name] for name in ("model", "settings", "cache",
                                                                                  "record"))
-    stages, data, is_hit = counters.Stages(), None, False
+    stages, data, is_hit = type(g.stages)(), None, False
 
     def read():
         nonlocal data

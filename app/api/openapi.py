@@ -2,6 +2,7 @@
 from app.api.uploads import FILE_FIELDS, batch_limit
 from app.config import FACE_METHODS, NAME, VERSION
 from app.tasks.from_pictures import FromPictures
+from app.tasks.options import STREAM
 
 # A red square of 8 × 8 pixels, small enough for an example.
 PNG_BASE64 = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
@@ -42,7 +43,8 @@ def options(tasks):
 def or_null(schema):
     """The same schema, but null is valid too: JSON may hold it for an option that is not sent."""
     wider = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
-    return {**schema, **wider, **({"type": [schema["type"], "null"]} if "type" in schema else {})}
+    types = schema.get("type", [])
+    return {**schema, **wider, **({"type": [*([types] if isinstance(types, str) else types), "null"]} if types else {})}
 
 
 MEDIA = {"type": "object", "required": ["media_type", "b64"], "properties": {
@@ -76,6 +78,13 @@ ERRORS = {
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
 }
+EVENT = {  # of a stream: before OpenAPI 3.2, its schema is that of each event
+    "type": "object", "required": ["event", "data"], "properties": {
+        "event": {"enum": ["frame", "error", "end"], "description":
+                  "With stream=true: `frame` for each frame of a video, as in metadata.frames, or for each file, as in "
+                  "a batch's results; `error` for a file, with its index, or for the request; `end` with the whole "
+                  "answer for a video, else with count and failed."},
+        "data": {"type": "string", "contentMediaType": "application/json"}}}
 EVERYWHERE = ("405", "500")
 OF_A_PREDICTION = ("400", "401", "404", "413", "415", "429", "503", "504", *EVERYWHERE)
 KEY_NEEDED = ("/predict", "/predict/batch", "/models", "/models/{name}/predict",
@@ -207,6 +216,11 @@ def inputs(settings, tasks):
             "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
                       "maxItems": settings.max_batch_files}, **fields}}}
         batch["application/json"]["example"] = {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}]}
+    stream = {**STREAM.schema, "default": False, "description": STREAM.meaning}
+    for schema in content["application/json"]["schema"]["anyOf"]:
+        schema["properties"]["stream"] = or_null(stream)
+    if form:
+        content["multipart/form-data"]["schema"]["properties"]["stream"] = stream
     return content, batch, raws
 
 
@@ -219,6 +233,8 @@ def paths(settings, tasks):
         {"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
          "description": "Seconds after which you no longer want the answer, if fewer than "
                         f"{settings.request_timeout:g}."}]
+    of_one = [*parameters, {"name": "stream", "in": "query", "description": STREAM.meaning, "allowEmptyValue": True,
+                            "schema": {**STREAM.schema, "default": False}}]
     content, batch, raws = inputs(settings, tasks)
     media = {media_type: {"schema": {"type": "string", "format": "binary"}} for task in tasks
              for media_type in task.media_types}
@@ -226,7 +242,7 @@ def paths(settings, tasks):
             "description": "A name, or a name and a version, such as cats@2."}
     answered = {"200": success("The prediction.", ref("Answer"), "Server-Timing", "X-Cache"),
                 **errors(*OF_A_PREDICTION, "422")}
-    answered["200"]["content"] |= media
+    answered["200"]["content"] |= {**media, "text/event-stream": {"schema": EVENT}}
     health = {"503": success("Not ready: loading, draining, or the self-test failed.", ref("Health"))}
     return {
         "/": {"get": {
@@ -237,10 +253,10 @@ def paths(settings, tasks):
                           **errors(*EVERYWHERE)}}},
         "/predict": {
             "post": {"summary": "One input in, one prediction out", "operationId": "predict",
-                     "parameters": parameters, "requestBody": {"required": True, "content": content},
+                     "parameters": of_one, "requestBody": {"required": True, "content": content},
                      "responses": answered},
             "put": {"summary": "The same for a raw body: curl -T photo.jpg", "operationId": "predictByPut",
-                    "parameters": parameters, "requestBody": {"required": True, "content": raws or content},
+                    "parameters": of_one, "requestBody": {"required": True, "content": raws or content},
                     "responses": answered}},
         "/predict/batch": {"post": (in_batches := {
             "summary": "Several inputs in, one result for each, in order", "operationId": "predictBatch",
@@ -254,10 +270,10 @@ def paths(settings, tasks):
         "/models": get("The models", ref("Models"), further=errors("401", "429")),
         "/models/{name}/predict": {
             "post": {"summary": "A prediction of one of several models", "operationId": "predictWithModel",
-                     "parameters": [name, *parameters], "requestBody": {"required": True, "content": content},
+                     "parameters": [name, *of_one], "requestBody": {"required": True, "content": content},
                      "responses": answered},
             "put": {"summary": "The same for a raw body", "operationId": "predictWithModelByPut",
-                    "parameters": [name, *parameters], "requestBody": {"required": True, "content": raws or content},
+                    "parameters": [name, *of_one], "requestBody": {"required": True, "content": raws or content},
                     "responses": answered}},
         "/models/{name}/predict/batch": {"post": {**in_batches, "operationId": "predictBatchWithModel",
                                                   "parameters": [name, *parameters]}},
@@ -299,10 +315,13 @@ def schemas(settings, tasks):
     predictions = answers[0] if len(answers) == 1 else {"anyOf": answers}
     traits = {"type": "object", "additionalProperties": number}
     of_pictures = ["media_type", "image_size"] if all(isinstance(task, FromPictures) for task in tasks) else []
+    explanations = {"type": "array", "items": ref("Explanation"), "minItems": 1, "description":
+                    "With explain=true: where the model looked, for one class or for each trait. Of a video, each "
+                    "frame that counts has its own."}
     shot = record({"index": {**some, "description": "Number of the frame in display order, from 0."},
                    "time_s": milliseconds},
                   {"predictions": {**predictions, "description": "For this frame; missing if it does not count."},
-                   "face_detected": {"type": "boolean"},
+                   "face_detected": {"type": "boolean"}, "explanations": explanations,
                    "face_box": {"type": ["array", "null"], "items": some, "minItems": 4, "maxItems": 4,
                                 "description": "[x, y, width, height] of the crop, in pixels; null for no crop."}})
     metadata = record({
@@ -319,7 +338,15 @@ def schemas(settings, tasks):
                     "description": "The frames analysed: for videos with any model, for pictures with ocean."},
          "backbone": text, "method": {"enum": list(FACE_METHODS)}, "tta": {"type": "boolean"},
          "face_detected": {"type": "boolean", "description": "Whether every frame that counts was cropped to a face."},
-         "spread": {**traits, "description": "Standard deviation over frames and mirror images."}})
+         "spread": {**traits, "description": "Standard deviation over frames and mirror images."},
+         "uncertainty": {**record({"entropy": {**milliseconds, "description": "In nats: 0 for certainty."},
+                                   "margin": {**milliseconds, "maximum": 1}}), "description":
+                         "How sure a classifier is: the entropy of all its probabilities, and by how much the best "
+                         "one exceeds the next."},
+         "explanations": explanations,
+         "embedding": {"type": "array", "items": number, "minItems": 1, "description":
+                       "With embedding=true: the vector before the network's last layer, averaged over frames and "
+                       "mirror images."}})
     metadata["required"] += of_pictures
     prediction = {"predictions": predictions, "metadata": ref("Metadata")}
     success_word, error_word = {"const": "success"}, {"const": "error"}
@@ -343,6 +370,13 @@ def schemas(settings, tasks):
                          "timings_ms": {"read": 1.2, "queue": 0.4, "decode": 4.8,
                                         "preprocess": 3.1, "inference": 36.9}}}),
         "Metadata": metadata,
+        "Explanation": record(
+            {"map": {"type": "array", "minItems": 1, "items": {"type": "array", "items": milliseconds, "minItems": 1},
+                     "description": "Rows of cells: how much each adds to the class's logit, or the trait's score, "
+                                    "and 0 where it takes away. The class activation map, as Grad-CAM scales it."},
+             "overlay": {**text, "contentEncoding": "base64", "contentMediaType": "image/png", "description":
+                         "A picture to lay over the upright input: the stronger, the less transparent."}},
+            {"class": text, "class_id": some, "trait": text}),
         "BatchResult": {"oneOf": [record({**position, "status": success_word, **prediction}),
                                   record({**position, "status": error_word, "error": text, "message": wording})]},
         "BatchAnswer": record({"status": success_word, **results}),
@@ -372,7 +406,10 @@ def schemas(settings, tasks):
                              "preprocessing": record({"resize": some, "crop": some, "interpolation": text,
                                                       "mean": {"type": "array", "items": number},
                                                       "std": {"type": "array", "items": number}}),
-                             "weights": record({"source": text, "sha256": text})}),
+                             "weights": record({"source": text, "sha256": text}),
+                             "calibration": {"type": ["object", "null"]},
+                             "features": record({"kind": {"enum": ["maps", "vector", None]}, "size": some,
+                                                 "reason": {"type": ["string", "null"]}})}),
             "config": {"type": "object"},
             "versions": {"type": "object", "additionalProperties": text}}),
     }

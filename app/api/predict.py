@@ -31,6 +31,8 @@ def predict(name=None):
     def answer_in_slot():
         with g.stages("read"):
             option = uploads.sent_options()
+        if options.STREAM.value(option, settings):
+            return None, None, None, option
         with loader.lease(name or option("model"), client) as model:
             filename, data, chosen, call = read(option, model)
             found = model.answer(data, chosen, call)
@@ -39,14 +41,23 @@ def predict(name=None):
 
     def answer_from_cache():  # which needs no slot
         option = in_native_thread(uploads.sent_options)
+        if options.STREAM.value(option, settings):
+            return None, None, None, option
         with loader.lease(name or option("model"), client) as model:
             filename, data, chosen, call = in_native_thread(read, option, model)
             found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: model.answer(data, chosen, call)),
                                         deadline, g.stages)
             return filename, found, is_hit, (model, data, chosen)
-    with uploads.received(uploads.one_file_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
+    most_bytes = uploads.one_file_limit(settings)
+    if "stream" in request.args:
+        from app.api import stream  # with the first one
+        most_bytes = stream.body_limit(settings)
+    with uploads.received(most_bytes, deadline, loader.tasks(name or request.args.get("model"))):
         filename, found, is_hit, asked = loader.when_loaded(
             answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
+        if found is None:
+            from app.api import stream
+            return stream.respond(name, asked, deadline, client_is_there)
     if current_app.extensions["record"]:
         current_app.extensions["record"](*asked, found, is_hit)
     response = None

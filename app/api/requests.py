@@ -25,27 +25,33 @@ def before_request():
 
 
 def after_request(response):
-    endpoint = request.url_rule.rule if request.url_rule else "none"
-    seconds, error = time.perf_counter() - g.started, g.get("error_code", "")
     timings = dict(g.stages.timings_ms)  # a call that runs past its deadline may still add to them
-    g.stages.count()
-    counters.count_answer(endpoint, request.method, response.status_code, error)
-    counters.observe("request_duration_seconds", seconds, endpoint)
-    model = g.get("model")
-    if model:
-        counters.count("model_requests", model.name, model.version or "", str(response.status_code), error)
-        counters.observe("model_duration_seconds", seconds, model.name, model.version or "")
     response.headers["X-Request-ID"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"  # an uploader's text in a JSON answer never becomes a page
     if timings:
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
-    extra = {"method": request.method, "path": request.path, "status": response.status_code,
+    if "is_stream" not in g:  # whose end is later
+        ended(response.status_code)
+    return response
+
+
+def ended(status):
+    """Count and log the current request, once."""
+    endpoint = request.url_rule.rule if request.url_rule else "none"
+    seconds, error = time.perf_counter() - g.started, g.get("error_code", "")
+    timings, model = dict(g.stages.timings_ms), g.get("model")
+    g.stages.count()
+    counters.count_answer(endpoint, request.method, status, error)
+    counters.observe("request_duration_seconds", seconds, endpoint)
+    if model:
+        counters.count("model_requests", model.name, model.version or "", str(status), error)
+        counters.observe("model_duration_seconds", seconds, model.name, model.version or "")
+    extra = {"method": request.method, "path": request.path, "status": status,
              "duration_ms": round(1000 * seconds, 2), **({"model": model.label} if model else {}),
              **({"error": error} if error else {}),
              **({"timings_ms": timings} if timings else {})}
-    probe = request.blueprint == "health" and response.status_code == 200
+    probe = request.blueprint in ("health", "v2_health") and status == 200
     log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)
-    return response
 
 
 def teardown_request(_):

@@ -200,19 +200,6 @@ def one_file(task, settings):
     return files[0]
 
 
-def batch_of_files(task, settings):
-    """All inputs of the received body, unchecked, in the body's order, after sent_options. Raises ServiceError."""
-    if task.is_file:
-        files = parse_body(BATCH_FIELDS, task)
-    else:
-        from app.api import values
-        files = values.several(task)
-    if len(files) > settings.max_batch_files:
-        raise ServiceError(400, "TOO_MANY_FILES", f"A batch may have at most {settings.max_batch_files} files, "
-                           f"found {len(files)}; send the others in a second batch.")
-    return files
-
-
 def one_file_limit(settings):
     """The maximum size of a prediction's file, in bytes."""
     return max(settings.max_file_size, settings.max_video_size)

@@ -58,7 +58,7 @@ def single(task, body):
     """(input, file name, its name in messages)."""
     if request.is_json:
         if task.field is None:
-            options = {"model", *(name for option in task.options for name in (option.name, *option.aliases))}
+            options = {"model", "stream", *(name for option in task.options for name in (option.name, *option.aliases))}
             return {name: value for name, value in body.items() if name not in options}, None, "the body"
         if body.get(task.field) is None:
             raise missing_input(task)

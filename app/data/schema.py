@@ -16,7 +16,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0001"  # of the last migration
+REVISION = "0002"  # of the last migration
 
 metadata = MetaData()
 BigNumber = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys by itself
@@ -61,6 +61,7 @@ jobs = Table(
     Column("expires_at", Double),
     Column("error_json", Text),                            # {"error": code, "message", …}
     Column("result_json", Text),                           # the body of the answer that /predict would have given
+    Column("trace_json", Text),                            # {"traceparent", …}: headers that continue its trace
     UniqueConstraint("owner", "idempotency_key", name="jobs_idempotency"),
     Index("jobs_listed", "owner", "created_at", "id"),
     Index("jobs_listed_by_state", "owner", "state", "created_at", "id"),
@@ -81,6 +82,7 @@ deliveries = Table(
     Column("created_at", Double, nullable=False),
     Column("next_at", Double),                             # when it is due, or the lease of who is delivering it ends
     Column("attempts_json", Text, nullable=False),         # [{"at", "status" or null, "error" or null, "ms"}, …]
+    Column("trace_json", Text),                            # as of jobs
     Index("deliveries_due", "state", "next_at", "host"),
 )
 

@@ -1,8 +1,8 @@
 """Run batches through a network: OpenVINO on a CPU, torch on a GPU (or on a CPU, as the reference).
 
 An engine is created from a bundle and has three methods, which native threads call concurrently:
-    infer(batch, deadline, alone): float32 (N, 3, H, W) → float32 (N, outputs); alone: nothing else needs the processor;
-        raises DeadlineExceeded, MemoryError
+    infer(batch, deadline, alone, features): float32 (N, 3, H, W) → float32 (N, outputs); alone: nothing else needs the
+        processor; features: return also the second output, see bundle.Manifest; raises DeadlineExceeded, MemoryError
     hung_seconds(): how long an inference has been running after everyone who waited for it has left
     close(): release threads and memory; no inference may follow
 """
@@ -22,7 +22,7 @@ class EngineError(StartError):
 def create(manifest, folder, streams, settings, device, rebuild):
     """Create the engine for a bundle on a device ("cpu", "cuda:0"). Raises EngineError.
 
-    streams: concurrent inferences; rebuild: creates the torch module of manifest.network, if torch is the engine.
+    streams: concurrent inferences; rebuild: creates the torch module of a manifest, if torch is the engine.
     """
     if manifest.engine == "openvino":
         from app.engine.openvino_engine import OpenVINOEngine

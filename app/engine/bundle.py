@@ -4,6 +4,8 @@
         manifest.json          the Manifest below, written last
         model.xml, model.bin   the network for OpenVINO (engine openvino), or
         model.pt               its state dict (engine torch)
+        head.npy               the weights of its last layer, if it has feature maps: float32 (K, F)
+        calibration.json       {"temperature": …}, made by `python -m app evaluate --calibrate`
 
 Standard library only: the Gunicorn master reads bundles, and must import neither torch nor OpenVINO.
 """
@@ -13,7 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-FORMAT = 1  # incremented whenever older bundles would be misread
+FORMAT = 2  # incremented whenever older bundles would be misread
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Manifest:
     weights: {"source": their origin, "sha256": of the weights file, "labels_sha256": of LABELS_PATH or None, "default":
     whether they are the published ones, not from MODEL_PATH; "preprocessing": PREPROCESSING or None}; self_test:
     {"outputs": of the torch network for preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an
-    int8 network, {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}.
+    int8 network, {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}; features:
+    the network's second output, {"kind": "maps" (N, F, h, w), "vector" (N, F) or None if it has none, "size": F,
+    "reason": why there are no maps, and what prepare/features.py needs to find it again}.
     """
     name: str
     task: str
@@ -57,6 +61,7 @@ class Manifest:
     versions: dict
     self_test: dict
     files: dict
+    features: dict
     quantization: dict | None = None
     format: int = FORMAT
 

@@ -65,12 +65,12 @@ class OpenVINOEngine:
         request.set_input_tensor(0, self.tensor(request.image, shared_memory=True))
         request.start_async()
 
-    def infer(self, batch, deadline, alone=False):
+    def infer(self, batch, deadline, alone=False, features=False):
         """Infer images one by one on all idle streams (batches gain nothing on a CPU); a lone image gets all cores."""
         pool = self.idle
         if alone and len(batch) == 1 and self.on_all_cores and not self.on_all_cores.empty():
             pool = self.on_all_cores
-        outputs, running, idle = [None] * len(batch), [], [self.take(pool, deadline)]
+        outputs, running, idle = [[None] * len(batch) for _ in range(1 + features)], [], [self.take(pool, deadline)]
         try:
             for i in range(len(batch)):
                 if not idle:
@@ -90,7 +90,7 @@ class OpenVINOEngine:
                 for _, request in running:
                     request.cancel()
                     self.overdue.append((request, pool, time.monotonic()))
-        return np.concatenate(outputs)
+        return tuple(map(np.concatenate, outputs)) if features else np.concatenate(outputs[0])
 
     def finish(self, running, idle, outputs, deadline):
         """Wait for the oldest running inference."""
@@ -100,7 +100,8 @@ class OpenVINOEngine:
                 raise DeadlineExceeded("inference")
         except RuntimeError as e:
             raise (MemoryError(str(e)) if is_out_of_memory(e) else e) from e
-        outputs[i] = request.get_output_tensor(0).data.copy()
+        for number, of_output in enumerate(outputs):
+            of_output[i] = request.get_output_tensor(number).data.copy()
         idle.append(running.pop(0)[1])
 
     def take(self, pool, deadline):

@@ -1,4 +1,6 @@
 """The torch engine: for GPUs, and on a CPU as the reference. The only module of a worker that imports torch."""
+import functools
+
 import numpy as np
 import torch
 
@@ -37,7 +39,7 @@ class TorchEngine:
         self.precision = precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         with torch.device("meta"):
-            module = self.rebuild(**manifest.network)
+            module, self.tap = self.rebuild(manifest)
         state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
         module.load_state_dict(state, assign=True)  # on a CPU the workers share the file's pages
         self.module = module.to(self.device, self.dtype,
@@ -51,9 +53,11 @@ class TorchEngine:
         # Two threads on a GPU: while one waits for its batch, the other gathers and copies the next.
         self.batcher = Batcher(self.run, threads=2 if self.on_gpu else streams, max_batch=max_batch,
                                wait_s=settings.batch_timeout_ms / 1000 if self.on_gpu else 0)
+        self.with_features = Batcher(functools.partial(self.run, features=True), threads=1, max_batch=max_batch,
+                                     wait_s=0)
 
-    def run(self, batch):
-        """float32 (N, 3, H, W) → float32 (N, outputs). Raises MemoryError."""
+    def run(self, batch, features=False):
+        """float32 (N, 3, H, W) → float32 (N, outputs), or N pairs of outputs and features. Raises MemoryError."""
         failure = None
         try:
             with torch.inference_mode():
@@ -62,7 +66,11 @@ class TorchEngine:
                     tensor = tensor.pin_memory().to(self.device, non_blocking=True)
                 tensor = tensor.to(self.dtype, memory_format=torch.channels_last if self.on_gpu
                                    else torch.preserve_format)
-                return self.module(tensor).float().cpu().numpy()
+                outputs = self.module(tensor).float().cpu().numpy()
+                if self.tap is None:
+                    return outputs
+                found = self.tap.take()
+                return list(zip(outputs, found.float().cpu().numpy(), strict=True)) if features else outputs
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
@@ -71,15 +79,18 @@ class TorchEngine:
             torch.cuda.empty_cache()
         raise MemoryError(failure)
 
-    def infer(self, batch, deadline, alone=False):
-        return self.batcher.run(batch, deadline)
+    def infer(self, batch, deadline, alone=False, features=False):
+        if not features:
+            return self.batcher.run(batch, deadline)
+        return tuple(map(np.stack, zip(*self.with_features.run(batch, deadline), strict=True)))
 
     def hung_seconds(self):
-        return self.batcher.overdue_seconds()
+        return max(self.batcher.overdue_seconds(), self.with_features.overdue_seconds())
 
     def close(self):
         """Stop the threads and free the device's memory."""
         self.batcher.close()
+        self.with_features.close()
         self.module = None
         if self.on_gpu:
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from app.config import StartError
 from app.data.schema import history
 from app.server import counters
+from app.tasks import options as task_options
 
 MOST = 10_000              # predictions that wait
 MOST_BYTES = 64 * 2**20    # of their inputs, until these are hashed
@@ -31,6 +32,8 @@ MOST_ANSWER, MOST_OPTION, MOST_CLASS = 4096, 1000, 255  # characters
 
 MEASURES = {"history_dropped": counters.Measure("counter", "Predictions missing in the history, as the database did "
                                                            "not take them in time.")}
+
+INSIGHT = {option.name for option in task_options.INSIGHT}  # recorded if they are on
 
 log = logging.getLogger(__name__)
 encoder = json.JSONEncoder()
@@ -174,7 +177,8 @@ class Recorder:
 def described(data, options, predictions):
     """The columns that take some time to make."""
     found = {"input_sha256": hashlib.sha256(as_bytes(data)).hexdigest(),
-             "options_json": json.dumps({name: described_option(value) for name, value in options.items()}),
+             "options_json": json.dumps({name: described_option(value) for name, value in options.items()
+                                      if value or name not in INSIGHT}),
              "predictions_json": "null", "top_class": None, "confidence": None}
     best = predictions[0] if isinstance(predictions, list) and predictions else predictions
     if isinstance(best, dict) and isinstance(best.get("class"), str):

@@ -213,6 +213,9 @@ def submit(name=None):
         row, contents = loader.when_loaded(parsed, deadline)
         current_app.extensions["count_batch"](row["total"] if row["is_batch"] else 1)
         row |= {"owner": g.get("client", ""), "request_id": g.request_id, "idempotency_key": key}
+        if optional.tracing:
+            from app.tracing import spans
+            row["trace_json"] = spans.carrier()
         stored, deliveries, is_new = accepted(jobs, row, contents, deadline)
         del contents
     response = answer(stored, in_native_thread(lambda: as_json(job_body(stored, deliveries))), 202)

@@ -55,13 +55,16 @@ def main():
     metrics.register()
     if arguments.memory is not None:
         attach(arguments)
-    recorder = None
+    recorder = spans = None
     try:
+        if settings.optional.tracing:
+            from app import tracing
+            spans, export = tracing.start()
         database = Database(settings.optional.database)
         if settings.optional.history:
             recorder = Recorder(database, settings.optional)
         work = Work(settings, load_model(settings), Store(database, settings.optional),
-                    Storage(settings.optional.storage), arguments.instance, recorder)
+                    Storage(settings.optional.storage), arguments.instance, recorder, spans)
     except StartError as e:
         log.critical("this worker cannot run jobs: %s", e)
         counters.own.failed(1)
@@ -70,8 +73,9 @@ def main():
     counters.own.serves(work.loader.generation)
     threading.Thread(target=look_after, args=(work, arguments.queues.split(",")), daemon=True).start()
     consume(work, arguments)
-    if recorder:
-        recorder.stop()
+    with export.stopping() if spans else contextlib.nullcontext():
+        if recorder:
+            recorder.stop()
     logging.shutdown()
     os._exit(0 if state.should_stop == 0 else 1)  # without waiting for threads that hang in native code
 

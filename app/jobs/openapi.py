@@ -39,7 +39,7 @@ def add(document, settings):
 def job_paths(paths, settings):
     single, batch = paths["/predict"], paths["/predict/batch"]["post"]["requestBody"]["content"]
     has_callbacks = settings.optional.callback_secret is not None
-    parameters = [*single["post"]["parameters"], KEY, *([{
+    parameters = [*(one for one in single["post"]["parameters"] if one["name"] != "stream"), KEY, *([{
         "name": "callback_url", "in": "query", "schema": CALLBACK, "description": CALLBACK["description"]}]
         if has_callbacks else [])]
     form = content(single["post"]["requestBody"]["content"], batch, settings.optional.max_job_files, has_callbacks)
@@ -94,9 +94,11 @@ def content(single, batch, most, has_callbacks):
     one["anyOf"] = [*one["anyOf"][:-1], several]  # the last one is that of instances
     for schema in one["anyOf"]:
         schema["properties"] |= json_url
+        schema["properties"].pop("stream", None)
     if "multipart/form-data" in made:
         schema = made["multipart/form-data"]["schema"]
         schema["properties"] |= form_url
+        schema["properties"].pop("stream")
         if "multipart/form-data" in batch:
             files = copy.deepcopy(batch["multipart/form-data"]["schema"]["properties"]["files"])
             schema["properties"]["files"] = {**files, "maxItems": most}

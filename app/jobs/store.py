@@ -31,7 +31,8 @@ STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input coul
 AWAY = (SQLAlchemyError, OSError, StartError)  # what a database that is away raises, or one with newer tables
 
 UNFINISHED = ("queued", "running")
-LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json")]
+LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json",
+                                                                 "trace_json")]
 
 AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one
 
@@ -165,24 +166,25 @@ class Store:
             raise Lost(job_id)
         return found
 
-    def finish(self, job_id, attempt, state, done, result=None, error=None):
-        """End the attempt; result, error: JSON types. Raises Lost."""
+    def finish(self, job_id, attempt, state, done, result=None, error=None, trace=None):
+        """End the attempt; result, error: JSON types; trace: what its webhook continues, if not the request's. Raises
+        Lost."""
         with self.database.begin() as connection:
-            if not self.end(connection, job_id, state, running(job_id, attempt), done=done,
+            if not self.end(connection, job_id, state, running(job_id, attempt), trace, done=done,
                             result_json=as_json(result), error_json=as_json(error)):
                 raise Lost(job_id)
 
-    def end(self, connection, job_id, state, where, **values):
+    def end(self, connection, job_id, state, where, trace=None, **values):
         """Make it final if `where` holds, and order its webhook in the same transaction. Returns whether it did."""
         now = clock(connection)
         found = connection.execute(
             update(jobs).where(jobs.c.id == job_id, *where).values(
                 state=state, ended_at=now, expires_at=now + self.optional.jobs_ttl, lease_until=None, **values)
-            .returning(jobs.c.callback_url)).first()
+            .returning(jobs.c.callback_url, jobs.c.trace_json)).first()
         if found is not None and found.callback_url:
             connection.execute(insert(deliveries).values(
                 id=uuid.uuid4().hex, job_id=job_id, url=found.callback_url, state="pending", created_at=now,
-                next_at=now, attempts_json="[]"))
+                next_at=now, attempts_json="[]", trace_json=trace or found.trace_json))
         return found is not None
 
     def give_back(self, job_id, attempt):

@@ -58,13 +58,16 @@ def deliver(row, job_body, optional):
 
 
 async def attempt(row, job_body, optional):
+    if optional.tracing:
+        from app.tracing import spans
+        spans.continue_here(row["trace_json"])
     at, started = time.time(), time.monotonic()
     status = error = None
     body = json.dumps({"event": f"job.{job_body['state']}", "id": row["id"], "job": job_body}).encode()
     try:
         target = addresses.check_url(row["url"], optional.callback_urls, optional.private_networks)
         headers = signed(optional.callback_secret, row["id"], int(at), body)
-        status = await client(optional.private_networks).post(target, body, headers, WITHIN_S)
+        status = await client(optional.private_networks, optional.tracing).post(target, body, headers, WITHIN_S)
         if 300 <= status < 400:
             error = "redirects are not followed"
     except addresses.NotAllowed:
@@ -77,8 +80,8 @@ async def attempt(row, job_body, optional):
 
 
 @functools.cache
-def client(private_networks):
-    return http.Client(private_networks, keeps_connections=False)
+def client(private_networks, is_traced):
+    return http.Client(private_networks, keeps_connections=False, is_traced=is_traced)
 
 
 def signed(secret, message_id, timestamp, body):
@@ -164,7 +167,7 @@ def due(under_way, now, limit):
     """Selects the rows that have been due for longest, without those of hosts at which enough is under way."""
     is_due = and_(deliveries.c.state == "pending", deliveries.c.next_at <= now)
     full = [host for host, number in under_way.items() if number >= AT_ONCE_PER_HOST]
-    return (select(*(deliveries.c[name] for name in ("id", "job_id", "url", "host")))
+    return (select(*(deliveries.c[name] for name in ("id", "job_id", "url", "host", "trace_json")))
             .where(is_due, deliveries.c.host.not_in(full)).order_by(deliveries.c.next_at).limit(limit))
 
 

@@ -1,5 +1,6 @@
 """One job in a worker's process: from the database and the storage to its answer, through the same model, slots and
 checks as a prediction."""
+import contextlib
 import contextvars
 import hashlib
 import json
@@ -87,11 +88,12 @@ class Attempt:
 
 
 class Work:
-    """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None."""
+    """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None; spans: the module
+    tracing.spans, or None."""
 
-    def __init__(self, settings, loader, store, storage, instance, recorder=None):
+    def __init__(self, settings, loader, store, storage, instance, recorder=None, spans=None):
         self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
-        self.worker, self.recorder = f"{instance}/{os.getpid()}", recorder
+        self.worker, self.recorder, self.spans = f"{instance}/{os.getpid()}", recorder, spans
         self.is_idle, self.jobs = True, 0  # jobs: messages that came
 
     def run(self, job_id):
@@ -110,13 +112,19 @@ class Work:
             return
         if row is None:
             return
+        with self.spans.job(row) if self.spans else contextlib.nullcontext() as span:
+            self.run_claimed(row, span)
+
+    def run_claimed(self, row, span):
+        job_id = row["id"]
         logs.request_id.set(row["request_id"])
         counters.observe("job_wait_seconds", max(0.0, row["started_at"] - row["created_at"]), row["queue"])
         try:
             with Attempt(self.store, row) as attempt:
                 state, result, error = self.outcome(row, attempt)
                 done = row["total"] if state == "succeeded" else attempt.done  # a video may have fewer frames
-                self.insist(lambda: self.store.finish(job_id, row["attempt"], state, done, result, error))
+                trace = self.spans.carrier() if self.spans else None
+                self.insist(lambda: self.store.finish(job_id, row["attempt"], state, done, result, error, trace))
         except Lost:
             log.warning("the job was given to another worker", extra={"job": job_id, "attempt": row["attempt"]})
             return
@@ -126,6 +134,8 @@ class Work:
             return
         finally:
             logs.request_id.set(None)
+        if self.spans:
+            self.spans.ended(span, state, error)
         self.note(row, state, error)
         try:
             self.storage.delete_all(job_id)
@@ -205,14 +215,14 @@ class Work:
             except Exception as e:
                 return internal_error(e)
 
-        def counted(about):
-            found = outcome(about)
+        def counted(position, about):
+            found = self.spans.traced_file(position, lambda: outcome(about)) if self.spans else outcome(about)
             attempt.check()
             attempt.progress()
             return found
         pool = Pool(self.loader.slots.count)
         try:
-            outcomes = list(pool.imap(counted, files))
+            outcomes = list(pool.imap(in_copies(counted), *zip(*enumerate(files), strict=True)))
         finally:
             pool.kill(block=False)
         body, failures = batch.body_of([about["filename"] for about in files], outcomes)
@@ -225,7 +235,7 @@ class Work:
         if "error" in about:
             raise ServiceError(400, about["error"]["error"], about["error"]["message"])
         attempt.check()
-        stages = Stages()
+        stages = self.spans.Stages() if self.spans else Stages()
         see = attempt.progress if row["unit"] == "frames" else None
 
         def answer():
@@ -264,6 +274,12 @@ class Work:
             raise ServiceError(500, "INPUT_LOST", "The job's input is no longer in the storage.") from e
         except OSError as e:
             raise StorageAway(first_line(e)) from e
+
+
+def in_copies(call):
+    """The same function for greenlets: each call runs in a copy of the present context, as they have none."""
+    here = contextvars.copy_context()
+    return lambda *arguments: here.copy().run(call, *arguments)
 
 
 def files_position(row, about):

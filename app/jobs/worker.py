@@ -85,6 +85,10 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self.handle_stop)
         signal.signal(signal.SIGINT, self.handle_stop)
         signal.signal(signal.SIGHUP, self.handle_reload)
+        export = None
+        if self.optional.tracing:  # of callbacks
+            from app import tracing
+            _, export = tracing.start()
         ready = prepared(self.settings, self.plan.engine)
         shared_memory.create(len(self.nodes))
         board.own.write(plan=dataclasses.asdict(self.plan))
@@ -105,7 +109,8 @@ class Supervisor:
             return self.supervise()
         finally:
             upkeep.stop()
-            self.end_all()
+            with export.stopping() if export else contextlib.nullcontext():
+                self.end_all()
             logs.flush()
 
     def publish(self, ready):

@@ -27,10 +27,12 @@ class TooLarge(RequestFailed):
 
 class Client:
     """Makes requests in the event loop of event_loop.py. private_networks: see addresses.check_url; keeps_connections:
-    for later requests, of which a POST is not repeated if its server has just closed the connection."""
+    for later requests, of which a POST is not repeated if its server has just closed the connection; is_traced: whether
+    each has a span."""
 
-    def __init__(self, private_networks, keeps_connections=True):
+    def __init__(self, private_networks, keeps_connections=True, is_traced=False):
         self.private_networks, self.keeps_connections = private_networks, keeps_connections
+        self.is_traced = is_traced
         self.session = self.loop = None
 
     async def fetch(self, target, most_bytes, within_s, taken=lambda size: None):
@@ -63,8 +65,13 @@ class Client:
             return answer.status
 
     def request(self, method, target, headers, **options):
-        return Request(self.own_session().request(method, yarl.URL(target.url, encoded=True), headers=headers,
-                                                  allow_redirects=False, **options))
+        def send(headers):
+            return Request(self.own_session().request(method, yarl.URL(target.url, encoded=True), headers=headers,
+                                                      allow_redirects=False, **options))
+        if self.is_traced:
+            from app.tracing import spans
+            return spans.outgoing(method, target, headers, send)
+        return send(headers)
 
     def own_session(self):
         if self.loop is not loop():  # the first time, and in a process that was forked

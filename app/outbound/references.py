@@ -30,7 +30,8 @@ def register(app, settings):
 class References:
     def __init__(self, settings):
         self.settings, self.prefixes = settings, settings.optional.input_urls
-        self.client, self.s3 = http.Client(settings.optional.private_networks), None
+        self.client, self.s3 = http.Client(settings.optional.private_networks,
+                                           is_traced=settings.optional.tracing), None
         self.running = 0  # fetches that requests may make at the moment
         addresses.check_prefixes("INPUT_URLS", self.prefixes)
         if any(prefix.startswith("s3:") for prefix in self.prefixes):
@@ -66,7 +67,9 @@ class References:
         held.count()
 
     def most_files(self):
-        most = {"predict.predict": 1, "predict.predict_batch": self.settings.max_batch_files}
+        is_stream = request.args.get("stream") or g.json_members.get("stream")
+        most = {"predict.predict": self.settings.max_batch_files if is_stream else 1,
+                "predict.predict_batch": self.settings.max_batch_files}
         return most.get(request.endpoint, self.settings.optional.max_job_files)
 
     async def fetch_all(self, urls, within_s, held):

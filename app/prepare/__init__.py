@@ -155,7 +155,7 @@ def make_bundle(settings, name, engine):
     log.info("preparing %s: exporting it for %s", name, engine)
     with bundles.writing(settings.model_dir, folder_name) as folder:
         try:
-            files, answer, quantization = export(network, engine, folder, settings)
+            files, answer, quantization, features = export(network, engine, folder, settings)
         except (RuntimeError, AssertionError) as e:  # torch's and OpenVINO's, such as for a picture that is too small
             side = network.preprocessing.crop
             raise PrepareError(f"{name} cannot be exported for pictures of {side} × {side} pixels: "
@@ -167,7 +167,7 @@ def make_bundle(settings, name, engine):
             weights={"source": source, "sha256": digest, "default": settings.model_path is None,
                      "labels_sha256": labels_digest, "preprocessing": settings.preprocessing},
             versions=bundle.installed_versions("torch", "torchvision", *(["openvino"] if engine == "openvino" else [])),
-            self_test={"outputs": answer}, quantization=quantization,
+            self_test={"outputs": answer}, quantization=quantization, features=features,
             files={file: bundles.sha256(folder / file) for file in files}))
     bundles.prune(settings.model_dir)
     log.info("prepared %s: %s", name, settings.model_dir / "bundles" / folder_name)

@@ -95,7 +95,8 @@ def find(settings, name, engine):
 
 @contextlib.contextmanager
 def writing(model_dir, folder_name):
-    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> in one step on success."""
+    """A temporary folder to fill, which becomes MODEL_DIR/bundles/<folder_name> in one step on success; a
+    calibration.json that is there stays."""
     root = model_dir / "bundles"
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
@@ -104,6 +105,8 @@ def writing(model_dir, folder_name):
         yield folder
         target = root / folder_name
         if target.exists():  # a damaged or outdated one: running workers keep the files they have open
+            with contextlib.suppress(FileNotFoundError):  # its weights are the same
+                shutil.copy(target / "calibration.json", folder)
             shutil.rmtree(target)
         folder.rename(target)
     finally:

@@ -1,26 +1,34 @@
 """Exports a loaded torch network to the files that an engine loads."""
+import numpy as np
 import torch
 
 from app.engine.preprocess import self_test_input
-from app.prepare import bundles
+from app.prepare import bundles, features
 
 
 def export(network, engine, folder, settings):
     """Write a loaded Network into a bundle's folder for this engine.
 
-    Returns (file names, the network's outputs for self_test_input, the manifest's `quantization`). Raises StartError.
+    Returns (file names, the network's outputs for self_test_input, the manifest's `quantization`, its `features`).
+    Raises StartError.
     """
     test_input = self_test_input(network.preprocessing)
     with torch.inference_mode():
         reference = network.module(torch.from_numpy(test_input))[0].tolist()
+    crop = network.preprocessing.crop
+    found, head = features.find(network.module, network.head, crop)
+    further = []
+    if head is not None:
+        np.save(folder / "head.npy", head)
+        further = ["head.npy"]
     if engine == "torch":
         torch.save(network.module.state_dict(), folder / "model.pt")
-        return ["model.pt"], reference, None
+        return ["model.pt", *further], reference, None, found
     import openvino
-    crop = network.preprocessing.crop
+    tap = features.tap(network.module, found)
+    module = network.module if tap is None else features.WithFeatures(network.module, tap)
     with torch.inference_mode():
-        model = openvino.convert_model(network.module, example_input=torch.zeros(1, 3, crop, crop),
-                                       input=[1, 3, crop, crop])
+        model = openvino.convert_model(module, example_input=torch.zeros(1, 3, crop, crop), input=[1, 3, crop, crop])
     quantization = None
     if settings.precision == "int8":
         from app.prepare import quantize
@@ -28,4 +36,4 @@ def export(network, engine, folder, settings):
         quantization = {"calibration_sha256": bundles.calibration_sha256(settings), "agreement": agreement}
         reference = quantize.outputs(model, test_input)[0].tolist()
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    return ["model.xml", "model.bin"], reference, quantization
+    return ["model.xml", "model.bin", *further], reference, quantization, found

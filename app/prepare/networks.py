@@ -29,6 +29,7 @@ class Network:
     arguments: dict  # rebuild(**arguments) makes the same module without weights
     labels: list
     preprocessing: Preprocessing
+    head: str  # the name of the module's last layer
 
 
 @functools.cache
@@ -102,11 +103,11 @@ class EfficientNetLite0(nn.Module):
                 channels = channels_out
         self._blocks = nn.Sequential(*blocks)
         self._conv_head, self._bn1 = nn.Conv2d(channels, 1280, 1, bias=False), batch_norm(1280)
-        self._fc = nn.Linear(1280, num_classes)
+        self._relu6, self._fc = nn.ReLU6(), nn.Linear(1280, num_classes)
 
     def forward(self, x):
         x = nn.functional.relu6(self._bn0(self._conv_stem(self.pad(x))))
-        x = nn.functional.relu6(self._bn1(self._conv_head(self._blocks(x))))
+        x = self._relu6(self._bn1(self._conv_head(self._blocks(x))))
         return self._fc(x.mean((2, 3)))
 
 
@@ -272,7 +273,7 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
     else:
         labels = [f"class_{i}" for i in range(num_classes)]
     return Network(module, "classification", {"name": name, "num_classes": num_classes, **options}, labels,
-                   preprocessing)
+                   preprocessing, head.removesuffix(".weight"))
 
 
 def with_preprocessing(network, setting):
@@ -304,7 +305,7 @@ def load_ocean(path):
     arguments = {"name": "ocean", "num_classes": len(traits), "backbone": backbone}
     module = rebuild(**arguments)
     load_into(module, state, path, f"ocean ({backbone})")
-    return Network(module, "big_five_regression", arguments, traits, OCEAN_PREPROCESSING)
+    return Network(module, "big_five_regression", arguments, traits, OCEAN_PREPROCESSING, "head.1")
 
 
 def backbone_of(state, path):

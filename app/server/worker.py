@@ -8,15 +8,12 @@ GUNICORN lists what is overridden or called here and in lifecycle.py; a test com
 """
 import contextlib
 import ctypes
-import http.client
-import json
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-import uuid
 
 import gevent
 from gevent import monkey
@@ -24,7 +21,6 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.ggevent import GeventWorker
 
 from app.config import StartError
-from app.errors import ServiceError
 from app.server import board, counters, logs
 
 GUNICORN = {
@@ -51,8 +47,6 @@ LIBC, M_ARENA_MAX = ctypes.CDLL(None), -8
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 PREDICTIONS = ("/predict", "/predict/batch")
-
-request_log = logging.getLogger("app.request")
 
 
 class Worker(GeventWorker):
@@ -238,21 +232,16 @@ class Worker(GeventWorker):
             return
         if "ORIGIN" in headers and self.wsgi.extensions["settings"].cors_origins:
             return  # the application adds the headers that a browser needs to read the refusal
-        started, error = time.monotonic(), slots.overloaded()
-        request_id = logs.id_for(headers.get("X-REQUEST-ID"))
-        endpoint = "/models/<name>" * (req.path not in PREDICTIONS) + max(filter(req.path.endswith, PREDICTIONS))
-        counters.count_answer(endpoint, req.method, error.status, error.code)
-        request_log.info("request", extra={
-            "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
-            "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})
+        from app.server import refusals  # with the first one
         with gevent.Timeout(LINGER_S, False):
-            sock.sendall(answer_in_one_shape(error, request_id))
+            sock.sendall(refusals.overloaded(req, headers, slots.overloaded()))
         self.linger(sock)
         raise StopIteration
 
     def handle_error(self, req, client, addr, exc):
         """Requests that Gunicorn refuses before the application sees them."""
-        super().handle_error(req, OneShape(client), addr, exc)
+        from app.server import refusals  # with the first one
+        super().handle_error(req, refusals.OneShape(client), addr, exc)
         self.linger(client)
 
     def linger(self, sock):
@@ -300,23 +289,3 @@ class Fair:
         if time.monotonic() > started + TURN_S / 10:  # it had to wait
             self.gave_way = time.monotonic()
         return data
-
-
-class OneShape(Fair):
-    """Wraps the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
-
-    def sendall(self, page):
-        status = int(page.split(b" ", 2)[1])
-        code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
-            "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
-        counters.count_answer("none", "other", status, code)
-        self.client.sendall(answer_in_one_shape(ServiceError(status, code, message), str(uuid.uuid4())))
-
-
-def answer_in_one_shape(error, request_id):
-    """The HTTP response, as bytes, for a ServiceError after which the connection is closed."""
-    body = json.dumps({**error.body(), "request_id": request_id}).encode()
-    retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
-    return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
-            f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            f"{retry}X-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n").encode() + body

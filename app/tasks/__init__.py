@@ -12,7 +12,7 @@ class ModelError(StartError):
 @dataclass(frozen=True)
 class Place:
     """Where a task runs. source: its bundle.Prepared; settings: the model's; plan: config.Plan; slots: engine.Slots;
-    rebuild: creates the torch module of a manifest."""
+    rebuild: creates the torch module of a manifest, see model_loader.py."""
     source: Any
     settings: Any
     plan: Any

@@ -1,12 +1,12 @@
 """The OCEAN model: apparent Big Five traits of the largest face in a picture, or averaged over a video's frames."""
 from app.media import faces
 from app.tasks.from_pictures import FromPictures
-from app.tasks.options import AT, FRAMES, METHOD, TTA
+from app.tasks.options import AT, FRAMES, INSIGHT, METHOD, TTA
 
 
 class BigFive(FromPictures):
     kind = "big_five_regression"
-    options = (METHOD, TTA, FRAMES, AT)
+    options = (METHOD, TTA, FRAMES, AT, *INSIGHT)
     full_size = True  # as in the training of the checkpoints
     answers = "Traits"
 

@@ -3,16 +3,23 @@ import numpy as np
 
 from app.engine.preprocess import softmax
 from app.tasks.from_pictures import FromPictures
-from app.tasks.options import AT, FRAMES, TOP_K
+from app.tasks.options import AT, FRAMES, INSIGHT, TOP_K
 
 
 class Classify(FromPictures):
     kind = "classification"
-    options = (TOP_K, FRAMES, AT)
+    options = (TOP_K, FRAMES, AT, *INSIGHT)
     answers = "Classes"
 
+    def __init__(self, place, manifest):
+        super().__init__(place, manifest)
+        self.calibration = None
+        if (place.source.folder / "calibration.json").exists():
+            from app.engine import calibration
+            self.calibration = calibration.read(place.source.folder)
+
     def scores(self, outputs):
-        return softmax(outputs)
+        return softmax(outputs / self.calibration["temperature"] if self.calibration else outputs)
 
     def predictions(self, scores, options):
         """[{"class", "confidence", "class_id"}] of the top_k classes, highest first."""
@@ -20,7 +27,14 @@ class Classify(FromPictures):
         return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
 
     def metadata(self, views, scores, options):
-        return {"frames": views.shots} if views.of_video else {}
+        mean = np.sort(scores.mean(axis=(0, 1)))
+        some = mean[mean > 0]
+        return {"uncertainty": {"entropy": abs(float((some * np.log(some)).sum())),  # in nats
+                                "margin": float(mean[-1] - mean[-2:-1].sum())},
+                **({"frames": views.shots} if views.of_video else {})}
+
+    def identity(self):
+        return [*super().identity(), self.calibration]
 
     def info(self):
-        return {**super().info(), "labels": self.labels}
+        return {**super().info(), "labels": self.labels, "calibration": self.calibration}

@@ -46,8 +46,8 @@ def mistake(task, base):
     if {"help", "json", "labels", "save", "save_crop"} & set(names):
         return "help, json, labels, save and save_crop are taken: an option needs another name"
     field = task.field or ("text" if task.takes == ("text",) else None)
-    if len(set(names)) < len(names) or {"model", "instances", field} & set(names):
-        return "options need distinct names, other than model, instances and the field"
+    if len(set(names)) < len(names) or {"model", "instances", "stream", field} & set(names):
+        return "options need distinct names, other than model, instances, stream and the field"
     for name, least in (("max_batch", 1), ("batch_wait_ms", 0), ("threads", 1),
                         ("self_test_within_s", 1)):
         value = getattr(task, name)

@@ -20,12 +20,15 @@ SELF_TEST_TIMEOUT_S = 60
 @dataclass
 class Views:
     """What the network sees of one file: inputs, (3, H, W) float32 each, all views of the first frame that counts, then
-    of the next; and what the answer says of it: an entry for each of its frames, and for each that counts."""
+    of the next; what the answer says of it: an entry for each of its frames, and for each that counts; and what the
+    network makes of it: outputs (N, K) float32 and, if they are wanted, features (N, F, h, w) or (N, F)."""
     inputs: list
     shots: list
     counted: list
     image_size: list | None
     of_video: bool
+    outputs: np.ndarray | None = None
+    features: np.ndarray | None = None
 
 
 class FromPictures(Task):
@@ -82,38 +85,62 @@ class FromPictures(Task):
 
     def answer(self, data, options, call):
         views = self.prepare(data, options, call)
+        self.infer(views, options, call)
+        return self.answer_of(views, options)
+
+    def infer(self, views, options, call):
+        """Run the network on the views' inputs."""
+        features = bool(options.get("explain") or options.get("embedding"))
         with call.stages("inference"):
-            outputs = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone())
-        scores = self.scores(outputs).reshape(len(views.counted), -1, outputs.shape[1])
+            found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
+        views.outputs, views.features = found if features else (found, None)
+
+    def answer_of(self, views, options):
+        """(predictions, members of the metadata) for what the network has made of the views."""
+        scores = self.scores(views.outputs).reshape(len(views.counted), -1, views.outputs.shape[1])
         by_frame = scores.mean(axis=1)
         for shot, scores_of_frame in zip(views.counted, by_frame, strict=True):
             shot["predictions"] = self.predictions(scores_of_frame, options)
-        return self.predictions(by_frame.mean(axis=0), options), {
-            "media_type": "video" if views.of_video else "image", "image_size": views.image_size,
-            **self.metadata(views, scores, options)}
+        predictions = self.predictions(by_frame.mean(axis=0), options)
+        metadata = {"media_type": "video" if views.of_video else "image", "image_size": views.image_size,
+                    **self.metadata(views, scores, options)}
+        if views.features is not None:
+            from app.tasks import insight
+            metadata |= insight.metadata(self, views, options, predictions)
+        return predictions, metadata
 
     def prepare(self, data, options, call):
-        """A file's bytes → Views."""
-        views = Views([], [], [], None, is_video(data))
+        """A file's bytes, or an upright RGB PIL image → Views."""
+        if options.get("explain") or options.get("embedding"):
+            from app.tasks import insight  # with the first of these
+            insight.check(self, options)
+        views = Views([], [], [], None, isinstance(data, bytes) and is_video(data))
         for frame, size in self.read_frames(data, views.of_video, options, call):
-            views.image_size = views.image_size or list(size)
-            shot = {"index": frame.index, "time_s": frame.time_s}
-            views.shots.append(shot)
-            image = self.cut(frame.image, shot, options, call.deadline, call.stages)
-            call.deadline.check("face")
-            if image is None:
-                continue
-            views.counted.append(shot)
-            if call.see:
-                call.see(frame.index, image)
-            with call.stages("preprocess"):
-                views.inputs += self.views(self.preprocessing(image, frame.box), options)
+            self.look_at(views, frame, size, options, call)
         if not views.inputs:
             raise self.nothing_counts()
         return views
 
+    def look_at(self, views, frame, size, options, call):
+        """Add a Frame of an upright (width, height) to the Views."""
+        views.image_size = views.image_size or list(size)
+        shot = {"index": frame.index, "time_s": frame.time_s}
+        views.shots.append(shot)
+        image = self.cut(frame.image, shot, options, call.deadline, call.stages)
+        call.deadline.check("face")
+        if image is None:
+            return
+        views.counted.append(shot)
+        if call.see:
+            call.see(frame.index, image)
+        with call.stages("preprocess"):
+            views.inputs += self.views(self.preprocessing(image, frame.box), options)
+
     def read_frames(self, data, of_video, options, call):
         """Yield (Frame, upright (width, height)) for a picture or for the chosen frames of a video."""
+        if not isinstance(data, bytes):
+            yield Frame(0, 0.0, data), data.size
+            return
         if not of_video:
             with call.stages("decode"):
                 picture = pictures.read_image(data, self.settings.max_image_pixels,
@@ -140,7 +167,8 @@ class FromPictures(Task):
                 "input_size": [size, size], "preprocessing": manifest.preprocessing, "num_classes": len(self.labels),
                 "total_parameters": manifest.total_parameters,
                 "weights": {"source": manifest.weights["source"], "sha256": manifest.weights["sha256"]},
-                "quantization": manifest.quantization}
+                "quantization": manifest.quantization,
+                "features": {name: manifest.features[name] for name in ("kind", "size", "reason")}}
 
     def hung_seconds(self):
         return self.engine.hung_seconds()

@@ -99,8 +99,18 @@ FRAMES = integer("frames", 1, MOST_FRAMES, setting="video_frames",
                          "segments.")
 AT = number("at", 0, LATEST_S, unit="of seconds ",
             meaning="The second of a video whose frame is analysed, instead of `frames`.")
+STREAM = yes_or_no("stream", default=False, meaning="Whether to answer with server-sent events: one for each frame "
+                   "of a video, or for each file.")  # of the endpoint, not of a task
 
-ALL = (TOP_K, METHOD, TTA, FRAMES, AT)
+EXPLAIN = yes_or_no("explain", default=False, meaning="Whether the answer says where the model looked.")
+EXPLAIN_CLASS = Option("explain_class", "a class, as name or class_id, or a trait", str,
+                       {"type": ["string", "integer"]},
+                       "Of which class, or of which trait of ocean, `explain` says it.")
+EMBEDDING = yes_or_no("embedding", default=False, meaning="Whether the answer has the vector before the last layer.")
+NORMALIZE = yes_or_no("normalize", default=False, meaning="Whether that vector is divided by its length.")
+
+INSIGHT = (EXPLAIN, EXPLAIN_CLASS, EMBEDDING, NORMALIZE)
+ALL = (TOP_K, METHOD, TTA, FRAMES, AT, *INSIGHT)
 
 
 def read(option, task):

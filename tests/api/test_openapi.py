@@ -48,8 +48,8 @@ def test_every_reference_leads_somewhere_and_every_response_has_its_id(document)
 
 
 def test_document_has_every_path_and_method_and_no_other(app, document):
-    served = {(rule.rule.replace("<name>", "{name}"), method.lower()) for rule in app.url_map.iter_rules()
-              if not rule.arguments or rule.rule.startswith("/models/")
+    served = {(rule.rule.replace("<", "{").replace(">", "}"), method.lower()) for rule in app.url_map.iter_rules()
+              if not rule.arguments or rule.rule.startswith(("/models/", "/v2/models/"))
               for method in rule.methods - {"HEAD", "OPTIONS"}}
     assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
 
@@ -107,7 +107,7 @@ def test_running_service_does_what_the_document_says(service, tmp_path):
     """schemathesis asks every endpoint, with what the document allows and with what it does not."""
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
-         service.url + "/openapi.json"],
+         service.url + "/openapi.json", "--exclude-path-regex", "^/v2/.*/infer$"],  # whose shapes no schema can say
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,8 +2,10 @@
 the keyboard, its security policy."""
 import contextlib
 import io
+import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import wave
@@ -29,10 +31,12 @@ def chromium(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = need("chromium")
     folder = tmp_path_factory.mktemp("chromium")
+    face = encoded(photo("astronaut").crop((0, 0, 480, 360)).resize((640, 480)), "JPEG", subsampling=2)
+    (folder / "camera.mjpeg").write_bytes(2 * face)  # what the camera sees
     for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update", f"user-data-dir={folder}",
                  "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream", "disable-dev-shm-usage",
-                 "hide-scrollbars"):
+                 "hide-scrollbars", f"use-file-for-fake-video-capture={folder / 'camera.mjpeg'}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(need("chromedriver")))
@@ -57,7 +61,8 @@ def on_page(chromium, service, model):
     wait(chromium, lambda: find(chromium, "#name").text == model)
     yield chromium
     complaints = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
-                  and "/predict - Failed to load resource" not in entry["message"]]  # an error that a test asked for
+                  and not re.search(r"/predict(\?stream=true)? - Failed to load resource",
+                                    entry["message"])]  # an error that a test asked for
     assert complaints == []
     events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
@@ -223,6 +228,119 @@ def test_a_video_is_answered(browser, tmp_path):
     wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').videoWidth") == 320)
 
 
+def watch(browser, selector):
+    """Note each text that this element has from now on, in window.texts."""
+    browser.execute_script("""
+        window.texts = [];
+        new MutationObserver(() => { window.texts.push(document.querySelector(arguments[0])?.textContent); })
+          .observe(document.body, {subtree: true, childList: true, characterData: true});""", selector)
+
+
+def test_frames_of_a_video_are_shown_as_they_come(browser, tmp_path):
+    path = tmp_path / "clip.webm"
+    path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+    fill(browser, "[name=frames]", "3")
+    watch(browser, ".card h2")
+    send_file(browser, path)
+    texts = browser.execute_script("return [...new Set(window.texts.filter(text => text?.startsWith('Frame')))]")
+    assert texts == ["Frame 1 of 3…", "Frame 2 of 3…", "Frame 3 of 3…"]
+
+
+def test_how_sure_in_words(browser):
+    send_file(browser, CAT)
+    uncertainty = whole_answer(find(browser, ".card"))["metadata"]["uncertainty"]
+    assert uncertainty["margin"] < 0.15
+    words = find(browser, ".card .sure").text
+    assert words.startswith(f"How sure: unsure. The first class is {round(100 * uncertainty['margin'])} % ahead")
+    assert words.endswith(f"about {round(np.exp(uncertainty['entropy']))} classes.")
+
+
+def overlay_of(browser, words):
+    """Once there is one with this text: (how far its edges are from the picture's, its source, its opacity)."""
+    found = []
+
+    def look():
+        found[:] = browser.execute_script("""
+            const shown = document.querySelector(".card .overlay");
+            if (!shown?.naturalWidth || shown.alt !== arguments[0]) return [];
+            const [here, there] = [shown, document.querySelector(".card .picture img")].map(
+              one => one.getBoundingClientRect());
+            return [["left", "top", "right", "bottom"].map(edge => here[edge] - there[edge]), shown.src,
+                    getComputedStyle(shown).opacity]""", words)
+        return found
+    wait(browser, look)
+    return found
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_where_the_model_looked(browser, size):
+    resize(browser, size)
+    assert [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == [
+        "top_k", "frames", "explain"]
+    find(browser, "[name=explain]").click()
+    send_file(browser, CAT)
+    edges, before, opacity = overlay_of(browser, "Where the model looked for tiger cat")
+    assert (edges, opacity) == ([0, 0, 0, 0], "0.75")
+    assert browser.execute_script("const {naturalWidth: w, naturalHeight: h} = document.querySelector('.overlay');"
+                                  "return w / h") == pytest.approx(451 / 300, abs=0.01)
+    slider = find(browser, ".looked input")
+    assert slider.accessible_name.startswith("Where it looked for tiger cat")
+    slider.send_keys(*[Keys.ARROW_LEFT] * 5)
+    assert overlay_of(browser, "Where the model looked for tiger cat")[2] == "0.7"
+    find_all(browser, ".pick")[2].click()
+    _, after, opacity = overlay_of(browser, "Where the model looked for tabby")
+    assert after != before
+    assert opacity == "0.7"
+    assert [button.get_attribute("aria-pressed") for button in find_all(browser, ".pick")] == [
+        "false", "false", "true", "false", "false"]
+    assert not scrolls_sideways(browser)
+    screenshot(browser, f"looked-{size[0]}")
+
+
+def go_live(browser):
+    find(browser, "#camera").click()
+    wait(browser, lambda: browser.execute_script("return document.querySelector('#live').videoWidth > 0"))
+    find(browser, "#go-live").click()
+
+
+def test_live(browser):
+    go_live(browser)
+    browser.execute_script("window.tracks = document.querySelector('#live').srcObject.getTracks()")
+    watch(browser, "#live-answer h2")
+    wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
+    assert len(find_all(browser, "#live-answer .bars li")) == 5
+    assert find(browser, "#live-answer .sure").text.startswith("How sure: ")
+    assert find(browser, "#go-live").text == "Stop"
+    wait(browser, lambda: browser.execute_script("return window.texts.length") > 20)
+    screenshot(browser, "live")
+    find(browser, "#go-live").click()
+    assert not find(browser, "#live-answer").is_displayed()
+    times = browser.execute_script("""
+        return performance.getEntriesByType("resource").filter(({name}) => name.endsWith("/predict?stream=true"))
+          .map(({startTime, responseEnd}) => [startTime, responseEnd])""")
+    assert len(times) >= 2
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))  # one at a time
+    find(browser, "#close-camera").click()
+    assert browser.execute_script("return window.tracks.map(track => track.readyState)") == ["ended"]
+    assert not find(browser, "#viewfinder").is_displayed()
+    browser.refresh()
+
+
+def test_live_survives_a_service_that_is_away(chromium, browser):
+    go_live(browser)
+    wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    chromium.execute_cdp_cmd("Network.enable", {})
+    chromium.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **network})
+    try:
+        wait(browser, lambda: "cannot be reached. Trying again in 2 s" in find(browser, "#live-note").text)
+    finally:
+        chromium.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **network})
+    wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
+    chromium.get_log("browser")
+    find(browser, "#close-camera").click()
+
+
 @pytest.fixture(scope="module")
 def ocean_service(tmp_path_factory, ocean_settings):
     exported(ocean_settings)
@@ -246,7 +364,7 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
     answer = ocean_service.predict(path.read_bytes()).json()
     predictions, metadata = answer["predictions"], answer["metadata"]
     wait(browser, lambda: [field.get_attribute("name") for field in find_all(browser, "#options [name]")] == [
-        "method", "tta", "frames"])
+        "method", "tta", "frames", "explain"])
     send_file(browser, path)
     assert find(browser, ".card h2").text == "Scores"
     assert len(predictions) == 5
@@ -261,6 +379,34 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
     assert box["width"] == pytest.approx(width * scale, abs=4)
     assert box["height"] == pytest.approx(height * scale, abs=4)
     screenshot(browser, "traits")
+
+
+def test_a_trait_is_chosen_and_the_face_stays(ocean_browser, tmp_path):
+    browser, path = ocean_browser, tmp_path / "portrait.png"
+    path.write_bytes(encoded(photo("astronaut").crop((0, 0, 512, 400))))
+    wait(browser, lambda: find_all(browser, "[name=explain]"))
+    find(browser, "[name=explain]").click()
+    send_file(browser, path)
+    traits = list(whole_answer(find(browser, ".card"))["predictions"])
+    edges, before, _ = overlay_of(browser, f"Where the model looked for {traits[0]}")
+    assert edges == [0, 0, 0, 0]
+    find_all(browser, ".pick")[3].send_keys(Keys.ENTER)
+    assert overlay_of(browser, f"Where the model looked for {traits[3]}")[1] != before
+    assert find(browser, ".picture rect.box").rect["width"] > 0
+    screenshot(browser, "looked-traits")
+
+
+def test_live_traits_and_face(ocean_browser):
+    browser = ocean_browser
+    go_live(browser)
+    wait(browser, lambda: find_all(browser, "#stage rect.box"))
+    assert len(find_all(browser, "#live-answer .bars li")) == 5
+    box, video = find(browser, "#stage rect.box").rect, find(browser, "#live").rect
+    assert 0.1 < box["width"] / video["width"] < 0.5
+    assert 0.1 < (box["x"] - video["x"]) / video["width"] < 0.6
+    screenshot(browser, "live-traits")
+    find(browser, "#close-camera").click()
+    assert not find_all(browser, "#stage rect.box")
 
 
 def test_options_of_the_ocean_model_are_sent(ocean_browser, ocean_service):
@@ -567,7 +713,7 @@ def test_one_model_needs_no_choice(browser):
 
 
 def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):
-    service = start_service(API_KEYS="a-key-of-the-page").wait_ready()
+    service = start_service(API_KEYS="a-key-of-the-page", RATE_LIMIT="3/minute").wait_ready()
     chromium.get(service.url + "/")
     field = WebDriverWait(chromium, 20).until(lambda _: find(chromium, "#api-key"))
     assert "valid key" in find(chromium, "#problem").text
@@ -576,6 +722,15 @@ def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):
     assert find(chromium, "#problem").text == ""
     find(chromium, "#choose").send_keys(str(CAT))
     wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, "#results .bars li"))
+    go_live(chromium)
+    wait(chromium, lambda: "Too many predictions" in find(chromium, "#live-note").text)
+    assert find(chromium, "#go-live").text == "Stop"
+    fill(chromium, "#api-key", "another")
+    find(chromium, "#close-camera").click()
+    go_live(chromium)
+    wait(chromium, lambda: "valid key" in find(chromium, "#problem").text)
+    assert find(chromium, "#go-live").text == "Go live"
+    find(chromium, "#close-camera").click()
 
 
 def test_service_that_is_gone(chromium, browser):

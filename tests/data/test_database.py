@@ -19,7 +19,7 @@ from app.config import StartError
 from app.data import database as module
 from app.data import postgres
 from app.data.database import Database, was_too_slow
-from app.data.schema import REVISION, deliveries, metadata
+from app.data.schema import REVISION, deliveries, jobs, metadata
 
 RETURNS_WITHIN_S = 20
 
@@ -111,6 +111,30 @@ def test_a_process_that_ends_in_the_middle_of_a_migration_leaves_nothing(url):
     assert database.revision() is None
     with database.read() as connection:
         assert {"history", "jobs"} <= set(sqlalchemy.inspect(connection).get_table_names())
+    database.close()
+
+
+def test_tables_of_the_first_revision_get_a_place_for_traces(url):
+    older = Database(url)
+    older.migrate()
+    job = dict.fromkeys(("id", "owner", "state", "queue", "request_id", "model", "options_json", "inputs_json",
+                         "fingerprint", "unit"), "x") | {"created_at": 1.0, "is_batch": False, "input_bytes": 1,
+                                                         "total": 1}
+    with older.begin() as connection:  # as version 0001 left them
+        connection.execute(insert(jobs).values(job))
+        for table in ("jobs", "deliveries"):
+            connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN trace_json")
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+        connection.execute(insert(deliveries).values(**row(1, next_at=1.0)))
+    older.close()
+    database = Database(url)
+    with database.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        found = connection.execute(select(jobs)).mappings().one()
+        assert {name: found[name] for name in job} == job
+        assert found["trace_json"] is None
+        assert connection.execute(select(deliveries.c.trace_json)).scalar() is None
+    assert database.revision() == REVISION
     database.close()
 
 

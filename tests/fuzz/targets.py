@@ -7,7 +7,7 @@ from flask import Flask, g
 from mutations import bodies, pictures
 from werkzeug.exceptions import HTTPException
 
-from app.api import json_body, uploads
+from app.api import batch, json_body, uploads
 from app.config import Settings
 from app.errors import Deadline, ServiceError
 from app.media.containers import is_video
@@ -64,7 +64,7 @@ def parse_upload(data):
     if not query.isascii():  # Gunicorn refuses it
         return
     for path, most, read in (("/predict", uploads.one_file_limit, uploads.one_file),
-                             ("/predict/batch", uploads.batch_limit, uploads.batch_of_files)):
+                             ("/predict/batch", uploads.batch_limit, batch.batch_of_files)):
         with app.test_request_context(path, method="POST", data=body, environ_overrides={
                 "CONTENT_TYPE": content_type.decode("latin-1"), "QUERY_STRING": query.decode("latin-1")}):
             g.stages = Stages()

@@ -20,7 +20,8 @@ from app.prepare import bundles, prepared
 MANIFEST = bundle.Manifest(
     name="resnet18", task="classification", engine="openvino", network={}, labels=["a", "b"], preprocessing={},
     total_parameters=1, weights={"source": "a test", "sha256": "0", "default": True, "labels_sha256": None},
-    versions={}, self_test={"outputs": [0, 1]}, files={})
+    versions={}, self_test={"outputs": [0, 1]}, files={},
+    features={"kind": None, "size": 0, "reason": "a test"})
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 /* A card of the results: what was sent, and the answer. */
 import {curl, fileName} from "./curl.js";
-import {$, block, drawing, element, isNumbers, isObject, pretty, say} from "./dom.js";
+import {$, block, boxes, drawing, element, isNumbers, isObject, pretty, say} from "./dom.js";
+import {showLooked} from "./looked.js";
 
 const MOST_BARS = 30;
 
@@ -27,7 +28,16 @@ export function showSent(card, {file, text, model}) {
   $(".picture", card).append(shown);
 }
 
-export function showAnswer(job, {response, body, media: file}, milliseconds) {
+/* A frame of a video, while the others are under way: its number, and of how many. */
+export function showFrame(card, frame, number, count) {
+  if (frame.predictions) showPredictions(card, frame.predictions);
+  $("h2", card).textContent = `Frame ${number}${count ? ` of ${count}` : ""}…`;
+  const video = $(".picture video", card);
+  if (video) video.currentTime = frame.time_s;
+}
+
+/* explain(job, prediction): the explanations for another class. */
+export function showAnswer(job, {response, body, media: file}, milliseconds, explain) {
   const {card, name} = job;
   const metadata = body?.metadata || {};
   const words = file ? showMedia(card, file) : showPredictions(card, body.predictions, metadata.spread);
@@ -37,7 +47,8 @@ export function showAnswer(job, {response, body, media: file}, milliseconds) {
   $("figcaption", card).textContent = [metadata.filename || name, width && `${width} × ${height}`, face]
     .filter(Boolean).join(" · ");
   $("code", card).textContent = curl(job, file?.type);
-  if (metadata.image_size) showBoxes(card, metadata);
+  showCertainty(card, metadata.uncertainty);
+  if (metadata.image_size) showPicture(job, body, explain);
   showTimings(card, metadata.timings_ms || serverTiming(response), milliseconds, response.headers.get("X-Cache"));
   $(".json", card).textContent = body ? pretty(body) : "";
   $(".json", card).closest("details").hidden = !body;
@@ -69,7 +80,7 @@ function showMedia(card, file) {
   return words;
 }
 
-function showPredictions(card, predictions, spread) {
+export function showPredictions(card, predictions, spread) {
   const scores = asScores(predictions, spread);
   $("h2", card).textContent = scores?.title ?? "Answer";
   if (scores) return showBars(card, scores);
@@ -122,22 +133,42 @@ function showBars(card, {title, rows, isRanked}) {
   return rows.slice(0, MOST_BARS).map(({label, value}) => `${label} ${value}`).join(", ");
 }
 
-function showBoxes(card, {frames, image_size: [width, height]}) {
-  const boxed = (frames || []).filter(frame => frame.face_box);
+/* What entropy (in nats) and margin mean: how far the first class is ahead, and how many are in question. */
+export function showCertainty(card, uncertainty) {
+  const shown = $(".sure", card);
+  shown.hidden = !uncertainty;
+  if (!uncertainty) return;
+  const {entropy, margin} = uncertainty;
+  const word = margin >= 0.8 ? "very sure" : margin >= 0.4 ? "fairly sure" : margin >= 0.15 ? "not very sure" : "unsure";
+  const ahead = Math.round(100 * margin);
+  const classes = Math.round(Math.exp(entropy));
+  shown.title = `margin ${margin.toFixed(3)}, entropy ${entropy.toFixed(2)} nats`;
+  shown.replaceChildren("How sure: ", element("b", {}, word), ". ",
+    ahead ? `The first class is ${ahead} % ahead of the second` : "The first two classes are level",
+    classes > 1 ? `; the model wavers between about ${classes} classes.` : ".");
+}
+
+/* What is drawn on the picture, or on a video at its frames: the face, and where the model looked. */
+function showPicture({card, ...job}, {predictions, metadata}, explain) {
+  const {frames = [], explanations, image_size: size} = metadata;
   const video = $(".picture video", card);
+  const marked = video ? frames.filter(frame => frame.face_box || frame.explanations)
+    : [{...frames[0], explanations}].filter(frame => frame.face_box || frame.explanations);
+  if (!marked.length) return;
+  const look = marked[0].explanations && showLooked(
+    card, marked, row => explain(job, predictions[row]));
   const draw = frame => {
     $(".picture > svg", card)?.remove();
-    if (!frame) return;
-    const [x, y, w, h] = frame.face_box;
-    const box = {x, y, width: w, height: h};
-    $(".picture", card).append(drawing(`0 0 ${width} ${height}`, {...box, class: "under"}, {...box, class: "box"}));
+    if (frame?.face_box) $(".picture", card).append(boxes(size, frame.face_box));
+    look?.(frame);
   };
-  if (!video) return draw(boxed[0]);
-  const current = () => boxed.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
+  if (!video) return draw(marked[0]);
+  const current = () => marked.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
   for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => draw(current()));
-  if (boxed.length) video.currentTime = boxed[0].time_s;
-  if (boxed.length < 2) return;
-  $("figure", card).append(element("div", {className: "buttons"}, ...boxed.map(frame => {
+  video.currentTime = marked[0].time_s;
+  draw(marked[0]);
+  if (marked.length < 2) return;
+  $("figcaption", card).after(element("div", {className: "buttons frames"}, ...marked.map(frame => {
     const button = element("button", {className: "button", type: "button"}, `${frame.time_s.toFixed(1)} s`);
     button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; });
     return button;

@@ -20,6 +20,12 @@ export function drawing(viewBox, ...shapes) {
   return svg;
 }
 
+/* A frame around a face in a picture of this size; box: [x, y, width, height]. */
+export function boxes([width, height], [x, y, w, h]) {
+  const box = {x, y, width: w, height: h};
+  return drawing(`0 0 ${width} ${height}`, {...box, class: "under"}, {...box, class: "box"});
+}
+
 /* JSON or text that may need scrolling. */
 export function block(text, label, className = "") {
   return element("pre", {tabIndex: 0, role: "group", ariaLabel: label, className}, text);

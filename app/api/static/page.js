@@ -1,16 +1,18 @@
 /* The form, made from what the service says of its model, and what the user does. */
-import {showAnswer, showProblem, showSent} from "./card.js";
+import {closeCamera, setUpCamera} from "./camera.js";
+import {showAnswer, showFrame, showProblem, showSent} from "./card.js";
 import {curl, json} from "./curl.js";
 import {$, element, isObject, pretty, say} from "./dom.js";
+import {ask, here, stream, whenKeyIsNeeded} from "./service.js";
 
 const MOST_CARDS = 24;
 const AT_ONCE = 2;  // requests that the page has under way at a time
 const FILES = {picture: ["image/*", "pictures"], video: ["video/*", "videos"], audio: ["audio/*", "audio files"]};
 const LABELS = new Map([["top_k", "Classes"], ["method", "Crop"], ["tta", "Average with mirror image"],
-                        ["frames", "Frames of a video"]]);
+                        ["frames", "Frames of a video"], ["explain", "Show where it looked"]]);
+const HIDDEN = ["embedding", "normalize", "explain_class"];  // numbers for programs; the last is what a click chooses
 const SAMPLES = new Map([["classification", "cat.jpg"]]);  // of any other task: a face
 
-const here = new URL(".", location.href);
 const queue = [];
 let service = {model: {name: "", task: "", takes: [], options: []}};
 let optionFields = [];  // {name, read}: what is chosen for an option, undefined if nothing
@@ -20,19 +22,6 @@ let isListed = false;
 const complain = text => { $("#problem").textContent = text; };
 
 /* ---- the service ---- */
-
-/* The answer as {response, body}, or {response, media} if it is a file. */
-async function ask(path, request = {}) {
-  const key = $("#api-key")?.value;
-  const headers = {...request.headers, ...(key ? {Authorization: `Bearer ${key}`} : {})};
-  const response = await fetch(new URL(path, here), {...request, headers});
-  if (response.status === 401) askForKey();
-  const isJson = (response.headers.get("Content-Type") || "").startsWith("application/json");
-  if (response.ok && !isJson) return {response, media: await response.blob()};
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw Object.assign(new Error(body.message || `The service answered ${response.status}.`), {body});
-  return {response, body};
-}
 
 function askForKey() {
   if ($("#api-key")) return;
@@ -102,9 +91,11 @@ function showInput({takes, field, example}) {
   blame("");
 }
 
-function showOptions({takes, options}) {
+function showOptions({takes, options, features}) {
   const isOfVideo = name => takes.includes("video") && (name === "frames" || name === "at");
-  const shown = options.filter(({name}) => !(isOfVideo(name) && name === "at"));  // it would override `frames`
+  const isHidden = name => features && (HIDDEN.includes(name) || name === "explain" && features.kind !== "maps");
+  const shown = options.filter(({name}) => !isHidden(name)
+    && !(isOfVideo(name) && name === "at"));  // it would override `frames`
   optionFields = shown.map(option => ({...optionField(option), name: option.name, videoOnly: isOfVideo(option.name)}));
   const key = $("#api-key")?.closest("label");
   $("#options").replaceChildren(...[key, ...optionFields.map(({label}) => label)].filter(Boolean));
@@ -152,7 +143,8 @@ function optionField({name, schema, default: value, meaning, is_file: isFile}) {
 
 function chosenOptions(isVideo = false) {
   const used = optionFields.filter(({videoOnly}) => isVideo || !videoOnly);
-  return Object.fromEntries(used.map(({name, read}) => [name, read()]).filter(([, value]) => value !== undefined));
+  return Object.fromEntries(used.map(({name, read}) => [name, read()]).filter(
+    ([name, value]) => value !== undefined && (value || name !== "explain")));
 }
 
 /* Says what is wrong with the text. */
@@ -187,12 +179,16 @@ function takeText() {
   enqueue([{name: "JSON", text: pretty(input), input, options: chosenOptions()}]);
 }
 
+function predictUrl() {
+  const chosen = $("#which").value;
+  return String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
+}
+
 /* jobs: {name, options} with either file, or input (the members of a JSON body) and its text. */
 function enqueue(jobs) {
   complain("");
   document.body.classList.add("has-results");
-  const chosen = $("#which").value;
-  const url = String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
+  const url = predictUrl();
   for (const described of [...jobs].reverse()) {
     const job = {...described, url, model: service.model};
     const card = $("#card").content.firstElementChild.cloneNode(true);
@@ -227,14 +223,36 @@ async function predict(job) {
   const started = performance.now();
   let answer, problem;
   try {
-    answer = await ask(job.url, {method: "POST", ...await packed(job)});
+    answer = await (isOfFrames(job) ? askForFrames(job) : ask(job.url, {method: "POST", ...await packed(job)}));
   } catch (error) {
     problem = error;
   }
   card.classList.remove("waiting");
   card.removeAttribute("aria-busy");
-  if (answer) showAnswer(job, answer, performance.now() - started);
+  if (answer) showAnswer(job, answer, performance.now() - started, explain);
   else showProblem(card, name, problem);
+}
+
+const isOfFrames = ({file, model}) => Boolean(file?.type.startsWith("video/") && model.preprocessing);
+
+/* A video's answer, whose frames are shown as they come. */
+async function askForFrames(job) {
+  const request = {method: "POST", ...await packed(job)};
+  let frames = 0, answer;
+  for await (const {event, data, response} of stream(`${job.url}?stream=true`, request)) {
+    if (event === "end") answer = {response, body: data};
+    else showFrame(job.card, data, frames += 1, job.options.frames);
+  }
+  return answer;
+}
+
+/* The explanations of each frame for the class of this entry in the answer's predictions. */
+async function explain(job, {class: name, class_id: number}) {
+  const {labels = []} = job.model;
+  const options = {...job.options, explain_class: labels.includes(String(number)) ? name : number};
+  const {metadata} = (await ask(job.url, {method: "POST", ...await packed({...job, options})})).body;
+  return metadata.explanations ? [metadata.explanations]
+    : metadata.frames.filter(frame => frame.explanations).map(frame => frame.explanations);
 }
 
 /* The body of a request, with its headers: a file goes as a form, anything else as JSON. */
@@ -257,38 +275,6 @@ function base64(file) {
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
-}
-
-/* ---- the camera ---- */
-
-async function openCamera() {
-  complain("");
-  try {
-    $("#live").srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
-  } catch {
-    return complain("The camera cannot be used: the browser needs your permission, and this page has to come over "
-      + "HTTPS or from this computer.");
-  }
-  $("#viewfinder").hidden = false;
-  $("#shoot").focus();
-}
-
-function closeCamera() {
-  $("#live").srcObject?.getTracks().forEach(track => track.stop());
-  $("#live").srcObject = null;
-  $("#viewfinder").hidden = true;
-}
-
-function shoot() {
-  const {videoWidth: width, videoHeight: height} = $("#live");
-  if (!width) return complain("The camera has no picture yet; try again in a moment.");
-  const canvas = element("canvas", {width, height});
-  canvas.getContext("2d").drawImage($("#live"), 0, 0);
-  canvas.toBlob(blob => {
-    closeCamera();
-    $("#camera").focus();
-    take([new File([blob], "camera.jpg", {type: "image/jpeg"})]);
-  }, "image/jpeg", 0.92);
 }
 
 /* ---- what the user does ---- */
@@ -322,9 +308,6 @@ $("#sample").addEventListener("click", async () => {
   const response = await fetch(new URL(`static/${name}`, here));
   take([new File([await response.blob()], name, {type: "image/jpeg"})]);
 });
-$("#camera").addEventListener("click", openCamera);
-$("#close-camera").addEventListener("click", () => { closeCamera(); $("#camera").focus(); });
-$("#shoot").addEventListener("click", shoot);
 $("#results").addEventListener("click", async event => {
   if (!event.target.matches(".copy")) return;
   const code = $("code", event.target.parentElement);
@@ -339,4 +322,6 @@ $("#results").addEventListener("click", async event => {
   setTimeout(() => { event.target.textContent = "Copy"; }, 2000);
 });
 
+whenKeyIsNeeded(askForKey);
+setUpCamera({take, complain, target: () => ({url: predictUrl(), options: chosenOptions()})});
 describe();

@@ -1,0 +1,157 @@
+/* The camera: a single picture, or live: its pictures are answered as they come. */
+import {showCertainty, showPredictions} from "./card.js";
+import {$, boxes, element, say} from "./dom.js";
+import {overlay} from "./looked.js";
+import {stream} from "./service.js";
+
+const LONGEST = 640;       // side of a live picture, in pixels
+const MOST_WAITING = 4;    // pictures that go into one request
+const SHORTEST_MS = 66, LONGEST_MS = 1000;  // between two pictures
+const AGAIN_S = 2;         // after a failure that says nothing of when
+
+let page = {};             // what set the camera up
+let live = null;           // {waiting, period, controller, urls} while it is live
+
+/* page: take(files), target() → {url, options}, complain(text). */
+export function setUpCamera(hooks) {
+  page = hooks;
+  $("#camera").addEventListener("click", open);
+  $("#close-camera").addEventListener("click", () => { closeCamera(); $("#camera").focus(); });
+  $("#shoot").addEventListener("click", shoot);
+  $("#go-live").addEventListener("click", () => live ? stop() : goLive());
+}
+
+async function open() {
+  page.complain("");
+  try {
+    $("#live").srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
+  } catch {
+    return page.complain("The camera cannot be used: the browser needs your permission, and this page has to come over "
+      + "HTTPS or from this computer.");
+  }
+  for (const track of $("#live").srcObject.getTracks()) track.addEventListener("ended", closeCamera);
+  $("#viewfinder").hidden = false;
+  $("#shoot").focus();
+}
+
+export function closeCamera() {
+  stop();
+  $("#live").srcObject?.getTracks().forEach(track => track.stop());
+  $("#live").srcObject = null;
+  $("#viewfinder").hidden = true;
+}
+
+/* A JPEG of what the camera sees, null before its first picture. */
+function picture(longest, quality) {
+  const {videoWidth, videoHeight} = $("#live");
+  if (!videoWidth) return Promise.resolve(null);
+  const scale = Math.min(1, longest / Math.max(videoWidth, videoHeight));
+  const [width, height] = [videoWidth, videoHeight].map(side => Math.round(side * scale));
+  const canvas = element("canvas", {width, height});
+  canvas.getContext("2d").drawImage($("#live"), 0, 0, width, height);
+  return new Promise(resolve => canvas.toBlob(resolve, "image/jpeg", quality));
+}
+
+async function shoot() {
+  const blob = await picture(Infinity, 0.92);
+  if (!blob) return page.complain("The camera has no picture yet; try again in a moment.");
+  closeCamera();
+  $("#camera").focus();
+  page.take([new File([blob], "camera.jpg", {type: "image/jpeg"})]);
+}
+
+/* ---- live ---- */
+
+async function goLive() {
+  page.complain("");
+  const mine = live = {waiting: [], period: 200, controller: new AbortController(), urls: []};
+  $("#go-live").textContent = "Stop";
+  $("#viewfinder").classList.add("live");
+  $("#live-answer").hidden = false;
+  note("Waiting for the first answer…");
+  say("Live");
+  gather(mine);
+  while (live === mine) await answerWaiting(mine);
+}
+
+function stop() {
+  if (!live) return;
+  live.controller.abort();
+  live.urls.forEach(url => URL.revokeObjectURL(url));
+  live = null;
+  $("#go-live").textContent = "Go live";
+  $("#viewfinder").classList.remove("live");
+  $("#live-answer").hidden = true;
+  $("#live-answer .bars").replaceChildren();
+  $("#live-answer h2").textContent = "";
+  for (const drawn of document.querySelectorAll("#stage svg, #stage .overlay")) drawn.remove();
+}
+
+const note = text => { $("#live-note").textContent = text; };
+const pause = seconds => new Promise(resolve => { setTimeout(resolve, 1000 * seconds); });
+
+/* Pictures for the next request, about as fast as they are answered; the oldest go if there are too many. */
+async function gather(mine) {
+  while (live === mine) {
+    const blob = document.hidden ? null : await picture(LONGEST, 0.8);
+    if (blob) mine.waiting = [...mine.waiting, blob].slice(-MOST_WAITING);
+    await pause(mine.period / 1000);
+  }
+}
+
+/* Sends what waits in one request, and shows the answers as they come. There is never a second request. */
+async function answerWaiting(mine) {
+  const pictures = mine.waiting.splice(0);
+  if (!pictures.length) return pause(0.02);
+  const {url, options} = page.target();
+  const body = new FormData();
+  pictures.forEach((blob, i) => body.append("files", blob, `camera-${i}.jpg`));
+  for (const [name, value] of Object.entries(options)) body.append(name, value);
+  const started = performance.now();
+  let newest = -1;
+  try {
+    for await (const {event, data} of stream(`${url}?stream=true`, {method: "POST", body,
+                                                                    signal: mine.controller.signal})) {
+      if (live !== mine) return;
+      if (event === "end" || data.index < newest) continue;  // they may overtake each other
+      newest = data.index;
+      show(mine, event, data);
+    }
+    const each = (performance.now() - started) / pictures.length;
+    mine.period = Math.min(LONGEST_MS, Math.max(SHORTEST_MS, 0.7 * mine.period + 0.3 * each));
+    if (newest >= 0 && !$("#live-answer").classList.contains("failed"))
+      note(`${(1000 / Math.max(each, mine.period)).toFixed(1)} pictures per second, ${Math.round(each)} ms each`);
+  } catch (error) {
+    if (live === mine) await recover(error);
+  }
+}
+
+/* Goes on after what passes, when the service says so; ends what does not. */
+async function recover(error) {
+  const passes = !error.status || error.status === 429 || error.status >= 500;
+  if (!passes) {
+    stop();
+    return page.complain(error.message);
+  }
+  const seconds = error.wait || AGAIN_S;
+  const words = error.body ? error.message : "The service cannot be reached.";
+  note(`${words} Trying again in ${seconds} s.`);
+  say($("#live-note").textContent);
+  await pause(seconds);
+  if (live) live.waiting = [];  // what is old by now
+}
+
+function show(mine, event, data) {
+  const {predictions, metadata} = data;
+  const isError = event === "error";
+  $("#live-answer").classList.toggle("failed", isError);
+  for (const drawn of document.querySelectorAll("#stage svg, #stage .overlay")) drawn.remove();
+  if (isError) return note(data.message);
+  showPredictions($("#live-answer"), predictions, metadata.spread);
+  showCertainty($("#live-answer"), metadata.uncertainty);
+  mine.urls.splice(0).forEach(url => URL.revokeObjectURL(url));
+  const looked = metadata.explanations?.[0];
+  if (looked) $("#stage").append(overlay(looked.overlay, "Where the model looked", mine.urls));
+  const box = metadata.frames?.[0]?.face_box;
+  if (box) $("#stage").append(boxes(metadata.image_size, box));
+}

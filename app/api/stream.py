@@ -1,0 +1,210 @@
+"""stream=true of POST /predict: server-sent events over one connection, one for each frame of a video, or for each of
+several inputs, as soon as it is answered. Imported with the first such request.
+"""
+import contextlib
+import contextvars
+import dataclasses
+import functools
+
+import gevent
+import numpy as np
+from flask import Response, current_app, g, json, request, stream_with_context
+from gevent.queue import Queue
+
+from app.api import requests, uploads
+from app.api.batch import batch_of_files, outcome
+from app.api.predict import client
+from app.engine.batches import run_batch
+from app.engine.slots import in_native_thread
+from app.errors import ServiceError, internal_error, out_of_memory
+from app.media.containers import is_video
+from app.server import counters
+from app.tasks import Call, insight, options
+from app.tasks.from_pictures import FromPictures, Views
+
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
+
+
+def body_limit(settings):
+    """Let the current request hold several files; returns how many bytes they may have together."""
+    request.max_form_parts = 2 * settings.max_batch_files + 64
+    return uploads.batch_limit(settings)
+
+
+def respond(name, option, deadline, is_there):
+    """The Response to the current request, whose body has been received. option: of uploads.sent_options; is_there():
+    whether the client is still connected, or None. Raises what happens before the first event."""
+    kept = contextlib.ExitStack()
+    events = events_of(kept, name, option, deadline, is_there)
+    first = next(events)
+    bodies = current_app.extensions["bodies"]
+    bodies.grow(kept.enter_context(bodies.one()), request.content_length)  # the caller is about to let go of it
+    return started(first, events)
+
+
+def started(first, events):
+    """The Response that sends these events, and is logged and counted at its end."""
+    g.is_stream, g.in_progress = True, False
+    return Response(stream_with_context(sent(first, events)), content_type="text/event-stream", headers=HEADERS)
+
+
+def sent(first, events):
+    status = 200
+    try:
+        yield first
+        yield from events
+    except Exception as e:  # the status has been sent: what went wrong is an event
+        error = e if isinstance(e, ServiceError) else out_of_memory(e) if isinstance(e, MemoryError) else \
+            internal_error(e)
+        status, g.error_code = error.status, error.code
+        yield event("error", {**error.body(), "request_id": g.request_id})
+    except BaseException:  # the client has left, or is cut off
+        status, g.error_code = 499, "CLIENT_CLOSED_REQUEST"
+        raise
+    finally:
+        events.close()
+        requests.ended(status)
+        counters.change("requests_in_progress", -1)
+
+
+def event(name, data):
+    """A server-sent event as text. JSON in ASCII has no line breaks."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def events_of(kept, name, option, deadline, is_there):
+    """Yield the events. kept: an ExitStack for what is needed until their end."""
+    loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
+
+    def read(model):
+        with g.stages("read"):
+            files, chosen = batch_of_files(model.task, settings), options.read(option, model.task)
+            if len(files) == 1:
+                files = [dataclasses.replace(files[0], content=files[0].read(settings))]
+            return files, chosen
+    with kept:
+        model = g.model = loader.when_loaded(
+            lambda: kept.enter_context(loader.lease(name or option("model"), client)), deadline)
+        files, chosen = in_native_thread(read, model)
+        current_app.extensions["count_batch"](len(files))
+        is_of_frames = len(files) == 1 and isinstance(model.task, FromPictures) and is_video(files[0].content)
+        yield from (of_video if is_of_frames else of_files)(model, files, chosen, deadline, is_there)
+
+
+def of_video(model, files, chosen, deadline, is_there):
+    """A `frame` for each frame, as in metadata.frames of the answer, which is the `end`."""
+    loader, cache, record = (current_app.extensions[name] for name in ("model", "cache", "record"))
+    file, stages, loop, audience = files[0], g.stages, gevent.get_hub().loop, Audience(is_there)
+
+    def work(put):
+        def send(shot):
+            audience.check()
+            loop.run_callback_threadsafe(put, event("frame", shot))
+
+        def answer():
+            return model.answer(file.content, chosen, Call(deadline, stages, file.field),
+                                functools.partial(frame_by_frame, model.task, send))
+
+        def in_slot():
+            return loader.slots.run(answer, deadline, stages, is_there)
+        found, is_hit = cache.fetch(model, file.content, chosen, in_slot, deadline, stages) if cache else (
+            in_slot(), None)
+        if is_hit:
+            for shot in found["metadata"]["frames"]:
+                put(event("frame", shot))
+        elif not cache:
+            loader.answered(model, file.content, chosen, found)
+        if record:
+            record(model, file.content, chosen, found, is_hit)
+        put(in_native_thread(event, "end", {
+            "status": "success", "predictions": found["predictions"],
+            "metadata": {"filename": file.filename, **found["metadata"]}}))
+    with audience:
+        yield from produced(work)
+
+
+def frame_by_frame(task, send, data, options, call):
+    """What task.answer returns for a video; each frame is inferred before the next one is decoded. send(its entry in
+    the answer) is called in between, and may raise."""
+    if options.get("explain") or options.get("embedding"):
+        insight.check(task, options)
+    views, outputs, features = Views([], [], [], None, True), [], []
+    for frame, size in task.read_frames(data, True, options, call):
+        one = Views([], [], [], None, True)
+        task.look_at(one, frame, size, options, call)
+        if one.counted:
+            task.infer(one, options, call)
+            task.answer_of(one, options)  # completes its entry
+            outputs.append(one.outputs)
+            features.append(one.features)
+        views.shots += one.shots
+        views.counted += one.counted
+        views.image_size = views.image_size or one.image_size
+        send(one.shots[0])
+    if not views.counted:
+        raise task.nothing_counts()
+    views.outputs = np.concatenate(outputs)
+    views.features = None if features[0] is None else np.concatenate(features)
+    return task.answer_of(views, options)
+
+
+def of_files(model, files, chosen, deadline, is_there):
+    """A `frame` or an `error` for each input, in the order of the answers, then an `end` that counts them. The error of
+    the only one is raised."""
+    slots, stages, audience, failed = current_app.extensions["model"].slots, g.stages, Audience(is_there), 0
+
+    def work(put):
+        def one(i):
+            audience.check()
+            put((i, outcome(model, files[i], chosen, deadline, i)))
+        with stages("files"):
+            run_batch(slots, [functools.partial(one, i) for i in range(len(files))])
+    with audience:
+        for i, found in produced(work):
+            is_error = isinstance(found, ServiceError)
+            counters.count("batch_files", found.code if is_error else "")
+            if is_error and len(files) == 1:
+                raise found
+            failed += is_error
+            yield event("error" if is_error else "frame", {
+                "index": i, "filename": files[i].filename, **(found.body() if is_error else found)})
+    yield event("end", {"status": "success", "count": len(files), "failed": failed})
+
+
+class Audience:
+    """Whether anyone still waits for the events: until the end of the block, as long as the client is connected."""
+
+    def __init__(self, is_there):
+        self.is_there, self.has_left = is_there, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.has_left = True
+
+    def check(self):
+        """Raises ServiceError."""
+        if self.has_left or self.is_there and not self.is_there():
+            raise ServiceError(499, "CLIENT_CLOSED_REQUEST", "The client disconnected before its turn came.")
+
+
+def produced(work):
+    """Yield what work(put) puts, which runs in a greenlet of its own: that never waits for who takes it, as how much it
+    is depends on the request alone. Raises what it raises."""
+    queue = Queue()
+
+    def run():
+        try:
+            work(queue.put)
+            queue.put(None)
+        except Exception as e:
+            queue.put(e)
+    greenlet = gevent.spawn(contextvars.copy_context().run, run)
+    try:
+        while (item := queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        greenlet.kill(block=False)

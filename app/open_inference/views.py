@@ -1,0 +1,231 @@
+"""The views of V2, below /v2. Errors there are {"error": "…"}; see app/api/error_handlers.py."""
+import functools
+import json
+
+import numpy as np
+from flask import Response, current_app, g, jsonify, request
+
+from app.api import json_body, uploads
+from app.api.predict import client, client_watch, request_deadline
+from app.config import NAME, VERSION
+from app.engine.batches import run_batch
+from app.engine.slots import in_native_thread
+from app.errors import ServiceError, internal_error, out_of_memory
+from app.open_inference import codec, signatures
+from app.server import board, counters
+from app.tasks import Call, options
+
+EXTENSIONS = ["classification", "binary_tensor_data"]
+MOST_OF_NUMBERS = 128 * 2**20  # bytes of a body that may be FP32 as JSON: 32 × 3 × 224 × 224 of them take up to 110 MB
+NUMBER_BYTES = 24              # of one in JSON
+
+
+# --- health and metadata ---
+
+def live():
+    return jsonify({"live": True})
+
+
+def not_ready():
+    """Why no request can be answered now, as for /health, or None."""
+    return "draining" if board.is_draining() else current_app.extensions["model"].state
+
+
+def ready():
+    reason = not_ready()
+    return (jsonify({"ready": False, "error": f"The service is not ready: {reason}."}), 503) if reason else jsonify(
+        {"ready": True})
+
+
+def server():
+    return jsonify({"name": NAME, "version": VERSION, "extensions": EXTENSIONS})
+
+
+def index():
+    sent = request.get_data() if request.method == "POST" else b""
+    only_ready = json_body.parse(sent, codec.MOST_PARTS).get("ready") is True if sent else False
+    found = []
+    for state in current_app.extensions["model"].states():
+        reason = not_ready() or ("" if state["loaded"] else "it is loaded with the first request")
+        found.append({"name": state["name"], **({"version": state["version"]} if "version" in state else {}),
+                      "state": "UNAVAILABLE" if reason else "READY", "reason": reason})
+    return jsonify([one for one in found if one["state"] == "READY" or not only_ready])
+
+
+def key_of(name, version):
+    return f"{name}@{version}" if version else name
+
+
+def model_metadata(name, version=None):
+    loader = current_app.extensions["model"]
+    signature = signatures.of(loader.tasks(key_of(name, version))[0], loader.settings)
+    versions = [state["version"] for state in loader.states() if state["name"] == name and "version" in state]
+    return jsonify({"name": name, **({"versions": versions} if versions else {}), "platform": signature.platform(),
+                    "inputs": signature.inputs, "outputs": signature.outputs})
+
+
+def model_ready(name, version=None):
+    """200 also for a model that is loaded with its first request, as such a request will be answered."""
+    current_app.extensions["model"].tasks(key_of(name, version))
+    reason = not_ready()
+    return (jsonify({"name": name, "ready": False, "error": f"The model is not ready: {reason}."}), 503) if reason \
+        else jsonify({"name": name, "ready": True})
+
+
+version_metadata, version_ready = model_metadata, model_ready  # endpoints of their own
+
+
+# --- inference ---
+
+def model_infer(name, version=None):
+    loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
+    deadline = request_deadline(settings)
+    loader.slots.check_room()  # before the body is read
+    tasks = loader.tasks(key_of(name, version))
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ServiceError(400, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
+                                                          "send the body uncompressed.")
+    bodies = current_app.extensions["bodies"]
+    with bodies.one() as body_key:
+        with g.stages("read"):
+            body = uploads.receive(body_limit(tasks, settings), deadline, bodies, body_key)
+        made = loader.when_loaded(functools.partial(answers, key_of(name, version), body, deadline), deadline)
+    response = Response(made.body, mimetype="application/json" if made.header_length is None else
+                        "application/octet-stream")
+    if made.header_length is not None:
+        response.headers[codec.HEADER_LENGTH] = str(made.header_length)
+    return response
+
+
+version_infer = model_infer
+
+
+def body_limit(tasks, settings):
+    """The most bytes of a body: files in base64, or FP32 as JSON; at most MAX_BODY_MEMORY."""
+    files = uploads.batch_limit(settings) * 4 // 3
+    sides = [task.preprocessing.crop for task in tasks if hasattr(task, "preprocessing")]
+    numbers = settings.max_batch_files * 3 * max(sides, default=0) ** 2 * NUMBER_BYTES
+    most = min(max(files, min(numbers, MOST_OF_NUMBERS)), settings.max_body_memory)
+    return most + uploads.FORM_OVERHEAD
+
+
+class Asked:
+    """A request, read for a model: items, options, outputs; and the answers so far."""
+
+    def __init__(self, model, body, deadline):
+        settings = current_app.extensions["settings"]
+        sent = codec.request(body, request.headers.get(codec.HEADER_LENGTH),
+                             codec.MOST_PARTS if model.task.is_file else uploads.MOST_VALUES)
+        self.id, self.model, self.deadline = sent.id, model, deadline
+        self.signature = signatures.of(model.task, settings)
+        chosen = options.read(functools.partial(parameter, sent.parameters), model.task)
+        self.outputs = self.signature.wanted(sent.outputs, sent.is_binary, chosen)
+        self.options = self.signature.options(chosen, self.outputs)
+        self.items = self.signature.items(sent.inputs, deadline)
+        self.found = None
+
+    def how(self, item):
+        how, loader = self.signature.how(item), current_app.extensions["model"]
+        within_cores = getattr(loader, "within_cores", None)  # as of the task's own `answer` there
+        return functools.partial(within_cores, how) if how and within_cores and self.model.task.max_batch == 1 else how
+
+    def answer(self, item, stages, data=None):
+        """Model.answer to an item, in a slot's thread."""
+        if data is None:
+            with stages("read"):
+                data = self.signature.data(item)
+        answer = self.model.answer(data, self.options, Call(self.deadline, stages, item.field), self.how(item))
+        return data, answer
+
+    def response(self):
+        """The codec.Made response, in a native thread."""
+        members = {"model_name": self.model.name, "model_version": self.model.version, "id": self.id}
+        members = {name: value for name, value in members.items() if value is not None}
+        return codec.response(members, [(output, self.signature.array(output, self.found)) for output in self.outputs])
+
+
+def parameter(parameters, name, is_file=False):
+    """An option as text, from the request's parameters; see options.Option.value. Raises ServiceError."""
+    value = parameters.get(name)
+    if value is None:
+        return None
+    if is_file:
+        raise codec.invalid(f"{name} is a file, which a parameter cannot be; send it to /predict")
+    if isinstance(value, dict | list):
+        raise codec.invalid(f"the parameter {name} must be a single value")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def answers(key, body, deadline):
+    """The codec.Made response. Raises ServiceError."""
+    loader, cache = current_app.extensions["model"], current_app.extensions["cache"]
+
+    def read_in_slot():
+        with g.stages("read"):
+            asked = Asked(model, body, deadline)
+        if len(asked.items) == 1 and not cache:
+            alone = data, answer = asked.answer(asked.items[0], g.stages)
+            if not isinstance(asked.items[0].content, np.ndarray):
+                loader.answered(model, data, asked.options, answer)
+            return asked, alone
+        return asked, None
+    with loader.lease(key, client) as model:
+        g.model = model
+        asked, alone = loader.slots.run(read_in_slot, deadline, g.stages, client_watch())
+        if alone:
+            record(asked, asked.items[0], *alone, False, 0)
+            asked.found = [alone[1]]
+        else:
+            current_app.extensions["count_batch"](len(asked.items))
+            with g.stages("files"):
+                asked.found = run_batch(loader.slots, [functools.partial(outcome, asked, item, i)
+                                                      for i, item in enumerate(asked.items)])
+            if len(asked.items) > 1:
+                for one in asked.found:
+                    counters.count("batch_files", one.code if isinstance(one, ServiceError) else "")
+            first = next((one for one in asked.found if isinstance(one, ServiceError)), None)
+            if first:
+                raise first
+        return in_native_thread(asked.response)
+
+
+def outcome(asked, item, position):
+    """The answer to one of several items, or its ServiceError; as in batch.outcome."""
+    loader, cache, stages, is_hit = current_app.extensions["model"], current_app.extensions["cache"], \
+        counters.Stages(), False
+
+    def in_slot(data=None):
+        return loader.slots.run(lambda: asked.answer(item, stages, data), asked.deadline, stages, admitted=True)
+    try:
+        if cache is None:
+            data, answer = in_slot()
+        else:
+            data = in_native_thread(asked.signature.data, item)
+            kind = {**asked.options, "open_inference": item.identity()}
+            answer, is_hit = cache.fetch(asked.model, as_bytes(data, item), kind, lambda: in_slot(data)[1],
+                                         asked.deadline, stages, admitted=True)
+        record(asked, item, data, answer, is_hit, position)
+        return answer
+    except ServiceError as e:
+        if len(asked.items) > 1 and e.status < 500:
+            return ServiceError(e.status, e.code, f"{item.field}: {e.message}", e.retry_after_s)
+        return e
+    except MemoryError as e:
+        return out_of_memory(e)
+    except Exception as e:
+        return internal_error(e)
+    finally:
+        stages.count()
+
+
+def as_bytes(data, item):
+    """What the cache's key and the history's hash are of: a file, text, JSON, or the bytes of a tensor."""
+    return item.content.tobytes() if isinstance(item.content, np.ndarray) else data
+
+
+def record(asked, item, data, answer, is_hit, position):
+    if current_app.extensions["record"]:
+        current_app.extensions["record"](asked.model, as_bytes(data, item), asked.options, answer, is_hit, position)

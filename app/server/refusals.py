@@ -1,0 +1,58 @@
+"""Answers that the worker gives without the application: to requests that nobody can read, and under overload. Imported
+with the first one."""
+import http.client
+import json
+import logging
+import time
+import uuid
+
+from app.errors import ServiceError
+from app.server import counters, logs
+
+log = logging.getLogger("app.request")
+
+
+def overloaded(req, headers, error):
+    """The HTTP response, as bytes, for a prediction that the full queue refuses. req: Gunicorn's; headers: {name in
+    capitals: value}; error: slots.overloaded()."""
+    started, request_id = time.monotonic(), logs.id_for(headers.get("X-REQUEST-ID"))
+    endpoint = endpoint_of(req.path)
+    counters.count_answer(endpoint, req.method, error.status, error.code)
+    log.info("request", extra={
+        "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
+        "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})
+    return answer_in_one_shape(error, request_id)
+
+
+def endpoint_of(path):
+    """The rule of a prediction's path, as in the application's own counts."""
+    for rule in ("/predict/batch", "/predict"):
+        if path.endswith(rule):
+            return rule if path == rule else "/models/<name>" + rule
+    return "none"
+
+
+class OneShape:
+    """Wraps the client's socket: turns the HTML error page that Gunicorn writes into the service's JSON."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+
+    def sendall(self, page):
+        status = int(page.split(b" ", 2)[1])
+        code, message = ("INTERNAL_ERROR", "The service failed.") if status == 500 else (
+            "BAD_REQUEST", f"The request cannot be understood: {http.client.responses.get(status, 'Bad Request')}.")
+        counters.count_answer("none", "other", status, code)
+        self.client.sendall(answer_in_one_shape(ServiceError(status, code, message), str(uuid.uuid4())))
+
+
+def answer_in_one_shape(error, request_id):
+    """The HTTP response, as bytes, for a ServiceError after which the connection is closed."""
+    body = json.dumps({**error.body(), "request_id": request_id}).encode()
+    retry = f"Retry-After: {error.retry_after()}\r\n" if error.retry_after_s is not None else ""
+    return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
+            f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"{retry}X-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n").encode() + body

@@ -1,0 +1,135 @@
+"""Where a network looked, and the vector before its last layer: from its second output, without gradients. Imported
+with the first request for them.
+
+A class activation map weights the last feature maps with the head's weights for a class (Zhou et al., Learning Deep
+Features for Discriminative Localization, 2016). With the division by the number of cells and without what is negative,
+it is Grad-CAM (Selvaraju et al., 2017): how much each cell adds to the class's logit, or to the trait's score.
+"""
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from app.errors import ServiceError, invalid_parameter
+
+LONGEST_SIDE = 512  # of an overlay, in pixels
+HEAT = [[68, 1, 84], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]]  # RGB, from weak to strong
+PALETTE = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(HEAT)), channel) for channel in zip(
+    *HEAT, strict=True)], axis=1).astype(np.uint8).tobytes()
+
+
+def check(task, options):
+    """Raises ServiceError INVALID_PARAMETER if the task's network cannot do what the options ask."""
+    features = task.manifest.features
+    for name, kinds in (("explain", ("maps",)), ("embedding", ("maps", "vector"))):
+        if options.get(name) and features["kind"] not in kinds:
+            raise ServiceError(400, "INVALID_PARAMETER", f"{name} is not possible with {task.name}: "
+                                                         f"{features['reason']}.")
+    if options.get("explain"):
+        wanted(task, options)
+
+
+def metadata(task, views, options, predictions):
+    """Members of the answer's metadata for what the options ask; `explanations` of a video are in its frames."""
+    members = {}
+    if options.get("explain"):
+        maps = frame_maps(task, views)
+        for shot, of_frame in zip(views.counted, maps, strict=True):
+            found = explanations(task, of_frame, shot, views.image_size, options, predictions)
+            if views.of_video:
+                shot["explanations"] = found
+            else:
+                members["explanations"] = found
+    if options.get("embedding"):
+        members["embedding"] = embedding(task, views, options.get("normalize")).tolist()
+    return members
+
+
+def embedding(task, views, normalize):
+    """The vector before the last layer, averaged over frames and mirror images: float32 (F,), of length 1 if normalize.
+    """
+    vectors = views.features.mean(axis=(2, 3)) if views.features.ndim == 4 else views.features
+    vector = vectors.mean(axis=0)
+    return vector / max(np.linalg.norm(vector), np.finfo(np.float32).tiny) if normalize else vector
+
+
+def frame_maps(task, views):
+    """Feature maps of each frame, those of mirror images turned back: list of (views, F, h, w) float32."""
+    maps = views.features.reshape(len(views.counted), -1, *views.features.shape[1:])
+    return [np.stack([of_view[:, :, ::-1] if mirrored else of_view for mirrored, of_view in enumerate(of_frame)])
+            for of_frame in maps]
+
+
+def wanted(task, options, predictions=None):
+    """The rows of the head to explain: that of explain_class, else, for a classifier, that of the best class in the
+    answer, else all. Raises ServiceError."""
+    name, labels = options.get("explain_class"), task.labels
+    if name in labels:
+        return [labels.index(name)]
+    if name is not None and name.isdecimal() and len(name) < 10 and int(name) < len(labels):
+        return [int(name)]
+    if name is not None:
+        takes = f"the name or class_id (0 to {len(labels) - 1}) of a class" if task.kind == "classification" else \
+            "one of " + ", ".join(labels)
+        raise invalid_parameter("explain_class", takes, name[:40])
+    return [predictions[0]["class_id"]] if isinstance(predictions, list) else range(len(labels))
+
+
+def explanations(task, maps, shot, image_size, options, predictions):
+    """[{"class" and "class_id", or "trait"; "map": (h, w) floats of at least 0; "overlay": base64 of a PNG}] of one
+    frame. maps: its feature maps (views, F, h, w); shot: its entry in the answer."""
+    found = []
+    for row in wanted(task, options, predictions):
+        label = {"class": task.labels[row], "class_id": row} if task.kind == "classification" else {
+            "trait": task.labels[row]}
+        heat = activation_map(maps, head(task)[row])
+        found.append({**label, "map": heat.astype(float).round(6).tolist(),
+                      "overlay": overlay(heat, image_size, shot.get("face_box"), task.preprocessing)})
+    return found
+
+
+def head(task):
+    """The weights of the last layer, (K, F) float32, of which only what is read comes into memory."""
+    if not hasattr(task, "head"):
+        task.head = np.load(task.place.source.folder / "head.npy", mmap_mode="r")
+    return task.head
+
+
+def activation_map(maps, weights):
+    """Feature maps (views, F, h, w) and weights (F,) → (h, w) float32, at least 0."""
+    heat = np.einsum("vfhw,f->hw", maps, weights) / (maps.shape[0] * maps.shape[2] * maps.shape[3])
+    return np.maximum(heat, 0)
+
+
+def overlay(heat, image_size, face_box, preprocessing):
+    """Base64 of a PNG to lay over the upright picture: the stronger, the brighter and the less transparent; transparent
+    where the network saw nothing. heat: (h, w), at least 0; image_size: (width, height) of the picture;
+    face_box: (x, y, width, height) of what was cut out of it, or None."""
+    strength = heat / max(heat.max(), np.finfo(np.float32).tiny)
+    scale = min(1, LONGEST_SIDE / max(image_size))
+    width, height = (max(1, round(side * scale)) for side in image_size)
+    x, y, region_width, region_height = face_box or (0, 0, *image_size)
+    side = min(region_width, region_height) * preprocessing.crop / preprocessing.resize  # of the square that it saw
+    left, top = (scale * (x + (region_width - side) / 2), scale * (y + (region_height - side) / 2))
+    side *= scale
+    columns, from_column, to_column = visible(left, side, width, heat.shape[1])
+    rows, from_row, to_row = visible(top, side, height, heat.shape[0])
+    grey = Image.fromarray(strength.astype(np.float32)).resize(
+        (columns.stop - columns.start, rows.stop - rows.start), Image.Resampling.BICUBIC,
+        (from_column, from_row, to_column, to_row))
+    indices = np.zeros((height, width), np.uint8)
+    indices[rows, columns] = np.clip(np.rint(255 * np.asarray(grey)), 0, 255)
+    image, buffer = Image.fromarray(indices), io.BytesIO()
+    image.putpalette(PALETTE)
+    image.save(buffer, "PNG", transparency=bytes(range(256)))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def visible(start, side, length, cells):
+    """(slice of at least one of `length` pixels, first and last edge in cells of the map that they show), for a map of
+    that many cells that covers the pixels from `start` for `side`, both with fractions."""
+    first = min(max(0, round(start)), length - 1)
+    last = min(max(first + 1, round(start + side)), length)
+    edges = [min(max(0.0, (edge - start) * cells / side), cells) for edge in (first, last)]
+    return slice(first, last), *(edges if edges[1] > edges[0] else (0, cells))

@@ -1,0 +1,299 @@
+"""stream=true: server-sent events, as they come, and what becomes of the connection, the slot and the log."""
+import base64
+import contextlib
+import dataclasses
+import functools
+import http.client
+import json
+import re
+import socket
+import time
+
+import numpy as np
+import pytest
+import requests
+from conftest import encoded, photo
+from urllib3 import encode_multipart_formdata
+from videos import pan_over, write
+
+from app import create_app
+
+CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
+TEXT = b"hello, I am a text\n" * 50
+
+
+@pytest.fixture(scope="module")
+def video():
+    return write(pan_over(np.asarray(photo("chelsea")), 60), codec="mpeg4")
+
+
+def form(*files, **options):
+    """(body, headers) of files as (name, bytes)."""
+    body, content_type = encode_multipart_formdata([*[("files", file) for file in files], *options.items()])
+    return body, {"Content-Type": content_type}
+
+
+def events_of(text):
+    """[(event, data)] of a whole stream; fails for anything else in it."""
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    found = [re.fullmatch(r"event: (frame|error|end)\ndata: (.*)", one) for one in events]
+    return [(one[1], json.loads(one[2])) for one in found]
+
+
+def stream(client, *files, path="/predict", **options):
+    body, headers = form(*files, stream="true", **options)
+    response = client.post(path, data=body, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    return events_of(response.text)
+
+
+def nearly(number):
+    return pytest.approx(number, abs=1e-5)
+
+
+def about(value, number=nearly):
+    """An answer without its timings: those differ, as may the last digits of inferences that are made one by one."""
+    if isinstance(value, dict):
+        return {k: about(v, number) for k, v in value.items() if k not in ("timings_ms", "inference_time")}
+    if isinstance(value, list | tuple):
+        return [about(one, number) for one in value]
+    return number(value) if isinstance(value, float) else value
+
+
+exactly = functools.partial(about, number=float)
+
+
+def predict(client, data, **options):
+    body, headers = form(("clip.mp4", data), **options)
+    return client.post("/predict", data=body.replace(b'"files"', b'"file"'), headers=headers).json
+
+
+def test_a_video_is_answered_frame_by_frame(client, video):
+    *frames, (name, end) = stream(client, ("clip.mp4", video), frames="4")
+    assert [name for name, _ in frames] == ["frame"] * 4
+    expected = predict(client, video, frames="4")
+    assert name == "end"
+    assert exactly(end) == about(expected)
+    assert [shot for _, shot in frames] == about(expected["metadata"]["frames"])
+    assert end["metadata"]["timings_ms"].keys() == expected["metadata"]["timings_ms"].keys()
+
+
+def test_where_the_model_looked_in_each_frame(client, video):
+    *frames, (_, end) = stream(client, ("clip.mp4", video), frames="2", explain="true", explain_class="281")
+    expected = predict(client, video, frames="2", explain="true", explain_class="281")
+    assert exactly([shot["explanations"][0]["map"] for _, shot in frames]) == about(
+        [shot["explanations"][0]["map"] for shot in expected["metadata"]["frames"]])
+    assert end["metadata"]["uncertainty"] == about(expected["metadata"]["uncertainty"])
+    assert frames[0][1]["explanations"][0]["overlay"]
+
+
+def test_faces_of_a_video(ocean_settings, ocean_app):
+    client = ocean_app.test_client()
+    frames = [np.asarray(photo("astronaut").crop((0, 0, 384, 384)))] * 6 + [np.zeros((384, 384, 3), np.uint8)] * 6
+    video = write(frames, codec="mpeg4")
+    *events, (name, end) = stream(client, ("clip.mp4", video), frames="2", method="face")
+    assert [shot["face_detected"] for _, shot in events] == [True, False]
+    assert len(events[0][1]["face_box"]) == 4
+    assert set(events[0][1]["predictions"]) == set(end["predictions"])
+    assert "predictions" not in events[1][1]
+    assert exactly(end) == about(predict(client, video, frames="2", method="face"))
+
+
+def test_an_error_after_the_first_event_is_an_event(ocean_app):
+    client = ocean_app.test_client()
+    video = write([np.zeros((384, 384, 3), np.uint8)] * 6, codec="mpeg4")
+    first, second, (name, error) = stream(client, ("clip.mp4", video), frames="2", method="face")
+    assert (first[0], second[0], name) == ("frame", "frame", "error")
+    assert error["error"] == "NO_FACE_FOUND"
+    assert sorted(error) == ["error", "message", "request_id", "status"]
+
+
+def test_pictures_of_which_one_is_none(client):
+    *events, (name, end) = stream(client, ("a.jpg", CAT), ("b.jpg", TEXT), ("c.png", COFFEE), top_k="1")
+    assert (name, end) == ("end", {"status": "success", "count": 3, "failed": 1})
+    events.sort(key=lambda event: event[1]["index"])
+    assert [(name, data["filename"], data["status"]) for name, data in events] == [
+        ("frame", "a.jpg", "success"), ("error", "b.jpg", "error"), ("frame", "c.png", "success")]
+    assert [data["predictions"][0]["class"] for _, data in (events[0], events[2])] == ["tiger cat", "espresso"]
+    assert events[1][1]["error"] == "INVALID_IMAGE"
+    assert events[0][1]["predictions"] == about(predict(client, CAT, top_k="1")["predictions"])
+
+
+@pytest.mark.parametrize("send", [
+    lambda client: client.post("/predict", json={"instances": [base64.b64encode(CAT).decode()] * 2, "stream": True}),
+    lambda client: client.post("/predict?stream=1", json={"instances": [base64.b64encode(CAT).decode()] * 2})])
+def test_pictures_in_json(client, send):
+    *events, (name, end) = events_of(send(client).text)
+    assert [data["predictions"][0]["class"] for _, data in events] == ["tiger cat"] * 2
+    assert (name, end["count"]) == ("end", 2)
+
+
+def test_one_picture_as_the_raw_body(client):
+    response = client.put("/predict?stream=true", data=CAT, headers={"Content-Type": "image/jpeg"})
+    (name, data), (last, end) = events_of(response.text)
+    assert (name, data["index"], data["filename"]) == ("frame", 0, None)
+    assert (last, end["count"], end["failed"]) == ("end", 1, 0)
+
+
+@pytest.mark.parametrize(("files", "options", "code"), [
+    ([("a.jpg", TEXT)], {}, "INVALID_IMAGE"), ([("a.jpg", b"")], {}, "EMPTY_FILE"), ([], {}, "MISSING_FILE"),
+    ([("a.jpg", CAT)], {"stream": "maybe"}, "INVALID_PARAMETER"),
+    ([("a.jpg", CAT)], {"top_k": "0"}, "INVALID_PARAMETER"), ([("a.jpg", b"x")] * 33, {}, "TOO_MANY_FILES")])
+def test_an_error_before_the_first_event_is_an_answer(client, files, options, code):
+    body, headers = form(*files, **{"stream": "true", **options})
+    response = client.post("/predict", data=body, headers=headers)
+    assert (response.status_code, response.json["error"]) == (400, code)
+    assert response.headers["Content-Type"] == "application/json"
+
+
+def test_a_video_that_cannot_be_read(client, video):
+    body, headers = form(("clip.mp4", video[:2000]), stream="true")
+    assert client.post("/predict", data=body, headers=headers).json["error"] == "INVALID_VIDEO"
+
+
+def test_false_is_no_stream(client):
+    assert client.put("/predict?stream=false", data=CAT, headers={"Content-Type": "image/jpeg"}).json["status"] == \
+        "success"
+    body, headers = form(("a.jpg", CAT), stream="true")
+    assert client.post("/predict/batch", data=body, headers=headers).json["count"] == 1
+
+
+def test_keys_limits_cache_and_history(settings, app, video):
+    made = create_app(dataclasses.replace(settings, api_keys=("a-key",), rate_limit="7/minute", cache_url="memory://"),
+                      app.extensions["model"])
+    client, recorded = made.test_client(), []
+    made.extensions["record"] = lambda *record: recorded.append(record)
+    assert client.post("/predict?stream=true").json["error"] == "UNAUTHORIZED"
+    client.environ_base["HTTP_X_API_KEY"] = "a-key"
+    first = stream(client, ("clip.mp4", video), frames="2")
+    assert exactly(stream(client, ("clip.mp4", video), frames="2")) == exactly(first)
+    assert [(record[4], len(record)) for record in recorded] == [(False, 5), (True, 5)]
+    *_, (_, end) = stream(client, ("a.jpg", CAT), ("b.jpg", CAT), ("c.jpg", CAT))
+    assert end["count"] == 3
+    assert sorted(record[5] for record in recorded[2:]) == [0, 1, 2]
+    body, headers = form(("a.jpg", CAT), ("b.jpg", CAT), ("c.jpg", CAT), stream="true")
+    response = client.post("/predict", data=body, headers=headers)
+    assert (response.status_code, response.json["error"]) == (429, "RATE_LIMITED")
+
+
+# --- over real connections ---
+
+@pytest.fixture(scope="module")
+def long_video():
+    return write(pan_over(np.asarray(photo("chelsea").resize((1600, 1200))), 64), codec="mpeg4")
+
+
+def metric(service, name):
+    return float(re.search(rf"^model_server_{name} (.*)$", requests.get(service.url + "/metrics", timeout=10).text,
+                           re.M)[1])
+
+
+def until(condition, within_s=30):
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def opened(service, body, headers, path="/predict", version="HTTP/1.1"):
+    """A socket to which the request has been written."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as sock:
+        lines = [f"POST {path} {version}", "Host: x", f"Content-Length: {len(body)}",
+                 *[f"{name}: {value}" for name, value in headers.items()]]
+        sock.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        yield sock
+
+
+def read_until(sock, ending):
+    data = b""
+    while ending not in data:
+        piece = sock.recv(4096)
+        assert piece, data
+        data += piece
+    return data
+
+
+def logged(service, request_id):
+    lines = []
+    until(lambda: lines.extend(line for line in service.log.splitlines() if request_id in line
+                               and '"request"' in line) or lines)
+    return json.loads(lines[0])
+
+
+def test_events_arrive_while_the_rest_is_calculated(service, long_video):
+    body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
+    with opened(service, body, {**headers, "X-Request-ID": "long-stream"}) as sock:
+        assert b"event: frame" in read_until(sock, b"\n\n\r\n")
+        assert metric(service, "slots_in_use") == 1
+        assert metric(service, "requests_in_progress") == 2
+        assert "long-stream" not in service.log
+        read_until(sock, b"event: end")
+    line = logged(service, "long-stream")
+    assert line["status"] == 200
+    assert line["duration_ms"] > line["timings_ms"]["inference"] > 0
+
+
+def test_a_client_that_leaves_frees_its_slot(service, long_video):
+    body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
+    with opened(service, body, {**headers, "X-Request-ID": "left-early"}) as sock:
+        read_until(sock, b"event: frame")
+    line = logged(service, "left-early")
+    assert (line["status"], line["error"]) == (499, "CLIENT_CLOSED_REQUEST")
+    until(lambda: metric(service, "slots_in_use") == 0)
+    until(lambda: metric(service, "requests_in_progress") == 1)
+    until(lambda: metric(service, "body_bytes") == 0)
+
+
+def test_a_connection_is_kept_after_a_stream(service):
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    body, headers = form(("a.jpg", CAT), ("b.jpg", CAT), stream="true")
+    with contextlib.closing(connection):
+        for _ in range(2):
+            connection.request("POST", "/predict", body, headers)
+            response = connection.getresponse()
+            assert [name for name, _ in events_of(response.read().decode())] == ["frame", "frame", "end"]
+            sock = connection.sock
+        connection.request("PUT", "/predict", CAT, {"Content-Type": "image/jpeg"})
+        assert json.loads(connection.getresponse().read())["status"] == "success"
+        assert connection.sock is sock
+
+
+def test_http_1_0(service):
+    body, headers = form(("a.jpg", CAT), stream="true")
+    with opened(service, body, headers, version="HTTP/1.0") as sock:
+        answer = b""
+        while piece := sock.recv(4096):
+            answer += piece
+    head, _, text = answer.decode().partition("\r\n\r\n")
+    assert "Transfer-Encoding" not in head
+    assert [name for name, _ in events_of(text)] == ["frame", "end"]
+
+
+def test_a_client_that_does_not_read_is_cut_off(start_service):
+    service = start_service(MODEL_NAME="tests.own_tasks:Long", REQUEST_TIMEOUT="3", WORKERS="1").wait_ready()
+    body = json.dumps({"instances": ["a", "b", "c"] * 10, "stream": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    with opened(service, body, {**headers, "X-Request-ID": "does-not-read"}):
+        until(lambda: "slots_in_use 0.0" in requests.get(service.url + "/metrics", timeout=10).text)
+        *events, (name, end) = events_of(requests.post(service.url + "/predict?stream=true", timeout=10, json={
+            "instances": ["x", "y"]}).text)
+        assert [event[1]["predictions"][0] for event in sorted(events, key=str)] == ["x", "y"]
+        assert (name, end["count"]) == ("end", 2)
+        line = logged(service, "does-not-read")
+        assert (line["status"], line["error"]) == (499, "CLIENT_CLOSED_REQUEST")
+        until(lambda: metric(service, "connections_cut_off_total") == 1)
+        until(lambda: metric(service, "body_bytes") == 0)
+
+
+def test_the_deadline_is_that_of_the_whole_stream(service, long_video):
+    body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
+    with opened(service, body, {**headers, "X-Request-Timeout": "0.4", "X-Request-ID": "too-late"}) as sock:
+        assert b"DEADLINE_EXCEEDED" in read_until(sock, b"request_id")
+    line = logged(service, "too-late")
+    assert (line["status"], line["error"]) == (504, "DEADLINE_EXCEEDED")
+
