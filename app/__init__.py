@@ -3,12 +3,13 @@ import logging
 
 from app.config import StartError
 
-LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")])]
-
+EACH = ("", "/models/<name>")  # the default model, or one that the path names
+LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
+        ("batch", "app.api.batch", [(path + "/predict/batch", "predict_batch", "POST") for path in EACH]),
+        ("embed", "app.insight.api", [(path + "/embed", "embed", "POST", "PUT") for path in EACH])]
 V2 = [("v2_health", "app.open_inference.views", [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
       ("v2", "app.open_inference.views", [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST"), *(
-          (f"/v2/models/<name>{version}{rest}", of + view, *methods)
-          for version, of in (("", "model_"), ("/versions/<version>", "version_"))
+          (f"/v2/models/<name>{version}{rest}", "model_" + view, *methods) for version in ("", "/versions/<version>")
           for rest, view, *methods in (("", "metadata"), ("/ready", "ready"), ("/infer", "infer", "POST")))])]
 
 

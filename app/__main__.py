@@ -1,4 +1,5 @@
-"""The command line: python -m app prepare | reload | traffic | worker | migrate | health | predict | evaluate."""
+"""The command line: python -m app prepare | reload | traffic | worker | migrate | health | predict | evaluate |
+embed | similar."""
 import argparse
 import dataclasses
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from app import model_settings
 from app.config import Settings, StartError
-from app.tasks.options import ALL
+from app.tasks.options import ALL, AT, FRAMES, METHOD, TTA
 
 
 def main():
@@ -30,10 +31,10 @@ def main():
     commands.add_parser("migrate", help="make or migrate the tables of jobs and history before the service starts")
     commands.add_parser("health", help="check whether the service at HOST and PORT is ready")
     add_predict_and_evaluate(commands)
+    add_embed_and_similar(commands)
     arguments = parser.parse_args()
     return {"prepare": run_prepare, "reload": run_reload, "traffic": run_traffic, "worker": run_worker,
-            "migrate": run_migrate, "health": run_health, "predict": run_answering,
-            "evaluate": run_answering}[arguments.command](arguments)
+            "migrate": run_migrate, "health": run_health}.get(arguments.command, run_answering)(arguments)
 
 
 def add_predict_and_evaluate(commands):
@@ -47,11 +48,31 @@ def add_predict_and_evaluate(commands):
                           help="with a header; first the path within FOLDER, then a column per trait, named after it, "
                                "or one column with the class name or class_id")
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
+    evaluate.add_argument("--calibrate", action="store_true", help="for classifiers: fit the temperature by which "
+                          "confidence becomes the share of answers that are right, and keep it with the model")
+    evaluate.add_argument("--report", type=Path, metavar="FILE.html", help="write a report with the worst mistakes")
     for command in (predict, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON, one line per file or result")
         for option in declared_options():
             command.add_argument("--" + option.name.replace("_", "-"), dest=f"option:{option.name}",
                                  metavar="FILE" if option.is_file else "VALUE", help=option.meaning)
+
+
+def add_embed_and_similar(commands):
+    embed = commands.add_parser("embed", help="write the embeddings of files and folders to a file")
+    embed.add_argument("paths", nargs="+", type=Path, metavar="FILE|FOLDER")
+    embed.add_argument("--out", required=True, type=Path, metavar="FILE", help="to write, .npz or .parquet")
+    embed.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
+    similar = commands.add_parser("similar", help="find the files that are most like a picture",
+                                  description="By the cosine of the angle between their embeddings.")
+    similar.add_argument("picture", type=Path, metavar="PICTURE")
+    similar.add_argument("among", type=Path, metavar="FOLDER|FILE", help="a folder, or a file that embed has written")
+    similar.add_argument("--top", type=int, default=10, metavar="N", help="how many, 10 by default")
+    similar.add_argument("--json", action="store_true", help="print JSON, one line per file")
+    for command in (embed, similar):
+        for option in (METHOD, TTA, FRAMES, AT):
+            command.add_argument("--" + option.name, dest=f"option:{option.name}", metavar="VALUE",
+                                 help=option.meaning)
 
 
 def declared_options():
@@ -73,7 +94,13 @@ def run_answering(arguments):
     from app import cli
     from app.errors import ServiceError
     try:
-        return {"predict": cli.predict, "evaluate": cli.evaluate}[arguments.command](arguments)
+        if arguments.command in ("embed", "similar"):
+            from app.insight import embeddings
+            return getattr(embeddings, arguments.command)(arguments)
+        if arguments.command == "evaluate" and (arguments.calibrate or arguments.report):
+            from app.insight import evaluation
+            return cli.evaluate(arguments, evaluation.Observer)
+        return getattr(cli, arguments.command)(arguments)
     except (StartError, ServiceError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -43,10 +43,10 @@ def load(arguments):
     return loader, model, task_options.read(option, model.task)
 
 
-def answers(loader, options, paths, crops=None):
+def answers(loader, options, paths, crops=None, how=None):
     """Yield (path, answer or ServiceError) in order, with a progress bar on a terminal.
 
-    crops: folder for the pictures that the model sees.
+    crops: folder for the pictures that the model sees; how: of Model.answer.
     """
     model, settings = loader.current, loader.settings
 
@@ -57,7 +57,7 @@ def answers(loader, options, paths, crops=None):
 
         def answer():
             data = read_input(path, model.task, settings)
-            return model.answer(data, options, Call(deadline, stages, path.name, see if crops else None))
+            return model.answer(data, options, Call(deadline, stages, path.name, see if crops else None), how)
         deadline, stages = Deadline(settings.request_timeout), Stages()
         try:
             return loader.slots.run(answer, deadline, stages, admitted=True)
@@ -148,14 +148,19 @@ def printable(text):
     return text.encode(errors="replace").decode()
 
 
-def evaluate(arguments):
+def evaluate(arguments, observing=None):
+    """observing(arguments, loader, options, labels): an Observer of app/insight/evaluation.py."""
     header, rows = read_csv(arguments.labels)
     loader, model, options = load(arguments)
     kind = model.task.answer_kind()
     options |= kind.evaluate_with
     expected = [kind.label(header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
     paths, pairs = [arguments.folder / row[0] for row in rows], []
-    for (path, answer), label in zip(answers(loader, options, paths), expected, strict=True):
+    observer = observing(arguments, loader, options, expected) if observing else None
+    found = answers(loader, options, paths, how=observer and observer.how)
+    for (path, answer), label in zip(found, expected, strict=True):
+        if observer:
+            observer.add(path, answer, label)
         if isinstance(answer, ServiceError):
             tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
         else:
@@ -164,12 +169,15 @@ def evaluate(arguments):
         raise CommandError(f"none of the {len(paths)} files could be answered")
     measured = kind.measure(pairs)
     result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measured}
+    lines = observer.finish(result) if observer else []
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(*kind.lines(measured), sep="\n")
+        print(*kind.lines(measured), *map(printable, lines), sep="\n")
         print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))
-    return 1 if result["failed"] else 0
+    if observer and observer.error:
+        print(f"error: {observer.error}", file=sys.stderr)
+    return 1 if result["failed"] or observer and observer.error else 0
 
 
 def read_csv(path):

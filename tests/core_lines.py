@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ("alembic", "aiohttp", "celery", "fsspec", "kombu", "opentelemetry", "psycopg", "redis", "s3fs",
-            "sqlalchemy", "app.data", "app.history", "app.jobs", "app.open_inference", "app.outbound", "app.tracing",
+            "sqlalchemy", "app.data", "app.history", "app.insight", "app.jobs", "app.open_inference", "app.outbound",
+            "app.tracing",
             "app.optional_settings", "app.optional_parts")
 os.environ |= {"DEVICE": "cpu", "MODEL_NAME": "efficientnet_lite0"}  # for resnet50 the same modules, without a download
 

@@ -14,7 +14,7 @@ from app.errors import ServiceError
 
 OPEN_ENDPOINTS = ("info.index", "static")
 OPEN_BLUEPRINTS = ("health", "docs", "v2_health")
-LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "jobs", "v2"), ("POST", "PUT")
+LIMITED_BLUEPRINTS, LIMITED_METHODS = ("predict", "batch", "jobs", "embed", "v2"), ("POST", "PUT")
 FAILURES = "30/minute"  # requests without a valid key from one address
 MOST_PROVEN = 10_000    # pairs of address and key, of 200 bytes each
 

@@ -13,7 +13,17 @@ from app.server import counters
 from app.tasks import Call, options
 
 
-def predict_batch(name):
+def predict_batch(name=None):
+    _, files, _, outcomes = answered(name)
+    body, failures = body_of([file.filename for file in files], outcomes)
+    if len(failures) == len(files):
+        raise all_failed(failures, body)
+    return jsonify({"status": "success", **body})
+
+
+def answered(name, options_for=lambda task, chosen: chosen, how_for=lambda task: None):
+    """(model, uploads, options, outcomes) of the current request. options_for(task, options): those to use
+    instead of what was sent; how_for(task): of Model.answer. Raises ServiceError."""
     loader, settings = current_app.extensions["model"], current_app.extensions["settings"]
     deadline = request_deadline(settings)
     loader.slots.check_room()
@@ -26,7 +36,7 @@ def predict_batch(name):
     def read(option, model):
         with g.stages("read"):
             g.model = model
-            return batch_of_files(model.task, settings), options.read(option, model.task)
+            return batch_of_files(model.task, settings), options_for(model.task, options.read(option, model.task))
 
     def answers():
         option = loader.slots.run(sent_options, deadline, g.stages, client_watch())
@@ -34,18 +44,20 @@ def predict_batch(name):
             files, chosen = in_native_thread(read, option, model)
             current_app.extensions["count_batch"](len(files))
             with g.stages("files"):
-                calls = [functools.partial(outcome, model, file, chosen, deadline, i) for i, file in enumerate(files)]
-                traced = current_app.extensions.get("traced_file")
-                return files, run_batch(loader.slots, calls if traced is None else [
-                    functools.partial(traced, i, call) for i, call in enumerate(calls)])
+                calls = [functools.partial(outcome, model, file, chosen, deadline, i, how_for(model.task))
+                         for i, file in enumerate(files)]
+                return model, files, chosen, run_batch(loader.slots, traced(calls))
     with uploads.received(uploads.batch_limit(settings), deadline, loader.tasks(name or request.args.get("model"))):
-        files, outcomes = loader.when_loaded(answers, deadline)
-    for o in outcomes:
+        found = loader.when_loaded(answers, deadline)
+    for o in found[3]:
         counters.count("batch_files", o.code if isinstance(o, ServiceError) else "")
-    body, failures = body_of([file.filename for file in files], outcomes)
-    if len(failures) == len(files):
-        raise all_failed(failures, body)
-    return jsonify({"status": "success", **body})
+    return found
+
+
+def traced(calls):
+    """The same calls, each in a span of its own if tracing is on."""
+    in_span = current_app.extensions.get("traced_file")
+    return calls if in_span is None else [functools.partial(in_span, i, call) for i, call in enumerate(calls)]
 
 
 def batch_of_files(task, settings):
@@ -69,7 +81,7 @@ def body_of(filenames, outcomes):
     return {"count": len(results), "failed": len(failures), "results": results}, failures
 
 
-def outcome(model, file, chosen, deadline, position):
+def outcome(model, file, chosen, deadline, position, how):
     """The result for one file, or its ServiceError. Runs in its own greenlet, in a copy of the request's context."""
     loader, settings, cache, record = (current_app.extensions[name] for name in ("model", "settings", "cache",
                                                                                  "record"))
@@ -83,7 +95,7 @@ def outcome(model, file, chosen, deadline, position):
     def answer_in_slot():
         if data is None:
             read()
-        return model.answer(data, chosen, Call(deadline, stages, file.field))
+        return model.answer(data, chosen, Call(deadline, stages, file.field), how)
 
     def in_slot():
         return loader.slots.run(answer_in_slot, deadline, stages, admitted=True)

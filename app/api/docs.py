@@ -4,9 +4,13 @@ from pathlib import Path
 
 import flask_swagger_ui
 from flask import current_app, jsonify, render_template, send_from_directory
+from werkzeug.utils import import_string
 
 from app.api.openapi import document
 
+# The parts of what is imported with its first request, and whether the settings have it.
+LAZY = (("app.insight.openapi:add", lambda settings: True),
+        ("app.open_inference.openapi:add", lambda settings: settings.open_inference))
 SWAGGER_UI = Path(flask_swagger_ui.__file__).parent / "dist"
 
 # Swagger UI uses icons from data: URLs and inline styles; nothing is loaded from other hosts.
@@ -16,10 +20,8 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
 
 def openapi():
     extensions = current_app.extensions
-    parts = [*extensions.get("documented", ())]
-    if extensions["settings"].open_inference:
-        from app.open_inference import openapi as of_v2
-        parts.append(of_v2.add)
+    lazy = [part for part, is_on in LAZY if is_on(extensions["settings"])]
+    parts = [*map(import_string, lazy), *extensions.get("documented", ())]
     return jsonify(document(extensions["settings"], extensions["model"].tasks(None), parts))
 
 

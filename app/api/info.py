@@ -14,6 +14,7 @@ ENDPOINTS = {
     "/": "this list; in a browser, a page to try it",
     "/predict": "POST what the model takes, get its prediction",
     "/predict/batch": "POST several inputs, get one result for each",
+    "/embed": "POST what the model takes, get the vector before its last layer",
     "/models": "the models; each has /models/NAME/predict and /models/NAME/predict/batch too",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",

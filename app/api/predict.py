@@ -71,13 +71,6 @@ def predict(name=None):
     return response
 
 
-@bp.post("/predict/batch")
-@bp.post("/models/<name>/predict/batch")
-def predict_batch(name=None):
-    from app.api import batch
-    return batch.predict_batch(name)
-
-
 def client():
     from app.api import access  # with the first choice between versions
     return access.client_id()

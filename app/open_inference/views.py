@@ -72,9 +72,6 @@ def model_ready(name, version=None):
         else jsonify({"name": name, "ready": True})
 
 
-version_metadata, version_ready = model_metadata, model_ready  # endpoints of their own
-
-
 # --- inference ---
 
 def model_infer(name, version=None):
@@ -96,9 +93,6 @@ def model_infer(name, version=None):
     if made.header_length is not None:
         response.headers[codec.HEADER_LENGTH] = str(made.header_length)
     return response
-
-
-version_infer = model_infer
 
 
 def body_limit(tasks, settings):
@@ -181,8 +175,8 @@ def answers(key, body, deadline):
         else:
             current_app.extensions["count_batch"](len(asked.items))
             with g.stages("files"):
-                asked.found = run_batch(loader.slots, [functools.partial(outcome, asked, item, i)
-                                                      for i, item in enumerate(asked.items)])
+                asked.found = run_batch(loader.slots, batch.traced([functools.partial(outcome, asked, item, i)
+                                                                    for i, item in enumerate(asked.items)]))
             if len(asked.items) > 1:
                 for one in asked.found:
                     counters.count("batch_files", one.code if isinstance(one, ServiceError) else "")
@@ -195,7 +189,7 @@ def answers(key, body, deadline):
 def outcome(asked, item, position):
     """The answer to one of several items, or its ServiceError; as in batch.outcome."""
     loader, cache, stages, is_hit = current_app.extensions["model"], current_app.extensions["cache"], \
-        counters.Stages(), False
+        type(g.stages)(), False
 
     def in_slot(data=None):
         return loader.slots.run(lambda: asked.answer(item, stages, data), asked.deadline, stages, admitted=True)

@@ -69,7 +69,7 @@ class References:
     def most_files(self):
         is_stream = request.args.get("stream") or g.json_members.get("stream")
         most = {"predict.predict": self.settings.max_batch_files if is_stream else 1,
-                "predict.predict_batch": self.settings.max_batch_files}
+                "batch.predict_batch": self.settings.max_batch_files}
         return most.get(request.endpoint, self.settings.optional.max_job_files)
 
     async def fetch_all(self, urls, within_s, held):

@@ -228,8 +228,9 @@ def test_slow_origins_starve_nobody(referring, origin):
     enough.set()
     for thread in threads:
         thread.join(60)
-    assert collections.Counter(answer.json()["message"] for answer in answers) == {
-        "The input cannot be fetched: its server ended the connection before it had sent everything.": 50}
+    found = collections.Counter(answer.json()["error"] for answer in answers)
+    assert found["INPUT_NOT_FETCHED"] + found["OVERLOADED"] == 50, found  # all at once are more than the queue holds
+    assert found["INPUT_NOT_FETCHED"] >= 20
     assert gauge(referring, "body_bytes") == 0
 
 

@@ -1,0 +1,239 @@
+"""A temperature is fitted, judged on files that it was not fitted on, kept with the model and used by the service."""
+import html
+import json
+import math
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import requests
+from conftest import encoded, photo
+from PIL import Image, ImageFilter
+
+from app import __main__ as command_line
+from app.insight import calibration, diagram, report
+
+CLASSES = {"coffee": "espresso", "camera": "tripod", "chelsea": "tiger cat", "rocket": "missile"}
+
+
+def drawn(count=3000, classes=10, seed=0):
+    """(logits whose softmax is the probability of the labels, labels)."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(count, classes)) * 2
+    gumbel = random.gumbel(size=(count, classes))
+    return logits.astype(np.float32), (logits + gumbel).argmax(axis=1)
+
+
+@pytest.mark.parametrize("factor", [3, 0.5])
+def test_a_known_temperature_is_found(factor):
+    logits, labels = drawn()
+    fit = calibration.fit(factor * logits, np.ones(len(labels), int), labels)
+    assert fit.temperature == pytest.approx(factor, rel=0.05)
+    assert fit.by_fold == pytest.approx([factor] * calibration.FOLDS, rel=0.08)
+    assert fit.helps
+    assert fit.after.ece < 0.03 < fit.before.ece
+    assert np.array_equal(fit.before.right, fit.after.right)
+
+
+def test_no_temperature_near_the_fitted_one_is_likelier():
+    logits, labels = drawn(500)
+    ones = np.ones(500, int)
+    best = calibration.fit(2 * logits, ones, labels).temperature
+    nll = [calibration.judged(2 * logits, ones, labels, t).nll for t in (best, 0.999 * best, 1.001 * best)]
+    assert nll[0] == min(nll)
+
+
+def test_each_file_is_judged_with_a_temperature_of_others():
+    """Of a fifth that is unlike the others, none of its own files may flatter the figure."""
+    logits, labels = drawn(1000)
+    fit = calibration.fit(logits, np.ones(1000, int), labels)
+    fold = np.random.default_rng(0).permutation(1000) % calibration.FOLDS
+    ones, losses = np.ones(1000, int), []
+    for i, temperature in enumerate(fit.by_fold):
+        others = calibration.fit(logits[fold != i], ones[fold != i], labels[fold != i])
+        assert temperature == pytest.approx(others.temperature, rel=1e-4)
+        losses.append(calibration.judged(logits[fold == i], ones[fold == i], labels[fold == i], temperature).losses)
+    assert fit.after.nll == pytest.approx(np.concatenate(losses).mean())
+
+
+def test_expected_calibration_error_by_hand():
+    confidence = np.array([0.95, 0.97, 0.99, 0.50, 0.52, 0.10, 1 / 15, 1.0])
+    right = np.array([True, True, False, False, True, True, False, True])
+    bins = calibration.bins(confidence, right)
+    assert [one.count for one in bins] == [1, 1, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 4]
+    by_hand = (abs(1 / 15 - 0) + abs(0.10 - 1) + 2 * abs(0.51 - 0.5) + 4 * abs((0.95 + 0.97 + 0.99 + 1) / 4 - 0.75)) / 8
+    assert calibration.expected_error(bins) == pytest.approx(by_hand)
+
+
+def test_probabilities_of_frames_are_averaged():
+    logits = np.array([[2, 0, 0], [0, 3, 0], [1, 1, 1], [0, 0, 900]], np.float32)
+    found = np.exp(calibration.log_probabilities(logits, np.array([2, 1, 1]), np.array([1, 2, 3])))
+    softmax = [np.exp(row) / np.exp(row).sum() for row in (logits[0], logits[1], logits[2] / 2)]
+    assert found[:2] == pytest.approx(np.array([(softmax[0] + softmax[1]) / 2, softmax[2]]))
+    assert found[2] == pytest.approx([0, 0, 1])
+
+
+@pytest.mark.parametrize(("labels", "message"), [
+    (slice(0, 49), "49 labelled files are too few"), ("right", "all 100 answers are right"),
+    ("wrong", "all 100 answers are wrong"), ("surely wrong", "the best one lies beyond 20")])
+def test_labels_that_no_temperature_fits_are_refused(labels, message):
+    logits, drawn_labels = drawn(100)
+    best = logits.argmax(axis=1)
+    if labels == "surely wrong":
+        logits *= 50
+        truth = np.where(np.arange(100) < 2, best, logits.argmin(axis=1))
+    else:
+        truth = {"right": best, "wrong": (best + 1) % 10}.get(labels, drawn_labels) if isinstance(labels, str) else \
+            drawn_labels[labels]
+    with pytest.raises(calibration.CalibrationError, match=message):
+        calibration.fit(logits[:len(truth)], np.ones(len(truth), int), truth)
+
+
+def test_large_sets_are_worked_on_in_parts(monkeypatch):
+    logits, labels = drawn(200)
+    counts = np.tile([1, 3], 50)
+    whole = calibration.judged(logits, counts, labels[:100], 1.5)
+    monkeypatch.setattr(calibration, "AT_ONCE", 100)
+    for one, other in zip(whole, calibration.judged(logits, counts, labels[:100], 1.5), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_the_diagram_has_bars_as_high_as_the_share_that_is_right(tmp_path):
+    bins = [calibration.Bin(0, math.nan, math.nan)] * 14 + [calibration.Bin(40, 0.98, 0.5)]
+    (tmp_path / "a.png").write_bytes(diagram.reliability_png([("before", bins, 0.48, 1.2)], "name"))
+    with Image.open(tmp_path / "a.png") as image:
+        column = [image.getpixel((diagram.LEFT + 14.5 * diagram.SIDE / 15, diagram.TOP + y)) for y in (
+            0.25 * diagram.SIDE, 0.75 * diagram.SIDE)]
+    assert ["#" + bytes(pixel).hex() for pixel in column] == [diagram.GAP_COLOUR, diagram.RIGHT_COLOUR]
+
+
+# --- with a real model ---
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """(folder, CSV) of 56 variants of four photographs: cut, turned, blurred and noisy, so that some are taken for
+    something else."""
+    folder, random = tmp_path_factory.mktemp("variants"), np.random.default_rng(3)
+    rows = ["file,label"]
+    for name, label in CLASSES.items():
+        image = photo(name).convert("RGB")
+        image.thumbnail((300, 300))
+        for i in range(14):
+            side = int(min(image.size) * random.uniform(0.5, 1))
+            left, top = (int(random.uniform(0, edge - side + 1)) for edge in image.size)
+            made = image.crop((left, top, left + side, top + side)).rotate(random.uniform(-10, 10))
+            made = made.filter(ImageFilter.GaussianBlur(random.uniform(0, 1)))
+            noisy = np.asarray(made, float) + random.normal(0, random.uniform(0, 90), (side, side, 3))
+            file = f"{name}-{i} <b>&.png"
+            (folder / file).write_bytes(encoded(Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))))
+            rows.append(f"{file},{label}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder, folder / "labels.csv"
+
+
+@pytest.fixture
+def own_models(tmp_path, app, settings):
+    """A MODEL_DIR of this test, with the bundle of EfficientNet-Lite0."""
+    folder = tmp_path / "models"
+    (found,) = (settings.model_dir / "bundles").glob("efficientnet_lite0-*-openvino")
+    shutil.copytree(found, folder / "bundles" / found.name)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments, **variables):
+        for name, value in {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
+        code = command_line.main()
+        return code, *capsys.readouterr()
+    return call
+
+
+def confidence(service, picture):
+    return service.predict(picture).json()["predictions"][0]["confidence"]
+
+
+def test_calibrate_reload_and_back(run, labelled, own_models, start_service):
+    folder, labels = labelled
+    service = start_service(MODEL_DIR=str(own_models), WORKERS="1").wait_ready()
+    coffee = encoded(photo("coffee"))
+    before = confidence(service, coffee)
+    html_path = own_models.parent / "report.html"
+    code, out, err = run("evaluate", "--labels", labels, folder, "--calibrate", "--report", html_path,
+                         MODEL_DIR=own_models)
+    assert (code, err) == (0, "")
+    (stored,) = own_models.glob("bundles/*/calibration.json")
+    content = json.loads(stored.read_text())
+    assert f"stored: {stored}" in out
+    assert "python -m app reload" in out
+    assert content["pictures"] == 56
+    assert 0.6 < content["temperature"] < 0.8  # so much noise makes this network less sure than it could be
+    assert content["nll_after"] < content["nll_before"]
+    with Image.open(stored.with_name("calibration.png")) as image:
+        assert image.format == "PNG"
+
+    code, out, _ = run("reload", "--pid", service.process.pid)
+    assert (code, out[:8]) == (0, "reloaded")
+    assert requests.get(service.url + "/info", timeout=10).json()["model"]["calibration"] == content
+    after = confidence(service, coffee)
+    assert after > before + 0.001
+
+    stored.unlink()
+    assert run("reload", "--pid", service.process.pid)[0] == 0
+    assert confidence(service, coffee) == pytest.approx(before, abs=1e-6)
+
+    check_report(html_path.read_text(), folder)
+
+
+def check_report(text, folder):
+    assert len(re.findall("<figure>", text)) <= 3 * report.MOST_PICTURES
+    assert "src=\"data:image/jpeg;base64," in text
+    assert "http" not in re.sub(r"data:[^\"]*|http-equiv", "", text)  # nothing is loaded
+    assert "<b>&.png" not in text
+    assert html.escape(str(folder / "rocket-")) in text
+    for words in ("Top-1 accuracy", "The commonest confusions", "The worst mistakes", "The surest mistakes",
+                  "The unsurest hits", "T = ", "efficientnet_lite0", "SHA-256"):
+        assert words in text
+
+
+@pytest.mark.parametrize(("arguments", "variables", "message"), [
+    (["--calibrate"], {}, "4 labelled files are too few to calibrate with"),
+    (["--report", "/nowhere/report.html"], {}, "/nowhere/report.html cannot be written: No such file or directory")])
+def test_what_cannot_be_done_is_refused_in_one_line(run, labelled, tmp_path, settings, arguments, variables, message):
+    folder, labels = labelled
+    (tmp_path / "few.csv").write_text("\n".join(labels.read_text().splitlines()[:5]))
+    code, out, err = run("evaluate", "--labels", tmp_path / "few.csv", folder, *arguments,
+                         MODEL_DIR=settings.model_dir, **variables)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_ocean_has_a_report_but_no_calibration(run, labelled, tmp_path, ocean_settings):
+    folder, _ = labelled
+    (tmp_path / "labels.csv").write_text(
+        "file,neuroticism,openness,agreeableness,extraversion,conscientiousness\n" + "".join(
+            f"{path.name},0.5,0.{i},0.4,0.{i},0.2\n" for i, path in enumerate(sorted(folder.glob("c*-1*.png"))[:4]))
+        + "gone <i>.png,0,0,0,0,0\n")
+    variables = {"MODEL_NAME": "ocean", "MODEL_PATH": ocean_settings.model_path, "MODEL_DIR": ocean_settings.model_dir}
+    code, _, err = run("evaluate", "--labels", tmp_path / "labels.csv", folder, "--calibrate", **variables)
+    assert (code, err) == (1, "error: --calibrate is for classifiers: ocean has no probabilities\n")
+    code, out, _ = run("evaluate", "--labels", tmp_path / "labels.csv", folder, "--report", tmp_path / "r.html",
+                       "--json", **variables)
+    text, result = (tmp_path / "r.html").read_text(), json.loads(out)
+    assert (code, result["failed"]) == (1, 1)
+    assert text.count("<svg") == 5
+    assert text.count("<circle") == 20
+    assert text.count("<figure>") == 4
+    assert f"{result['one_minus_mae']['mean']:.4f}" in text
+    assert "gone &lt;i&gt;.png" in text
+    assert "1 × MISSING_FILE." in text
+
+
+def test_wilson_interval():
+    assert report.wilson(0.8, 100) == pytest.approx((0.7112, 0.8666), abs=1e-4)  # Wilson 1927, as in any table
+    assert report.wilson(1.0, 10)[1] == 1.0

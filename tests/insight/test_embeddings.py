@@ -1,0 +1,213 @@
+"""Embeddings are torch's vectors before the head, by command and by HTTP."""
+import base64
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import encoded, photo
+from PIL import Image
+from urllib3 import encode_multipart_formdata
+
+from app import __main__ as command_line
+from app import create_app
+from app.insight import embeddings
+
+CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"))
+
+
+@pytest.fixture(scope="module")
+def by_torch():
+    """by_torch(file's bytes): the vector before EfficientNet-Lite0's last layer, by torch."""
+    import io
+
+    import torch
+
+    from app.engine.preprocess import Preprocessing
+    from app.prepare import networks
+    network = networks.load_classifier("efficientnet_lite0", networks.lite0_weights_path(), False, None)
+    module, seen = network.module.eval(), []
+    module._fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    def vector(data):
+        with Image.open(io.BytesIO(data)) as image, torch.inference_mode():
+            module(torch.from_numpy(Preprocessing(*vars(network.preprocessing).values())(image.convert("RGB")))[None])
+        return seen.pop()[0].numpy()
+    return vector
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, app, settings):
+    def call(*arguments, **variables):
+        for name, value in {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", "MODEL_DIR": settings.model_dir,
+                            **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
+        code = command_line.main()
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedded")
+    (folder / "cat.jpg").write_bytes(CAT)
+    (folder / "coffee.png").write_bytes(COFFEE)
+    (folder / "turned.png").write_bytes(encoded(photo("chelsea").rotate(8)))
+    return folder
+
+
+def post(client, *files, path="/embed", **options):
+    body, content_type = encode_multipart_formdata([*[("files", file) for file in files], *options.items()])
+    return client.post(path, data=body, content_type=content_type)
+
+
+# --- HTTP ---
+
+def test_the_vectors_are_those_of_torch(client, by_torch):
+    response = post(client, ("cat.jpg", CAT), ("coffee.png", COFFEE))
+    assert response.status_code == 200
+    body = response.json
+    results = body.pop("results")
+    assert body == {"status": "success", "model": "efficientnet_lite0", "size": 1280, "normalized": False, "count": 2,
+                    "failed": 0}
+    assert [(r["index"], r["filename"], r["status"]) for r in results] == [
+        (0, "cat.jpg", "success"), (1, "coffee.png", "success")]
+    for result, data in zip(results, (CAT, COFFEE), strict=True):
+        assert result["embedding"] == pytest.approx(by_torch(data).tolist(), abs=1e-4)
+
+
+def test_normalized(client, by_torch):
+    found = np.array(post(client, ("cat.jpg", CAT), normalize="true").json["results"][0]["embedding"])
+    expected = by_torch(CAT)
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
+    assert found == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
+
+
+def test_every_form_of_an_upload(client):
+    b64 = base64.b64encode(CAT).decode()
+    expected = post(client, ("cat.jpg", CAT)).json["results"][0]["embedding"]
+    for response in (client.put("/embed?normalize=false", data=CAT, content_type="image/jpeg"),
+                     client.post("/embed", data=CAT, content_type="application/octet-stream"),
+                     client.post("/embed", json={"image": b64}),
+                     client.post("/embed", json={"instances": [{"b64": b64}]}),
+                     client.post("/models/efficientnet_lite0/embed", json={"image": b64})):
+        assert response.status_code == 200
+        assert response.json["results"][0]["embedding"] == expected
+
+
+def test_a_bad_file_does_not_affect_the_others(client):
+    body = post(client, ("a.txt", b"no picture"), ("cat.jpg", CAT)).json
+    assert (body["count"], body["failed"]) == (2, 1)
+    bad, good = body["results"]
+    assert sorted(bad) == ["error", "filename", "index", "message", "status"]
+    assert (bad["error"], len(good["embedding"])) == ("INVALID_IMAGE", 1280)
+    response = post(client, ("a.txt", b"no picture"))
+    assert (response.status_code, response.json["error"]) == (422, "ALL_FAILED")
+    assert response.json["results"][0]["error"] == "INVALID_IMAGE"
+
+
+@pytest.mark.parametrize(("request_", "status", "code"), [
+    ({"path": "/embed", "data": b""}, 400, "MISSING_FILE"),
+    ({"path": "/embed?normalize=perhaps", "data": CAT, "content_type": "image/jpeg"}, 400, "INVALID_PARAMETER"),
+    ({"path": "/models/nobody/embed", "data": CAT, "content_type": "image/jpeg"}, 404, "NOT_FOUND"),
+    ({"path": "/embed", "data": b"text", "content_type": "text/plain"}, 415, "UNSUPPORTED_MEDIA_TYPE")])
+def test_errors(client, request_, status, code):
+    response = client.post(request_.pop("path"), **request_)
+    assert (response.status_code, response.json["error"]) == (status, code)
+    assert set(response.json) == {"status", "error", "message", "request_id"}
+
+
+def test_at_most_a_batch(client):
+    response = post(client, *[("a.jpg", b"x")] * 33)
+    assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
+
+
+def test_it_is_listed_and_documented(client):
+    assert "/embed" in client.get("/").json["endpoints"]
+    paths = client.get("/openapi.json").json["paths"]
+    assert set(paths["/embed"]) == set(paths["/models/{name}/embed"]) == {"post", "put"}
+
+
+def test_every_file_counts_against_the_rate_limit(app, settings):
+    import dataclasses
+    limited = create_app(dataclasses.replace(settings, rate_limit="3/hour"), app.extensions["model"]).test_client()
+    assert post(limited, ("a.jpg", CAT), ("b.jpg", CAT)).status_code == 200
+    assert post(limited, ("a.jpg", CAT), ("b.jpg", CAT)).status_code == 429
+
+
+def test_cached_embeddings_are_not_predictions(app, settings):
+    import dataclasses
+    cached = create_app(dataclasses.replace(settings, cache_url="memory://"), app.extensions["model"]).test_client()
+    first = post(cached, ("a.jpg", CAT)).json["results"][0]["embedding"]
+    predicted = cached.post("/predict?embedding=true&explain=false", data=CAT, content_type="image/jpeg").json
+    assert predicted["predictions"][0]["class"] == "tiger cat"
+    assert predicted["metadata"]["embedding"] == pytest.approx(first, abs=1e-6)
+    assert post(cached, ("a.jpg", CAT)).json["results"][0]["embedding"] == first
+
+
+# --- the command line ---
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_embed_writes_a_file_that_similar_reads(run, folder, tmp_path, by_torch, suffix):
+    out = tmp_path / f"found.{suffix}"
+    code, said, err = run("embed", folder, "--out", out)
+    assert (code, err, said) == (0, "", f"3 embeddings of 1280 numbers: {out}\n")
+    found = embeddings.read(out)
+    assert found.paths == [str(folder / name) for name in ("cat.jpg", "coffee.png", "turned.png")]
+    assert (found.vectors.dtype, found.model, found.normalized) == (np.float32, "efficientnet_lite0", False)
+    assert found.vectors[0] == pytest.approx(by_torch(CAT), abs=1e-4)
+    code, said, _ = run("similar", folder / "turned.png", out, "--json", "--top", "2")
+    first, second = map(json.loads, said.splitlines())
+    assert (code, first["file"], second["file"]) == (0, str(folder / "turned.png"), str(folder / "cat.jpg"))
+    assert first["similarity"] == pytest.approx(1, abs=1e-5)
+
+
+def test_files_have_what_other_programs_read(run, folder, tmp_path):
+    import pyarrow.parquet
+    assert run("embed", folder, "--out", tmp_path / "a.npz", "--normalize")[0] == 0
+    assert run("embed", folder, "--out", tmp_path / "a.parquet", "--normalize")[0] == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert sorted(file) == ["embeddings", "model", "normalized", "paths", "weights_sha256"]
+        rows = file["embeddings"]
+    assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), rows)
+    assert table.schema.metadata[b"normalized"] == b"true"
+
+
+def test_similar_to_a_folder(run, folder, by_torch):
+    code, out, _ = run("similar", folder / "cat.jpg", folder)
+    rows = [line.split() for line in out.splitlines()]
+    assert (code, [path for _, path in rows]) == (0, [str(folder / "turned.png"), str(folder / "coffee.png")])
+    cat, coffee = by_torch(CAT), by_torch(COFFEE)
+    assert float(rows[1][0]) == pytest.approx(cat @ coffee / np.linalg.norm(cat) / np.linalg.norm(coffee), abs=1e-3)
+
+
+def test_failures_are_listed_and_counted(run, folder, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    code, out, err = run("embed", tmp_path / "bad.jpg", folder / "cat.jpg", "--out", tmp_path / "a.npz")
+    assert (code, "1 embeddings" in out) == (1, True)
+    assert "bad.jpg: INVALID_IMAGE: " in err
+    assert "1 of 2 files failed" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "bad.jpg"]
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(run, folder, tmp_path, monkeypatch):
+    (tmp_path / "x.npz").write_bytes(b"nonsense")
+    np.savez(tmp_path / "other.npz", paths=np.array(["a"]), embeddings=np.ones((1, 1280), np.float32), model="resnet50",
+             weights_sha256="0" * 64, normalized=False)
+    for arguments, message in [
+            (["embed", folder, "--out", tmp_path / "a.csv"], "--out must end in .npz or .parquet, got a.csv"),
+            (["embed", folder, "--out", tmp_path / "no/a.npz"], "cannot be written: No such file or directory"),
+            (["similar", folder / "cat.jpg", tmp_path / "x.npz"], "neither a folder nor a file that embed has written"),
+            (["similar", folder / "cat.jpg", tmp_path / "gone.npz"], "does not exist"),
+            (["similar", folder / "cat.jpg", tmp_path / "other.npz"], "has embeddings of resnet50 with weights 000000"),
+            (["similar", folder / "cat.jpg", folder, "--top", "0"], "--top must be at least 1, got 0")]:
+        code, out, err = run(*arguments)
+        assert (code, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith("error: ")
+        assert message in err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = run("embed", folder, "--out", tmp_path / "a.parquet")
+    assert (code, "pip install -r app/insight/requirements.txt" in err) == (1, True)
