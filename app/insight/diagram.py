@@ -79,8 +79,8 @@ def draw_plot(canvas, left, name, bins, ece, nll, is_first):
         canvas.text(left - 8, bottom + 14 + HISTOGRAM - 8, "files", 12, FAINT, "rm")
         for i, (colour, words) in enumerate([(RIGHT_COLOUR, "share that is right"),
                                              (GAP_COLOUR, "gap to the confidence")]):
-            canvas.box(left + 12, TOP + 12 + 20 * i, left + 24, TOP + 24 + 20 * i, colour)
-            canvas.text(left + 31, TOP + 18 + 20 * i, words, 12, INK, "lm")
+            canvas.box(right - 146, 9 + 18 * i, right - 134, 21 + 18 * i, colour)
+            canvas.text(right - 127, 15 + 18 * i, words, 12, INK, "lm")
 
 
 def short(count):

@@ -1,6 +1,7 @@
 """What the OpenAPI document says of /embed."""
 from app.api.openapi import OF_A_PREDICTION, SECURITY, errors, ref, success
 
+OTHERS = ("top_k", "explain", "explain_class", "embedding", "stream")  # options of /predict
 TEXT, SOME = {"type": "string"}, {"type": "integer", "minimum": 0}
 OPTIONS = ("method", "tta", "use_tta", "frames", "at", "normalize", "model", "X-Request-Timeout")
 
@@ -14,7 +15,8 @@ def add(document, settings):
     raws = {media_type: content for media_type, content in one.items()
             if media_type not in ("application/json", "multipart/form-data")}
     schemas = [*one["application/json"]["schema"]["anyOf"][:-1], several["application/json"]["schema"]]
-    content = {**several, "application/json": {**several["application/json"], "schema": {"anyOf": schemas}}, **raws}
+    content = without_others({
+        **several, "application/json": {**several["application/json"], "schema": {"anyOf": schemas}}, **raws})
     parameters = [parameter for parameter in paths["/predict"]["post"]["parameters"] if parameter["name"] in OPTIONS]
     name = paths["/models/{name}/predict"]["post"]["parameters"][0]
     document["components"]["schemas"] |= {"Embeddings": embeddings(settings), "Embedding": EMBEDDING,
@@ -25,6 +27,16 @@ def add(document, settings):
                               [*further, *parameters], content, settings),
             "put": operation("The same for a raw body: curl -T photo.jpg", f"embed{suffix}ByPut",
                              [*further, *parameters], raws or content, settings)}
+
+
+def without_others(schema):
+    """The same schema without the options that embeddings do not have."""
+    if isinstance(schema, list):
+        return [without_others(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: without_others({key: one for key, one in value.items() if key not in OTHERS}
+                                 if name == "properties" else value) for name, value in schema.items()}
 
 
 def operation(summary, name, parameters, content, settings):

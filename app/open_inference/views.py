@@ -5,7 +5,7 @@ import json
 import numpy as np
 from flask import Response, current_app, g, jsonify, request
 
-from app.api import json_body, uploads
+from app.api import batch, json_body, uploads
 from app.api.predict import client, client_watch, request_deadline
 from app.config import NAME, VERSION
 from app.engine.batches import run_batch

@@ -126,6 +126,8 @@ def test_at_most_a_batch(client):
 def test_it_is_listed_and_documented(client):
     assert "/embed" in client.get("/").json["endpoints"]
     paths = client.get("/openapi.json").json["paths"]
+    assert '"top_k"' not in json.dumps(paths["/embed"])
+    assert '"normalize"' in json.dumps(paths["/embed"])
     assert set(paths["/embed"]) == set(paths["/models/{name}/embed"]) == {"post", "put"}
 
 
