@@ -16,9 +16,9 @@ from app.config import Settings
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """A ready Service whose network sees 32 × 32 pixels: some thousand answers are asked for, and not what they say."""
+    """A ready Service whose network sees 64 × 64 pixels: some thousand answers are asked for, and not what they say."""
     folder = tmp_path_factory.mktemp("small")
-    variables = {"MODEL_NAME": "efficientnet_lite0", "PREPROCESSING": "resize=32 crop=32", "DEVICE": "cpu",
+    variables = {"MODEL_NAME": "efficientnet_lite0", "PREPROCESSING": "resize=64 crop=64", "DEVICE": "cpu",
                  "MODEL_DIR": str(folder / "models")}
     exported(Settings.parse(variables))
     running = Service(folder, variables)
