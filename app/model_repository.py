@@ -111,7 +111,7 @@ class ModelRepository(ModelLoader):
             grown = resident_bytes()
             model = Model(self.sources[key], self.each[key], self.plan, self.slots, name, version or None)
             if model.task.max_batch == 1:
-                model.task.answer = functools.partial(self.within_cores, model.task.answer)
+                model.answer = functools.partial(self.within_cores, model.answer)
             files = files_bytes(self.sources[key])
             # Requests meanwhile take and free memory too: a bundle takes its files' size, at most three times.
             # Without files, what they freed may hide what the model took: its largest size counts until a reload.
@@ -130,12 +130,12 @@ class ModelRepository(ModelLoader):
             if is_alone:
                 self.load_lock.release()
 
-    def within_cores(self, answer, data, options, call):
+    def within_cores(self, answer, data, options, call, *how):
         """Answer when few enough others do: a model that collects batches has more slots than there is work for."""
         if not self.cores.acquire(timeout=max(0, call.deadline.remaining())):
             raise DeadlineExceeded("queue")
         try:
-            return answer(data, options, call)
+            return answer(data, options, call, *how)
         finally:
             self.cores.release()
 

@@ -121,18 +121,13 @@ class Asked:
         self.items = self.signature.items(sent.inputs, deadline)
         self.found = None
 
-    def how(self, item):
-        how, loader = self.signature.how(item), current_app.extensions["model"]
-        within_cores = getattr(loader, "within_cores", None)  # as of the task's own `answer` there
-        return functools.partial(within_cores, how) if how and within_cores and self.model.task.max_batch == 1 else how
-
     def answer(self, item, stages, data=None):
         """Model.answer to an item, in a slot's thread."""
         if data is None:
             with stages("read"):
                 data = self.signature.data(item)
-        answer = self.model.answer(data, self.options, Call(self.deadline, stages, item.field), self.how(item))
-        return data, answer
+        call = Call(self.deadline, stages, item.field)
+        return data, self.model.answer(data, self.options, call, self.signature.how(item))
 
     def response(self):
         """The codec.Made response, in a native thread."""

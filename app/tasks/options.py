@@ -103,8 +103,7 @@ STREAM = yes_or_no("stream", default=False, meaning="Whether to answer with serv
                    "of a video, or for each file.")  # of the endpoint, not of a task
 
 EXPLAIN = yes_or_no("explain", default=False, meaning="Whether the answer says where the model looked.")
-EXPLAIN_CLASS = Option("explain_class", "a class, as name or class_id, or a trait", str,
-                       {"type": ["string", "integer"]},
+EXPLAIN_CLASS = Option("explain_class", "a class (name or class_id) or a trait", str, {"type": ["string", "integer"]},
                        "Of which class, or of which trait of ocean, `explain` says it.")
 EMBEDDING = yes_or_no("embedding", default=False, meaning="Whether the answer has the vector before the last layer.")
 NORMALIZE = yes_or_no("normalize", default=False, meaning="Whether that vector is divided by its length.")
