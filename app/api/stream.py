@@ -110,9 +110,12 @@ def of_video(model, files, chosen, deadline, is_there):
             audience.check()
             loop.run_callback_threadsafe(put, event("frame", shot))
 
+        how = functools.partial(frame_by_frame, model.task, send)
+        if hasattr(loader, "within_cores"):  # of several models
+            how = functools.partial(loader.within_cores, how)
+
         def answer():
-            return model.answer(file.content, chosen, Call(deadline, stages, file.field),
-                                functools.partial(frame_by_frame, model.task, send))
+            return model.answer(file.content, chosen, Call(deadline, stages, file.field), how)
 
         def in_slot():
             return loader.slots.run(answer, deadline, stages, is_there)
@@ -183,7 +186,7 @@ def of_files(model, files, chosen, deadline, is_there):
 
 def answered(model, file, chosen, deadline, i):
     """The result for a file, as in a batch, or its ServiceError."""
-    call = functools.partial(outcome, model, file, chosen, deadline, i)
+    call = functools.partial(outcome, model, file, chosen, deadline, i, None)
     traced = current_app.extensions.get("traced_file")
     return traced(i, call) if traced else call()
 
