@@ -183,7 +183,13 @@ def test_each_frame_of_a_video_has_its_map(client, ocean_app):
     assert [len(frame["explanations"]) for frame in answer["metadata"]["frames"]] == [1, 1]
 
 
+def test_a_class_to_explain_is_enough(client):
+    found, = post(client, encoded(CAT), explain_class="tabby").json["metadata"]["explanations"]
+    assert found["class_id"] == 281
+
+
 @pytest.mark.parametrize(("explain_class", "takes"), [
+    ("Tabby", "of a class, got Tabby; did you mean tabby?"), ("x" * 60_000, "of a class, got " + 40 * "x"),
     ("dog and cat", "the name or class_id (0 to 999) of a class"), ("1000", "class_id (0 to 999)"),
     ("-1", "class_id (0 to 999)"), ("9" * 30, "class_id (0 to 999)"), ("1.5", "class_id"), ("²", "class_id")])
 def test_a_class_that_there_is_not(client, explain_class, takes):
