@@ -225,11 +225,30 @@ def test_a_second_calibration_says_what_it_replaces(run, labelled, own_models, t
     assert "3.25, before this calibration" in (tmp_path / "r.html").read_text()
 
 
+def test_a_report_of_a_calibration_that_does_not_help(run, labelled, own_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "NEGLIGIBLE", 1)
+    monkeypatch.setattr(calibration.Fit, "ece_rises", True)
+    folder, labels = labelled
+    code, out, err = run("evaluate", "--labels", labels, folder, "--calibrate", "--report", tmp_path / "r.html",
+                         "--json", MODEL_DIR=own_models)
+    assert (code, list(own_models.glob("bundles/*/calibration.json"))) == (1, [])
+    assert err.startswith("error: nothing is stored: T = 0.")
+    assert "does not help on files that it was not fitted on (NLL " in err
+    content = json.loads(out)["calibration"]
+    assert tiles((tmp_path / "r.html").read_text()) == [
+        (f"{100 * content['ece_before']:.1f} %", f"{100 * content['ece_after']:.1f} % calibrated, not stored"),
+        (f"{content['nll_before']:.3f}", f"{content['nll_after']:.3f} calibrated, not stored")]
+
+
+def tiles(text):
+    return re.findall(r'class="tile"><b>(.*?)</b>.*?<span>(.*?)</span>', text, re.S)[2:]
+
+
 def check_tiles(text, content):
     """The tiles have the figures of calibration.json, not those of the temperature that was served."""
-    tiles = re.findall(r'class="tile"><b>(.*?)</b>.*?<span>(.*?)</span>', text, re.S)[2:]
-    assert tiles == [(f"{100 * content['ece_after']:.1f} %", f"calibrated; {100 * content['ece_before']:.1f} % before"),
-                     (f"{content['nll_after']:.3f}", f"calibrated; {content['nll_before']:.3f} before")]
+    assert tiles(text) == [
+        (f"{100 * content['ece_after']:.1f} %", f"calibrated; {100 * content['ece_before']:.1f} % before"),
+        (f"{content['nll_after']:.3f}", f"calibrated; {content['nll_before']:.3f} before")]
 
 
 def check_report(text, folder, content):
