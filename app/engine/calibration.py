@@ -5,7 +5,7 @@ from app.config import StartError
 from app.engine import bundle
 
 FILE = "calibration.json"
-LOWEST, HIGHEST = 0.05, 20  # temperatures; beyond them something else is wrong
+LOWEST, HIGHEST = 0.05, 20.0  # temperatures; networks have 0.5 to 3
 SHOWN = ("temperature", "pictures", "ece_before", "ece_after", "nll_before", "nll_after", "created")
 
 

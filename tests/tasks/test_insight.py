@@ -230,8 +230,8 @@ def test_a_network_without_maps_has_an_embedding_and_says_why(served, checkpoint
     assert np.abs(np.array(found) - expected).max() < 1e-4
     answer = post(client, encoded(CAT), explain="true")
     assert (answer.status_code, answer.json["error"]) == (400, "INVALID_PARAMETER")
-    assert answer.json["message"] == ("explain is not possible with mobilenet_v3_small: its last layer does not work "
-                                      "on the means of feature maps.")
+    assert answer.json["message"] == ("explain is not possible with mobilenet_v3_small: it does not end in global "
+                                      "average pooling and a linear layer.")
     assert client.get("/info").json["model"]["features"]["kind"] == "vector"
 
 
@@ -264,7 +264,7 @@ def test_maps_before_an_activation_in_place_are_found():
      "its last layer is not a linear one"),
     (torch.nn.Sequential(torch.nn.Linear(16, 4)), "0", None, "its last layer does not take one vector per picture"),
     (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4)), "1", "vector",
-     "its last layer does not work on the means of feature maps")])
+     "it does not end in global average pooling and a linear layer")])
 def test_networks_without_maps(module, head, kind, reason):
     found, weights = features.find(module.eval(), head, 16)
     assert (found["kind"], found["reason"], weights) == (kind, reason, None)
