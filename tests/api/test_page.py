@@ -119,6 +119,8 @@ def test_a_picture_is_answered(browser, size):
     assert find(card, "figcaption").text == "chelsea.jpg · 451 × 300"
     assert "inference" in find(card, ".timings").text
     assert browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451
+    top = browser.execute_script("return document.querySelector('.card').getBoundingClientRect().top")
+    assert top < 20 or size == DESKTOP
     assert not scrolls_sideways(browser)
     browser.execute_script("document.querySelector('.card details').open = true")
     assert not scrolls_sideways(browser)

@@ -19,6 +19,10 @@ export function setUpCamera(hooks) {
   $("#close-camera").addEventListener("click", () => { closeCamera(); $("#camera").focus(); });
   $("#shoot").addEventListener("click", shoot);
   $("#go-live").addEventListener("click", () => live ? stop() : goLive());
+  $("#live-answer .bars").addEventListener("pointerdown", () => { if (live) live.isHeld = true; });
+  for (const name of ["pointerup", "pointercancel"]) {  // a click follows
+    document.addEventListener(name, () => setTimeout(() => { if (live) live.isHeld = false; }, 50));
+  }
 }
 
 async function open() {
@@ -65,7 +69,8 @@ async function shoot() {
 async function goLive() {
   page.complain("");
   const mine = live = {waiting: [], period: 200, controller: new AbortController(), urls: [],
-                       chosen: null, looked: null};  // chosen: {model, name, option}; looked: {root, …} of `controls`
+                       chosen: null, looked: null,  // {model, name, option}; {root, …} of `controls`
+                       isHeld: false};  // whether a row is being pressed, which then stays where it is
   $("#go-live").textContent = "Stop";
   $("#viewfinder").classList.add("live");
   $("#live-answer").hidden = false;
@@ -146,6 +151,7 @@ async function recover(error) {
 }
 
 function show(mine, event, data, model) {
+  if (mine.isHeld) return;
   const {predictions, metadata} = data;
   const isError = event === "error";
   $("#live-answer").classList.toggle("failed", isError);
