@@ -123,5 +123,6 @@ def all_failed(failures, body):
     first = failures[0]
     if first.status >= 500 and all(f.code == first.code for f in failures):
         return ServiceError(first.status, first.code, first.message, first.retry_after_s, details=body)
-    return ServiceError(422, "ALL_FAILED", f"None of the {len(failures)} files could be answered; their results say "
-                                           "why.", details=body)
+    message = (f"None of the {len(failures)} files could be answered; their results say why." if len(failures) > 1 else
+               "The file could not be answered; its result says why.")
+    return ServiceError(422, "ALL_FAILED", message, details=body)

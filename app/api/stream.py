@@ -20,7 +20,7 @@ from app.errors import ServiceError, internal_error, out_of_memory
 from app.media.containers import is_video
 from app.server import counters
 from app.tasks import Call, insight, options
-from app.tasks.from_pictures import FromPictures, Views
+from app.tasks.from_pictures import FromPictures, Views, needs_features
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
 LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
@@ -138,7 +138,7 @@ def of_video(model, files, chosen, deadline, is_there):
 def frame_by_frame(task, send, data, options, call):
     """What task.answer returns for a video; each frame is inferred before the next one is decoded. send(its entry in
     the answer) is called in between, and may raise."""
-    if options.get("explain") or options.get("embedding"):
+    if needs_features(options):
         insight.check(task, options)
     views, outputs, features = Views([], [], [], None, True), [], []
     for frame, size in task.read_frames(data, True, options, call):

@@ -9,7 +9,7 @@ def options_for(task, options):
     if not isinstance(task, FromPictures):
         raise ServiceError(400, "INVALID_PARAMETER", "embedding is not possible with a model of one's own: only the "
                                                      "service's own networks have one.")
-    wanted = {**options, "explain": False, "embedding": True}
+    wanted = {**options, "explain": False, "explain_class": None, "embedding": True}
     insight.check(task, wanted)
     return wanted
 

@@ -153,7 +153,7 @@ class OfPictures(Signature):
         return [*found, Output("embedding", is_binary)] if outputs is None and options["embedding"] else found
 
     def options(self, chosen, outputs):
-        if chosen["explain"]:
+        if chosen["explain"] or chosen["explain_class"]:
             raise invalid("explain is not available here; send the picture to /predict.")
         return {**chosen, "embedding": any(output.name == "embedding" for output in outputs)}
 

@@ -17,6 +17,10 @@ SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 SELF_TEST_TIMEOUT_S = 60
 
 
+def needs_features(options):
+    return any(options.get(name) for name in ("explain", "explain_class", "embedding"))
+
+
 @dataclass
 class Views:
     """What the network sees of one file: inputs, (3, H, W) float32 each, all views of the first frame that counts, then
@@ -90,7 +94,7 @@ class FromPictures(Task):
 
     def infer(self, views, options, call):
         """Run the network on the views' inputs."""
-        features = bool(options.get("explain") or options.get("embedding"))
+        features = needs_features(options)
         with call.stages("inference"):
             found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
         views.outputs, views.features = found if features else (found, None)
@@ -111,7 +115,7 @@ class FromPictures(Task):
 
     def prepare(self, data, options, call):
         """A file's bytes, or an upright RGB PIL image → Views."""
-        if options.get("explain") or options.get("embedding"):
+        if needs_features(options):
             from app.tasks import insight  # with the first of these
             insight.check(self, options)
         views = Views([], [], [], None, isinstance(data, bytes) and is_video(data))

@@ -6,6 +6,7 @@ Features for Discriminative Localization, 2016). With the division by the number
 it is Grad-CAM (Selvaraju et al., 2017): how much each cell adds to the class's logit, or to the trait's score.
 """
 import base64
+import difflib
 import io
 
 import numpy as np
@@ -22,18 +23,18 @@ PALETTE = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(HEAT)), ch
 def check(task, options):
     """Raises ServiceError INVALID_PARAMETER if the task's network cannot do what the options ask."""
     features = task.manifest.features
-    for name, kinds in (("explain", ("maps",)), ("embedding", ("maps", "vector"))):
+    for name, kinds in (("explain", ("maps",)), ("explain_class", ("maps",)), ("embedding", ("maps", "vector"))):
         if options.get(name) and features["kind"] not in kinds:
             raise ServiceError(400, "INVALID_PARAMETER", f"{name} is not possible with {task.name}: "
                                                          f"{features['reason']}.")
-    if options.get("explain"):
+    if options.get("explain_class"):
         wanted(task, options)
 
 
 def metadata(task, views, options, predictions):
     """Members of the answer's metadata for what the options ask; `explanations` of a video are in its frames."""
     members = {}
-    if options.get("explain"):
+    if options.get("explain") or options.get("explain_class"):
         maps = frame_maps(task, views)
         for shot, of_frame in zip(views.counted, maps, strict=True):
             found = explanations(task, of_frame, shot, views.image_size, options, predictions)
@@ -72,7 +73,9 @@ def wanted(task, options, predictions=None):
     if name is not None:
         takes = f"the name or class_id (0 to {len(labels) - 1}) of a class" if task.kind == "classification" else \
             "one of " + ", ".join(labels)
-        raise invalid_parameter("explain_class", takes, name[:40])
+        near = difflib.get_close_matches(name[:40].lower(), lower := [label.lower() for label in labels], 1)
+        meant = f"; did you mean {labels[lower.index(near[0])]}?" if near else ""
+        raise invalid_parameter("explain_class", takes, name[:40] + meant)
     return [predictions[0]["class_id"]] if isinstance(predictions, list) else range(len(labels))
 
 
