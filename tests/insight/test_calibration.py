@@ -217,7 +217,9 @@ def test_calibrate_reload_and_back(run, labelled, own_models, start_service):
 def test_a_second_calibration_says_what_it_replaces(run, labelled, own_models, tmp_path):
     folder, labels = labelled
     (bundle,) = own_models.glob("bundles/*")
-    (bundle / "calibration.json").write_text('{"temperature": 3.25, "created": "2026-01-02T03:04:05Z"}')
+    weights = json.loads((bundle / "manifest.json").read_text())["weights"]["sha256"]
+    (bundle / "calibration.json").write_text(json.dumps({
+        "temperature": 3.25, "created": "2026-01-02T03:04:05Z", "weights_sha256": weights}))
     code, out, _ = run("evaluate", "--labels", labels, folder, "--calibrate", "--report", tmp_path / "r.html",
                        MODEL_DIR=own_models)
     assert code == 0
