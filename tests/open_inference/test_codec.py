@@ -260,7 +260,7 @@ def test_little_besides_data_is_read_and_copied(body, much):
     assert peak < 2**21
 
 
-@pytest.mark.parametrize("data", [b"[1]", b"[true]", b"[]", b"[[1],[2]]"])
+@pytest.mark.parametrize("data", [b"[1]", b"[]", b"[[1],[2]]"])
 def test_many_members_data(data):
     body = b'{"inputs": [' + b'"data": %b,' % data * 200_000 + b"]}"
     assert "more than 16 lists" in refusal(codec.request, body, None, SOON)
