@@ -47,6 +47,8 @@ def embed(arguments):
 def similar(arguments):
     if arguments.top < 1:
         raise cli.CommandError(f"--top must be at least 1, got {arguments.top}")
+    if arguments.picture.is_dir():
+        raise cli.CommandError(f"{arguments.picture} is a folder: the picture comes first, then what to search")
     known = None if arguments.among.is_dir() else read(arguments.among)  # before the model is loaded
     loader, options = load(arguments, True)
     model = loader.current
@@ -132,7 +134,8 @@ def read(path):
     except FileNotFoundError as e:
         raise cli.CommandError(f"{path} does not exist") from e
     except (OSError, ValueError, KeyError, EOFError) as e:  # pyarrow's and zipfile's errors are these, too
-        raise cli.CommandError(f"{path} is neither a folder nor a file that embed has written") from e
+        raise cli.CommandError(f"{path} is neither a folder nor a file that embed has written (the picture comes first)"
+                               ) from e
 
 
 def read_npz(path):
