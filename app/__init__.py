@@ -3,14 +3,14 @@ import logging
 
 from app.config import StartError
 
-EACH = ("", "/models/<name>")  # the default model, or one that the path names
+EACH, V2_VIEWS = ("", "/models/<name>"), "app.open_inference.views"  # EACH: the default model, or one in the path
 LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
         ("batch", "app.api.batch", [(path + "/predict/batch", "predict_batch", "POST") for path in EACH]),
         ("embed", "app.insight.api", [(path + "/embed", "embed", "POST", "PUT") for path in EACH])]
-V2 = [("v2_health", "app.open_inference.views", [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
-      ("v2", "app.open_inference.views", [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST"), *(
+V2 = [("v2_health", V2_VIEWS, [("/v2/health/live", "live"), ("/v2/health/ready", "ready")]),
+      ("v2_about", V2_VIEWS, [("/v2", "server"), ("/v2/repository/index", "index", "GET", "POST")]), ("v2", V2_VIEWS, [
           (f"/v2/models/<name>{version}{rest}", "model_" + view, *methods) for version in ("", "/versions/<version>")
-          for rest, view, *methods in (("", "metadata"), ("/ready", "ready"), ("/infer", "infer", "POST")))])]
+          for rest, view, *methods in (("", "metadata"), ("/ready", "ready"), ("/infer", "infer", "POST"))])]
 
 
 def create_app(settings=None, loader=None):

@@ -1,20 +1,21 @@
 """What the OpenAPI document says of V2."""
 from app.api.openapi import SECURITY, header, success
-from app.open_inference.codec import SIZES
+from app.open_inference.codec import LARGEST, MOST_ID, SIZES
 
 TEXT, TEXTS, OBJECT = {"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "object"}
 SHAPE = {"type": "array", "items": {"type": "integer", "minimum": -1}}
 TENSOR = {"type": "object", "required": ["name", "datatype", "shape"], "properties": {
     "name": TEXT, "datatype": {"enum": list(SIZES)}, "shape": SHAPE}}
 WITH_DATA = {**TENSOR, "properties": {**TENSOR["properties"], "parameters": OBJECT, "data": {
-    "type": "array", "description": "Flat, or nested in this shape. Of BYTES texts: files are in base64."}}}
+    "type": "array", "description": "Flat, or nested in this shape. Of BYTES texts: files are in base64. FP32: numbers "
+                                    f"within ±{LARGEST:,.0f}."}}}
 OUTPUT = {"type": "object", "required": ["name"], "properties": {"name": TEXT, "parameters": {
     "type": "object", "properties": {
         "binary_data": {"type": "boolean"},
         "classification": {"type": "integer", "minimum": 0,
                            "description": "That many classes as texts value:index:label, instead of the values."}}}}}
 REQUEST = {"type": "object", "required": ["inputs"], "properties": {
-    "id": {**TEXT, "description": "The answer has the same."},
+    "id": {**TEXT, "maxLength": MOST_ID, "description": "The answer has the same."},
     "parameters": {**OBJECT, "description": "Options of the model, such as top_k; binary_data_output."},
     "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": WITH_DATA},
     "outputs": {"type": "array", "items": OUTPUT}}}

@@ -8,7 +8,7 @@ from PIL import Image
 
 from app.api import json_body, uploads, values
 from app.errors import ServiceError
-from app.open_inference.codec import Output, invalid
+from app.open_inference.codec import Output, Text, invalid
 from app.tasks.from_pictures import FromPictures, Views
 
 MESSAGES = {"BYTES": "[N] or [N, 1]", "UINT8": "[height, width, 3] or [N, height, width, 3]"}
@@ -17,8 +17,8 @@ PLATFORMS = {"torch": "pytorch", "own": "python"}
 
 @dataclass(frozen=True)
 class Item:
-    """One input of a request, unread. content: a memoryview or str of BYTES; (H, W, 3) uint8 RGB; or (3, crop, crop)
-    float32, preprocessed. field: its name in messages."""
+    """One input of a request, unread. content: a memoryview, str or Text of BYTES; (H, W, 3) uint8 RGB; or
+    (3, crop, crop) float32, preprocessed. field: its name in messages."""
     datatype: str
     content: Any
     field: str
@@ -159,7 +159,7 @@ class OfPictures(Signature):
 
     def data(self, item):
         if item.datatype == "BYTES":
-            content = item.content if isinstance(item.content, str) else bytes(item.content)
+            content = content_of(item)
             return uploads.Upload(content, None, item.field).read(self.settings)
         return Image.fromarray(item.content) if item.datatype == "UINT8" else item.content
 
@@ -192,11 +192,18 @@ class OfOwn(Signature):
         self.outputs, self.defaults = [tensor("predictions", "BYTES", -1)], ["predictions"]
 
     def data(self, item):
-        content = item.content if isinstance(item.content, str) else bytes(item.content)
+        content = content_of(item)
         if self.task.is_file:
             return uploads.Upload(content, None, item.field).read(self.settings)
         return values.text_of(self.task, content, item.field) if self.task.takes == ("text",) else values.checked(
             self.task, json_of(content, item.field), item.field)
+
+
+def content_of(item):
+    """An element of BYTES as str, if it was in JSON, or bytes. Raises ServiceError."""
+    if isinstance(item.content, Text):
+        return item.content.value()
+    return item.content if isinstance(item.content, str) else bytes(item.content)
 
 
 def tensor(name, datatype, *shape):

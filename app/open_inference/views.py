@@ -48,13 +48,19 @@ def index():
         raise codec.invalid("ready must be true or false")
     found = []
     for state in current_app.extensions["model"].states():
-        reason = not_ready() or ("" if state["loaded"] else "it is loaded with the first request")
+        reason = not_ready()
+        later = "" if state["loaded"] else "it is loaded with the first request"  # which makes it ready, as model_ready
         found.append({"name": state["name"], **({"version": state["version"]} if "version" in state else {}),
-                      "state": "UNAVAILABLE" if reason else "READY", "reason": reason})
+                      "state": "UNAVAILABLE" if reason else "READY", "reason": reason or later})
     return jsonify([one for one in found if one["state"] == "READY" or not only_ready])
 
 
 def key_of(name, version):
+    """The name by which the loader knows it. Raises ServiceError for NAME@VERSION, which is no name here."""
+    name, at, named = name.partition("@")
+    if at:
+        raise ServiceError(404, "NOT_FOUND", f"A version goes into the path: /v2/models/{name[:80]}/versions/"
+                                             f"{(version or named)[:40]}")
     return f"{name}@{version}" if version else name
 
 
@@ -111,8 +117,9 @@ class Asked:
 
     def __init__(self, model, body, deadline):
         settings = current_app.extensions["settings"]
-        sent = codec.request(body, request.headers.get(codec.HEADER_LENGTH),
-                             codec.MOST_PARTS if model.task.is_file else uploads.MOST_VALUES)
+        sent = codec.request(body, request.headers.get(codec.HEADER_LENGTH), deadline,
+                             codec.MOST_PARTS if model.task.is_file else uploads.MOST_VALUES,
+                             uploads.one_file_limit(settings) * 3 // 2 + uploads.FORM_OVERHEAD)  # base64, with escapes
         self.id, self.model, self.deadline = sent.id, model, deadline
         self.signature = signatures.of(model.task, settings)
         chosen = options.read(functools.partial(parameter, sent.parameters), model.task)

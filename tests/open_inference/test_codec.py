@@ -26,7 +26,7 @@ def fp32(shape, data=None, name="tensor", size=None):
 
 
 def read(*inputs, **more):
-    return codec.request(*body_of(*inputs, **more))
+    return codec.request(*body_of(*inputs, **more), SOON)
 
 
 def refusal(call, *arguments, **more):
@@ -47,15 +47,14 @@ def test_numbers_flat_and_nested(shape, nested):
 
 
 def test_numbers_of_many_pieces_are_those_that_json_reads(monkeypatch):
-    monkeypatch.setattr(codec, "PIECE", 7)
+    monkeypatch.setattr(codec, "PIECE", 13)
     monkeypatch.setattr(codec, "LOOK", 11)
-    monkeypatch.setattr(codec, "MOST_BETWEEN", 200)
     texts = ["1", "-2.5", "3e2", "4.25E-1", "0", "123456.75"]
     for number in range(1, 40):
         values = list(itertools.islice(itertools.cycle(texts), number))
         data = f'"data" :\n [{" ,".join(values)}]'
         text = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": [{number}], {data}}}]}}'
-        tensor = codec.request(text.encode(), None).inputs[0]
+        tensor = codec.request(text.encode(), None, SOON).inputs[0]
         assert np.array_equal(tensor.array(SOON), np.array(json.loads(f"[{','.join(values)}]"), np.float32))
 
 
@@ -86,6 +85,28 @@ def test_data_within_texts_is_text():
     assert request.parameters == {"data": '"data": [7, 8]'}
 
 
+@pytest.mark.parametrize("look", [2, 7, 2**18])
+def test_long_texts_are_those_that_json_reads(monkeypatch, look):
+    monkeypatch.setattr(codec, "LOOK", look)
+    long = "x" * codec.LONG
+    texts = [long, '"data": [1]' + long, '\\"' * 200, long + "\\", "ä€😀" * 100, "\\\\" * 200 + '"', "short",
+             long + '",":[']
+    for escaped in (True, False):
+        tensor = {"name": "t", "datatype": "BYTES", "shape": [len(texts), 1], "data": [[one] for one in texts]}
+        body = json.dumps({"inputs": [tensor], "parameters": {"a": long, long: "b"}}, ensure_ascii=escaped).encode()
+        request = codec.request(body, None, SOON)
+        assert request.parameters == {"a": long, long: "b"}
+        elements = request.inputs[0].elements()
+        assert [one.value() if isinstance(one, codec.Text) else one for one in elements] == texts
+        assert sum(isinstance(one, codec.Text) for one in elements) == len(texts) - 1
+
+
+@pytest.mark.parametrize("content", [rb"\x", b"\xff", rb"\u12"])
+def test_long_texts_that_cannot_be_decoded(content):
+    body = b'{"inputs": [{"name": "t", "datatype": "BYTES", "shape": [1], "data": ["' + b"a" * 999 + content + b'"]}]}'
+    assert "cannot be decoded" in refusal(codec.request(body, None, SOON).inputs[0].elements()[0].value)
+
+
 def test_members_of_a_request():
     request = read(fp32([1], [1]), id="seven", parameters={"binary_data_output": True, "top_k": 3}, outputs=[
         {"name": "a"}, {"name": "b", "parameters": {"binary_data": False, "classification": 4}}])
@@ -112,7 +133,7 @@ def test_wrong_numbers(shape, data):
 @pytest.mark.parametrize("shape", ["[2]", "[1,2]", "[2,1]"])
 def test_numbers_that_are_no_json(text, shape):
     body = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": {shape}, "data": {text}}}]}}'
-    refusal(lambda: codec.request(body.encode(), None).inputs[0].array(SOON))
+    refusal(lambda: codec.request(body.encode(), None, SOON).inputs[0].array(SOON))
 
 
 @pytest.mark.parametrize("value", [-1, 256, 1.5, 1e300, 2**70])
@@ -127,6 +148,15 @@ def test_binary_numbers_that_are_not_finite(value):
     assert "not finite" in refusal(lambda: read(fp32([2], size=8), binary=data).inputs[0].array(SOON))
 
 
+@pytest.mark.parametrize("value", [1_000_001, -1.1e6, 3e38, 10**20, 2**64, -2**70, 1e23])
+def test_numbers_beyond_what_preprocessing_makes(value):
+    """Of which a network would make others that are finite, but wrong."""
+    assert "beyond ±1,000,000" in refusal(read(fp32([2], [1, value])).inputs[0].array, SOON)
+    data = np.array([1, value], "<f4").tobytes()
+    assert "beyond ±1,000,000" in refusal(read(fp32([2], size=8), binary=data).inputs[0].array, SOON)
+    assert read(fp32([2], [1e6, -1_000_000])).inputs[0].array(SOON).tolist() == [1e6, -1e6]
+
+
 @pytest.mark.parametrize("shape", [[1], [3], [2, 2], [2**40], [2**62, 2**62], [0]])
 def test_binary_numbers_of_another_size(shape):
     assert "bytes" in refusal(lambda: read(fp32(shape, size=8), binary=bytes(8)).inputs[0].array(SOON))
@@ -138,7 +168,7 @@ def test_binary_numbers_of_another_size(shape):
 def test_texts_that_are_cut_off(shape, data):
     tensor = {"name": "b", "datatype": "BYTES", "shape": shape, "parameters": {"binary_data_size": len(data)}}
     body, header = body_of(tensor)
-    refusal(lambda: codec.request(body + data, str(len(body))).inputs[0].elements())
+    refusal(lambda: codec.request(body + data, str(len(body)), SOON).inputs[0].elements())
 
 
 @pytest.mark.parametrize(("shape", "data"), [([1], []), ([1], ["a", "b"]), ([1], [1]), ([1], "a"), ([1], [None]),
@@ -171,16 +201,16 @@ def test_binary_data_and_the_header():
     assert "either data or" in refusal(read, fp32([1], [1], size=4), binary=bytes(4))
     assert "either data or" in refusal(read, fp32([1]))
     body, _ = body_of(tensor)
-    assert codec.HEADER_LENGTH in refusal(codec.request, body, None)
+    assert codec.HEADER_LENGTH in refusal(codec.request, body, None, SOON)
     for text in ("-1", "", "x", "1.5", "9" * 30, str(len(body) + 9), "0x10", " 5", "٣"):
-        assert codec.HEADER_LENGTH in refusal(codec.request, body, text)
-    assert "JSON" in refusal(codec.request, body, "5")
-    assert "JSON" in refusal(codec.request, body, "0")
+        assert codec.HEADER_LENGTH in refusal(codec.request, body, text, SOON)
+    assert "JSON" in refusal(codec.request, body, "5", SOON)
+    assert "JSON" in refusal(codec.request, body, "0", SOON)
 
 
 @pytest.mark.parametrize("members", [
     {"inputs": None}, {"inputs": []}, {"inputs": {}}, {"inputs": [1]}, {"inputs": [{}]}, {"inputs": [{"name": 1}]},
-    {"inputs": [fp32([1], [1]), fp32([1], [1])]}, {"id": 7}, {"parameters": []}, {"parameters": 1},
+    {"inputs": [fp32([1], [1]), fp32([1], [1])]}, {"id": 7}, {"id": "i" * 1001}, {"parameters": []}, {"parameters": 1},
     {"parameters": {"binary_data_output": "yes"}}, {"outputs": {}}, {"outputs": [1]}, {"outputs": [{}]},
     {"outputs": [{"name": "a"}, {"name": "a"}]}, {"outputs": [{"name": "a", "parameters": 1}]},
     {"outputs": [{"name": "a", "parameters": {"binary_data": 1}}]},
@@ -190,21 +220,82 @@ def test_binary_data_and_the_header():
     {"inputs": [{**fp32([1], [1]), "parameters": {"shared_memory_region": "x"}}]},
     {"inputs": [{**fp32([1], [1]), "parameters": [1]}]}])
 def test_wrong_members(members):
-    refusal(codec.request, json.dumps({"inputs": [fp32([1], [1])], **members}).encode(), None)
+    refusal(codec.request, json.dumps({"inputs": [fp32([1], [1])], **members}).encode(), None, SOON)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"1", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b'{"a": NaN}',
                                   b'{"inputs": ' + b"[" * 9000])
 def test_bodies_that_are_no_json_object(body):
-    refusal(codec.request, body, None)
+    refusal(codec.request, body, None, SOON)
 
 
 def test_more_parts_than_allowed():
     tensor = {"name": "b", "datatype": "BYTES", "shape": [20_000], "data": ["a"] * 20_000}
     assert "more than 10000" in refusal(read, tensor)
+    assert "more than 10000" in refusal(codec.request, b'""' * 20_100 + b"," + b" " * 2**21, None, SOON)
 
 
 # --- time and memory ---
+
+def peak_of(call, *arguments):
+    """(what a call returns, the most bytes that were allocated meanwhile)."""
+    tracemalloc.start()
+    try:
+        return call(*arguments), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+BIG = b"1" * 2**23
+
+
+@pytest.mark.parametrize(("body", "much"), [
+    ('{"id": "@", "inputs": []}', "x"), ('{"id": "@"}', r"\""), ('{"@": 1}', "x"), ('{"inputs": [], "@": 1}', "x"),
+    ('{"data"@: [1]}', " "), ('{"data": @[1]}', " "), ('{"data": @', "["), ('{"a": @}', "1"), ("{@}", " "),
+    ('{"inputs": ["@', "x"), ('{"data": [@}', "1"), ('{"data": [[1@', " ")])
+def test_little_besides_data_is_read_and_copied(body, much):
+    body = body.replace("@", much * (2**23 // len(much))).encode()
+    message, peak = peak_of(refusal, codec.request, body, None, SOON)
+    assert "more than 1048576 bytes besides numbers" in message
+    assert peak < 2**21
+
+
+@pytest.mark.parametrize("data", [b"[1]", b"[]", b"[[1],[2]]"])
+def test_many_members_data(data):
+    body = b'{"inputs": [' + b'"data": %b,' % data * 200_000 + b"]}"
+    assert "more than 16 lists" in refusal(codec.request, body, None, SOON)
+
+
+def test_lists_of_numbers_are_counted():
+    inputs = [fp32([1], [1], name=str(i)) for i in range(17)]
+    assert len(read(*inputs[:16]).inputs) == 16
+    assert "more than 16 lists" in refusal(read, *inputs)
+
+
+@pytest.mark.parametrize("number", [b"1" * 2**17, b"0." + b"1" * 2**17, b"1e-" + b"1" * 2**17, b" " * 2**17 + b"1"])
+@pytest.mark.parametrize("shape", [b"[3]", b"[1,3]"])
+def test_long_numbers_and_gaps(number, shape):
+    list_of = b"[%b]" if shape == b"[3]" else b"[[%b]]"
+    body = b'{"inputs": [{"name": "a", "datatype": "FP32", "shape": %b, "data": ' % shape
+    tensor = codec.request(body + list_of % (b"1, 2, " + number) + b"}]}", None, SOON).inputs[0]
+    message, peak = peak_of(refusal, tensor.array, SOON)
+    assert "more than 65536 bytes" in message
+    assert peak < 2**20
+
+
+def test_a_text_over_the_limit_is_refused_uncopied():
+    body = b'{"inputs": [{"name": "t", "datatype": "BYTES", "shape": [1], "data": ["' + BIG + b'"]}]}'
+    with pytest.raises(ServiceError) as caught:
+        peak_of(codec.request, body, None, SOON, codec.MOST_PARTS, 2**22)
+    assert (caught.value.status, caught.value.code) == (413, "FILE_TOO_LARGE")
+    request, peak = peak_of(codec.request, body, None, SOON, codec.MOST_PARTS, 2**23 + 2)
+    assert peak < 2**20
+    assert request.inputs[0].elements()[0].value() == BIG.decode()
+
+
+def test_reading_ends_with_the_deadline():
+    with pytest.raises(DeadlineExceeded):
+        codec.request(b'{"inputs": []}', None, Deadline(-1))
 
 def test_nothing_is_allocated_for_declared_sizes():
     tracemalloc.start()
