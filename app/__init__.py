@@ -35,7 +35,7 @@ def create_app(settings=None, loader=None):
     app.extensions["count_batch"] = lambda files: None  # access.py limits them
     app.extensions["at_exit"] = lambda: None  # for the worker to call before its process ends; raises nothing
     app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
-    app.extensions["endpoints"] = {"/v2": "the Open Inference Protocol V2"} if settings.open_inference else {}
+    app.extensions["endpoints"] = {"/v2": "Open Inference V2: /v2/models/NAME/infer"} if settings.open_inference else {}
     requests.register(app)
     error_handlers.register(app)
     if settings.cache_url:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app import model_settings
 from app.config import Settings, StartError
-from app.tasks.options import ALL, AT, FRAMES, METHOD, TTA
+from app.tasks.options import ALL, AT, FRAMES, INSIGHT, METHOD, TTA
 
 
 def main():
@@ -42,18 +42,24 @@ def add_predict_and_evaluate(commands):
     predict.add_argument("paths", nargs="+", type=Path, metavar="FILE|FOLDER")
     predict.add_argument("--save", type=Path, metavar="DIR", help="save answers that are files, such as sound, to DIR")
     predict.add_argument("--save-crop", type=Path, metavar="DIR", help="save the pictures that the model sees to DIR")
+    predict.add_argument("--save-overlay", type=Path, metavar="DIR",
+                         help="save pictures that show where the model looked to DIR, as FILE-CLASS.png")
     evaluate = commands.add_parser("evaluate", help="compare predictions with labels",
-                                   description="Prints 1 - MAE per trait, or the top-1 and top-5 accuracy.")
+                                   description="Prints the top-1 and top-5 accuracy of a classifier, or 1 - MAE for "
+                                               "each trait. Can calibrate a classifier, and write a report.")
     evaluate.add_argument("--labels", required=True, type=Path, metavar="CSV",
                           help="with a header; first the path within FOLDER, then a column per trait, named after it, "
                                "or one column with the class name or class_id")
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
-    evaluate.add_argument("--calibrate", action="store_true", help="for classifiers: fit the temperature by which "
-                          "confidence becomes the share of answers that are right, and keep it with the model")
-    evaluate.add_argument("--report", type=Path, metavar="FILE.html", help="write a report with the worst mistakes")
+    evaluate.add_argument("--calibrate", action="store_true", help="for classifiers: fit a temperature with which "
+                          "confidence is nearer to the share of right answers, and keep it with the model")
+    evaluate.add_argument("--report", type=Path, metavar="FILE.html", help="write a report: accuracy, calibration, "
+                          "confusions, the worst mistakes")
     for command in (predict, evaluate):
         command.add_argument("--json", action="store_true", help="print JSON, one line per file or result")
         for option in declared_options():
+            if command is evaluate and option in INSIGHT:  # they change no prediction
+                continue
             command.add_argument("--" + option.name.replace("_", "-"), dest=f"option:{option.name}",
                                  metavar="FILE" if option.is_file else "VALUE", help=option.meaning)
 
@@ -64,8 +70,8 @@ def add_embed_and_similar(commands):
     embed.add_argument("--out", required=True, type=Path, metavar="FILE", help="to write, .npz or .parquet")
     embed.add_argument("--normalize", action="store_true", help="scale each embedding to length 1")
     similar = commands.add_parser("similar", help="find the files that are most like a picture",
-                                  description="By the cosine of the angle between their embeddings.")
-    similar.add_argument("picture", type=Path, metavar="PICTURE")
+                                  description="By the cosine similarity of their embeddings.")
+    similar.add_argument("picture", type=Path, metavar="PICTURE", help="what the others are compared with")
     similar.add_argument("among", type=Path, metavar="FOLDER|FILE", help="a folder, or a file that embed has written")
     similar.add_argument("--top", type=int, default=10, metavar="N", help="how many, 10 by default")
     similar.add_argument("--json", action="store_true", help="print JSON, one line per file")

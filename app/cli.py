@@ -2,13 +2,16 @@
 import base64
 import csv
 import dataclasses
+import io
 import json
 import logging
 import mimetypes
+import re
 import sys
 from pathlib import Path
 
 from gevent.pool import Pool
+from PIL import Image
 from tqdm import tqdm
 
 from app import load_model
@@ -43,21 +46,33 @@ def load(arguments):
     return loader, model, task_options.read(option, model.task)
 
 
-def answers(loader, options, paths, crops=None, how=None):
+def answers(loader, options, paths, crops=None, how=None, overlays=None):
     """Yield (path, answer or ServiceError) in order, with a progress bar on a terminal.
 
-    crops: folder for the pictures that the model sees; how: of Model.answer.
+    crops: folder for the pictures that the model sees; overlays: for those that show where it looked; how: of
+    Model.answer.
     """
     model, settings = loader.current, loader.settings
 
     def work(path):
         def see(index, image):
-            name = "_".join(part for part in path.parts if part not in ("..", path.anchor))
-            model.task.answer_kind().seen(image).save(crops / f"{name}-{index}.png")
+            model.task.answer_kind().seen(image).save(crops / f"{flat_name(path)}-{index}.png")
 
         def answer():
             data = read_input(path, model.task, settings)
-            return model.answer(data, options, Call(deadline, stages, path.name, see if crops else None), how)
+            found = model.answer(data, options, Call(deadline, stages, path.name, see if crops else None), how)
+            if overlays:
+                save_overlays(found, data, options, Call(deadline, stages, path.name), overlays / flat_name(path))
+            return found
+
+        def save_overlays(found, data, options, call, start):
+            of_video = containers.is_video(data)
+            shots = found["metadata"]["frames"] if of_video else [found["metadata"]]
+            shown = {shot.get("index", 0): shot.get("explanations", ()) for shot in shots}
+            for frame, _ in model.task.read_frames(data, of_video, options, call):
+                for one in shown.get(frame.index, ()):
+                    ending = re.sub(r"[^\w.]+", "_", one.get("class") or one["trait"])
+                    blended(frame, one["overlay"]).save(f"{start}{f'-{frame.index}' * of_video}-{ending}.png")
         deadline, stages = Deadline(settings.request_timeout), Stages()
         try:
             return loader.slots.run(answer, deadline, stages, admitted=True)
@@ -71,6 +86,19 @@ def answers(loader, options, paths, crops=None, how=None):
     progress = tqdm(Pool(loader.slots.count).imap(work, paths), total=len(paths), unit="file", leave=False,
                     disable=len(paths) < 2 or not sys.stderr.isatty())
     yield from zip(paths, progress, strict=True)
+
+
+def flat_name(path):
+    return "_".join(part for part in path.parts if part not in ("..", path.anchor))
+
+
+def blended(frame, overlay):
+    """An RGB picture of the overlay's size: a containers.Frame with the overlay, base64 of a PNG, on it."""
+    with Image.open(io.BytesIO(base64.b64decode(overlay))) as image:
+        heat = image.convert("RGBA")
+    picture = frame.image.resize(heat.size, box=frame.box)
+    picture.paste(heat, mask=heat)
+    return picture
 
 
 def read_input(path, task, settings):
@@ -98,12 +126,18 @@ def find_files(paths, takes):
 
 
 def predict(arguments):
-    for folder in filter(None, (arguments.save_crop, arguments.save)):
+    for folder in filter(None, (arguments.save_crop, arguments.save, arguments.save_overlay)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise CommandError(f"{folder} cannot be made: {e.strerror}") from e
     loader, model, options = load(arguments)
+    if arguments.save_overlay:
+        if model.task.place.source.folder is None:
+            raise CommandError("--save-overlay is for classifiers and ocean, not for models of your own")
+        from app.tasks import insight
+        options = {**options, "explain": True}
+        insight.check(model.task, options)
     paths = list(find_files(arguments.paths, model.task.takes))
     if not paths:
         raise CommandError(f"there is nothing to predict in {', '.join(map(str, arguments.paths))}: {model.name} takes "
@@ -111,8 +145,12 @@ def predict(arguments):
     width = max(4, *(len(str(path)) for path in paths))
     if not arguments.json:
         print_row("file", width, model.task.answer_kind().columns())
+        if any(options.get(one.name) and one in model.task.options for one in (
+                task_options.EMBEDDING, *[task_options.EXPLAIN] * (not arguments.save_overlay))):
+            print("note: this table shows no maps or embeddings; use --json, or --save-overlay DIR for pictures of the "
+                  "maps", file=sys.stderr)
     failed = 0
-    for path, answer in answers(loader, options, paths, arguments.save_crop):
+    for path, answer in answers(loader, options, paths, arguments.save_crop, overlays=arguments.save_overlay):
         is_error = isinstance(answer, ServiceError)
         failed += is_error
         if not is_error and arguments.save:

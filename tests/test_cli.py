@@ -1,4 +1,6 @@
 """The command line gives the API's answers, for one file and for many; its exit code tells whether all went well."""
+import base64
+import io
 import json
 import os
 import subprocess
@@ -94,6 +96,44 @@ def test_save_crop_shows_what_the_model_saw(run, folder, tmp_path):
         (6, 6, 262, 262))
     with Image.open(path) as crop:
         assert np.array_equal(np.asarray(crop), np.asarray(expected))
+
+
+def test_save_overlay_shows_where_the_model_looked(run, folder, tmp_path):
+    code, _, err = run("predict", folder / "deep/clip.mp4", "--frames", "2", "--explain-class", "openness",
+                       "--save-overlay", tmp_path / "a")
+    assert (code, err) == (0, "")
+    names = sorted(path.name.rpartition("deep_")[2] for path in (tmp_path / "a").iterdir())
+    assert names == ["clip.mp4-15-openness.png", "clip.mp4-5-openness.png"]
+    code, out, err = run("predict", folder / "astronaut.png", "--save-overlay", tmp_path / "b", "--json",
+                         MODEL_NAME="efficientnet_lite0", MODEL_PATH="")
+    (path,) = (tmp_path / "b").iterdir()
+    answer = json.loads(out)
+    assert path.name.endswith("astronaut.png-" + answer["predictions"][0]["class"].replace(" ", "_") + ".png")
+    with Image.open(io.BytesIO(base64.b64decode(answer["metadata"]["explanations"][0]["overlay"]))) as image:
+        strength = np.asarray(image.convert("RGBA"))[..., 3]
+    with Image.open(path) as image:
+        changed = np.abs(np.asarray(image).astype(int) - np.asarray(photo("astronaut").convert("RGB"))).max(axis=2)
+    assert changed[strength == 0].max() == 0
+    assert changed[strength > 200].mean() > 30
+
+
+def test_the_table_says_where_maps_and_embeddings_are(run, folder):
+    lite0 = {"MODEL_NAME": "efficientnet_lite0", "MODEL_PATH": ""}
+    for option in ("--explain", "--embedding"):
+        code, out, err = run("predict", folder / "astronaut.png", option, "true", **lite0)
+        assert (code, len(out.splitlines())) == (0, 2)
+        assert err.startswith("note: this table shows no maps or embeddings; use --json, or --save-overlay DIR")
+    assert run("predict", folder / "astronaut.png", **lite0)[2] == ""
+
+
+def test_evaluate_offers_what_changes_a_prediction(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["app", "evaluate", "--help"])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    out = capsys.readouterr().out
+    assert "--top-k" in out
+    assert "--report" in out
+    assert not {word for word in ("--explain", "--explain-class", "--embedding", "--normalize") if word in out}
 
 
 def test_evaluate_traits(run, folder, tmp_path):

@@ -15,7 +15,7 @@ ENDPOINTS = {
     "/predict": "POST what the model takes, get its prediction",
     "/predict/batch": "POST several inputs, get one result for each",
     "/embed": "POST what the model takes, get the vector before its last layer",
-    "/models": "the models; each has /models/NAME/predict and /models/NAME/predict/batch too",
+    "/models": "the models; each has /models/NAME/predict, /models/NAME/predict/batch and /models/NAME/embed",
     "/health": "readiness, for load balancers",
     "/ready": "the same as /health",
     "/live": "liveness: 200 as long as the process answers",

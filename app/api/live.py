@@ -3,6 +3,7 @@ are answered meanwhile. Imported with the first such request.
 """
 import contextlib
 import functools
+import io
 
 import gevent
 from flask import current_app, g, request
@@ -32,7 +33,8 @@ def events_of(name, deadline, is_there):
     """Yield a `frame` or an `error` for each picture that is answered, then an `end`, at the latest at the deadline.
     Pictures that arrive while others are answered replace each other."""
     loader, settings, bodies = (current_app.extensions[name] for name in ("model", "settings", "bodies"))
-    option = uploads.sent_options()  # of the query
+    request.stream = io.BytesIO()  # the body has no options, and may have any length
+    option = uploads.sent_options()
     count = failed = 0
     with contextlib.ExitStack() as kept:
         model = g.model = loader.when_loaded(
@@ -80,6 +82,7 @@ class Camera:
                     self.newest, self.number = (self.number, jpeg), self.number + 1
                     self.arrived.set()
                 self.bodies.grow(self.key, self.held() - self.bodies.sizes[self.key])
+                gevent.sleep(0)  # a saved file never has to be waited for
             self.has_ended = True
         except ServiceError as e:
             self.error = e

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from app.config import StartError
+from app.engine.calibration import HIGHEST, LOWEST
 
 BINS = 15              # of the expected calibration error, as in the paper
 FOLDS = 5              # each file is judged with a temperature that was fitted on the other four fifths
 FEWEST = 50            # files: below, a fold has fewer than ten
-LOWEST, HIGHEST = 0.05, 20.0  # of T; networks have 0.5 to 3
 TOLERANCE = 1e-5       # of log T
+NEGLIGIBLE = 0.01      # a fall of the NLL by less than this part of it does not make up for an ECE that rises
 AT_ONCE = 2**22        # logits that are worked on at once: 32 MB as float64
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -61,8 +62,13 @@ class Fit(NamedTuple):
 
     @property
     def helps(self):
-        """Whether files that it was not fitted on are likelier with it."""
-        return self.after.nll < self.before.nll
+        """Whether the NLL of files that it was not fitted on falls; by more than a little, if their ECE rises."""
+        least = NEGLIGIBLE * self.before.nll if self.ece_rises else 0
+        return self.before.nll - self.after.nll > least
+
+    @property
+    def ece_rises(self):
+        return self.after.ece > self.before.ece
 
 
 def bins(confidence, right):

@@ -47,6 +47,8 @@ def embed(arguments):
 def similar(arguments):
     if arguments.top < 1:
         raise cli.CommandError(f"--top must be at least 1, got {arguments.top}")
+    if arguments.picture.is_dir():
+        raise cli.CommandError(f"{arguments.picture} is a folder: the picture comes first, then what to search")
     known = None if arguments.among.is_dir() else read(arguments.among)  # before the model is loaded
     loader, options = load(arguments, True)
     model = loader.current
@@ -140,7 +142,8 @@ def read(path):
     except cli.CommandError:
         raise
     except Exception as e:  # of zipfile, zlib, NumPy or pyarrow, which raise many on what others have written
-        raise cli.CommandError(f"{path} is neither a folder nor a file that embed has written") from e
+        raise cli.CommandError(f"{path} is neither a folder nor a file that embed has written (the picture comes first)"
+                               ) from e
 
 
 def read_npz(path):

@@ -107,23 +107,30 @@ class Observer:
 
     def store(self, fit, content):
         if not fit.helps:
-            raise cli.CommandError(f"T = {fit.temperature:.3f} makes files that it was not fitted on no likelier (NLL "
-                                   f"{fit.before.nll:.4f} before, {fit.after.nll:.4f} after): nothing is stored")
+            raise cli.CommandError(
+                f"nothing is stored: T = {fit.temperature:.4f} does not help on files that it was not fitted on (NLL "
+                f"{fit.before.nll:.4f} before, {fit.after.nll:.4f} after; ECE {fit.before.ece:.4f} before, "
+                f"{fit.after.ece:.4f} after)")
+        replaced = self.task.calibration and (f"replaces the temperature {self.task.calibration['temperature']:.4f} of "
+                                              f"{self.task.calibration.get('created', 'an unknown date')}")
         with replacing(self.folder / DIAGRAM) as path:
             path.write_bytes(diagram.before_and_after(self.model.name, fit))
         with replacing(self.folder / FILE) as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
-        return [f"stored: {self.folder / FILE}", f"diagram: {self.folder / DIAGRAM}",
+        return [f"stored: {self.folder / FILE}", *filter(None, [replaced]), f"diagram: {self.folder / DIAGRAM}",
                 "a running service uses it after: python -m app reload",
                 "to go back, remove the stored file and reload"]
 
 
 def calibration_lines(fit):
-    yield f"temperature  {fit.temperature:.4f} ({min(fit.by_fold):.4f} to {max(fit.by_fold):.4f} without a fifth)"
+    yield (f"temperature  {fit.temperature:.4f} (fitted on four fifths of the files: {min(fit.by_fold):.4f} to "
+           f"{max(fit.by_fold):.4f})")
     yield "             before   after"
     yield f"ECE          {fit.before.ece:.4f}  {fit.after.ece:.4f}"
     yield f"NLL          {fit.before.nll:.4f}  {fit.after.nll:.4f}"
-    yield "after: each file with a temperature that was fitted on others"
+    yield "before: T = 1; after: each file is judged with a temperature that was fitted without it"
+    if fit.ece_rises and fit.helps:
+        yield "warning: the ECE rises although the NLL falls: look at the diagram before you use this temperature"
 
 
 def seen(probabilities, label):

@@ -18,12 +18,15 @@ from app.server.counters import Stages
 from app.tasks import Call
 
 MOST_PICTURES = 18     # of each kind of mistake
+MOST_OF_CLASS = 3      # of these, of the same true class
+FEWEST_FILES = 10      # for an interval
 MOST_CONFUSIONS = 15
 MOST_IN_HEAT_MAP = 25  # classes
 MOST_POINTS = 1500     # of a scatter plot
 MOST_FAILURES = 50
 THUMBNAIL = 176        # pixels of the longer side
 PLOT = 220             # side of a scatter plot
+MARGIN = 8             # within its frame
 UNSEEN = ("explain", "explain_class", "embedding", "normalize")  # options that change no prediction
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,14 +53,25 @@ def facts(observer, result):
             ("Runs on", f"{info['engine']}, {info['device']}, {info['precision']}"),
             ("Input", f"{info['input_size'][0]} × {info['input_size'][1]}, resized to "
                       f"{info['preprocessing']['resize']}, {info['preprocessing']['interpolation']}"),
-            ("Temperature", (info.get("calibration") or {}).get("temperature") or "none")
+            ("Temperature", temperature(info, observer.arguments.calibrate))
             if observer.task.answers == "Classes" else ("Backbone", info["backbone"]),
-            ("Options", ", ".join(f"{name}={value}" for name, value in observer.options.items()
-                                  if value is not None and name not in UNSEEN)),
+            ("Options", ", ".join(
+                f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+                for name, value in observer.options.items() if value is not None and name not in UNSEEN)),
             ("Labels", observer.arguments.labels), ("Folder", observer.arguments.folder),
             ("Files", f"{result['files']} answered, {result['failed']} failed"),
             ("Begun", f"{datetime.datetime.fromtimestamp(observer.started, datetime.UTC):%Y-%m-%d %H:%M} UTC"),
             ("Service", VERSION)]
+
+
+def temperature(info, is_calibrated):
+    found = (info["calibration"] or {}).get("temperature", "none")
+    return f"{found}, before this calibration" if is_calibrated else found
+
+
+def interval(of_files, low, high):
+    """(low, high), or None if there are too few files for it to mean anything."""
+    return (low, high) if of_files >= FEWEST_FILES else None
 
 
 # --- classifiers ---
@@ -72,31 +86,44 @@ def of_classes(observer, result, fit):
     margin = np.array([seen.margin for *_, seen in observer.answered])
     right, count = best == labels, len(labels)
     served = calibration.Judged(confidence, right, -np.log(np.maximum(of_label, 1e-300)))
-    accuracies = [(f"Top-{k}", result[f"top_{k}"], *wilson(result[f"top_{k}"], count)) for k in (1, 5)]
+    accuracies = [(f"Top-{k}", result[f"top_{k}"], interval(count, *wilson(result[f"top_{k}"], count)))
+                  for k in (1, 5)]
 
-    def pictures(order, chosen):
+    def pictures(values, chosen):
+        order = np.argsort(values, kind="stable")
         return [picture(observer, i, names[labels[i]], [
             (p["class"], p["confidence"], p["class_id"] == labels[i]) for p in observer.answered[i][1][:3]],
-            f"{names[labels[i]]} was given {of_label[i]:.1%}; entropy {entropy[i]:.2f}, margin {margin[i]:.2f}")
-            for i in order[chosen[order]][:MOST_PICTURES]]
-    galleries = [
-        ("The worst mistakes", "Files whose true class was given the least probability.",
-         pictures(np.argsort(of_label, kind="stable"), ~right)),
-        ("The surest mistakes", "Wrong answers with the most confidence.",
-         pictures(np.argsort(-confidence, kind="stable"), ~right)),
-        ("The unsurest hits", "Right answers with the least confidence.",
-         pictures(np.argsort(confidence, kind="stable"), right))]
-    plots = diagram.reliability_png([("as served", served.bins, served.ece, served.nll)], observer.model.name) \
-        if fit is None else diagram.before_and_after(observer.model.name, fit)
+            f"{names[labels[i]]} was given {100 * of_label[i]:.1f} %; entropy {entropy[i]:.2f}, margin {margin[i]:.2f}")
+            for i in few_of_each(order[chosen[order]].tolist(), labels.tolist())]
+    galleries = [(title, f"{meaning} At most {MOST_OF_CLASS} of each class.", found) for title, meaning, found in (
+        ("Worst mistakes", "The true class was given the lowest probability.", pictures(of_label, ~right)),
+        ("Most confident mistakes", "Wrong answers with the highest confidence.", pictures(-confidence, ~right)),
+        ("Least confident correct answers", "Right answers with the lowest confidence.", pictures(confidence, right)))]
+
+    def plots(palette):
+        return data_url(diagram.reliability_png([("as served", served.bins, served.ece, served.nll)],
+                                                observer.model.name, palette)
+                        if fit is None else diagram.before_and_after(observer.model.name, fit, palette), "png")
     pairs = collections.Counter(zip(labels[~right].tolist(), best[~right].tolist(), strict=True))
     totals = collections.Counter(labels.tolist())
-    return {"kind": "classes", "accuracies": accuracies, "served": served, "fit": fit, "plots": data_url(plots, "png"),
+    return {"kind": "classes", "accuracies": accuracies, "served": served, "fit": fit,
+            "plots": plots(diagram.LIGHT), "plots_in_dark": plots(diagram.DARK),
             "galleries": galleries, "scatters": [], "traits": [],
             "confusions": [(names[true], names[said], n, n / totals[true])
                            for (true, said), n in pairs.most_common(MOST_CONFUSIONS)], "confusion_kinds": len(pairs),
             "heat_map": heat_map(names, labels, best),
             "sureness": [(name, median(values[right]), median(values[~right])) for name, values in (
                 ("Confidence", confidence), ("Margin between the best two", margin), ("Entropy in nats", entropy))]}
+
+
+def few_of_each(order, labels):
+    """The first MOST_PICTURES of the files in `order`, MOST_OF_CLASS of the same true class."""
+    chosen, totals = [], collections.Counter()
+    for i in order:
+        if len(chosen) < MOST_PICTURES and totals[labels[i]] < MOST_OF_CLASS:
+            totals[labels[i]] += 1
+            chosen.append(i)
+    return chosen
 
 
 def median(values):
@@ -134,18 +161,22 @@ def of_traits(observer, result):
     rows = []
     for i, trait in enumerate(traits):
         both_vary = len(labels) > 1 and predicted[:, i].std() > 0 and labels[:, i].std() > 0
-        half = 1.96 * errors[:, i].std() / math.sqrt(len(errors))
+        half = half_interval(errors[:, i])
         rows.append((trait, one[trait], half, mean[trait],
                      f"{np.corrcoef(predicted[:, i], labels[:, i])[0, 1]:.2f}" if both_vary else "–"))
-    half = 1.96 * errors.mean(axis=1).std() / math.sqrt(len(errors))
-    rows.append(("mean", one["mean"], half, mean["mean"], ""))
+    rows.append(("mean", one["mean"], half_interval(errors.mean(axis=1)), mean["mean"], ""))
     worst = np.argsort(-errors.mean(axis=1), kind="stable")[:MOST_PICTURES]
-    galleries = [("The worst pictures", "Files with the largest mean absolute error over all traits.", [
-        picture(observer, i, None, [(f"{trait}: said {predicted[i, k]:.2f}, true {labels[i, k]:.2f}", errors[i, k],
-                                     False) for k, trait in enumerate(traits)],
+    galleries = [("Worst pictures", "The largest mean absolute errors over all traits.", [
+        picture(observer, i, None, [(f"{trait}: predicted {predicted[i, k]:.2f}, labelled {labels[i, k]:.2f}",
+                                     errors[i, k], False) for k, trait in enumerate(traits)],
                 f"mean absolute error {errors[i].mean():.3f}", is_share=False) for i in worst])]
     return {"kind": "traits", "traits": rows, "galleries": galleries,
             "scatters": [scatter(trait, labels[:, i], predicted[:, i]) for i, trait in enumerate(traits)]}
+
+
+def half_interval(errors):
+    """Half the width of the 95 % confidence interval of the mean of (N,) errors; None for too few files."""
+    return 1.96 * errors.std() / math.sqrt(len(errors)) if len(errors) >= FEWEST_FILES else None
 
 
 def scatter(trait, labels, predicted):
@@ -153,9 +184,10 @@ def scatter(trait, labels, predicted):
     chosen = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), MOST_POINTS)).astype(int))
     low, high = (float(bound(np.concatenate([labels, predicted]))) for bound in (np.min, np.max))
     low, high = math.floor(10 * low) / 10, max(math.ceil(10 * high) / 10, math.floor(10 * low) / 10 + 0.1)
-    scale = PLOT / (high - low)
-    return {"trait": trait, "low": low, "high": high, "side": PLOT, "shown": len(chosen), "points": [
-        (round((labels[i] - low) * scale, 1), round(PLOT - (predicted[i] - low) * scale, 1)) for i in chosen]}
+    scale = (PLOT - 2 * MARGIN) / (high - low)
+    return {"trait": trait, "low": low, "high": high, "side": PLOT, "margin": MARGIN, "shown": len(chosen), "points": [
+        (round(MARGIN + (labels[i] - low) * scale, 1), round(PLOT - MARGIN - (predicted[i] - low) * scale, 1))
+        for i in chosen]}
 
 
 # --- pictures ---

@@ -80,7 +80,7 @@ def find(module, head, side):
         if vector.dim() != 2:
             return none("its last layer does not take one vector per picture")
         features = {"kind": "vector", "size": vector.shape[1], "head": head, "reason":
-                    "its last layer does not work on the means of feature maps"}
+                    "it does not end in global average pooling and a linear layer"}
         if not equal(outputs, linear(vector)):
             return {**features, "reason": "its outputs are not those of its last layer"}, None
         for name, maps in reversed(found.items()):

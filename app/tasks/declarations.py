@@ -43,8 +43,8 @@ def mistake(task, base):
             return f"the default of {option.name} must be {option.takes}, got {option.default!r}"
     if set(task.takes) <= set(FILES) and {"data", "file", "files", "image", "url", "video"} & set(names):
         return "data, file, files, image, url and video are names of the input: an option needs another one"
-    if {"calibrate", "help", "json", "labels", "report", "save", "save_crop"} & set(names):
-        return "calibrate, help, json, labels, report, save and save_crop are taken: an option needs another name"
+    if {"calibrate", "help", "json", "labels", "report", "save", "save_crop", "save_overlay"} & set(names):
+        return "calibrate, help, json, labels, report, save, save_crop and save_overlay are taken: choose another name"
     field = task.field or ("text" if task.takes == ("text",) else None)
     if len(set(names)) < len(names) or {"model", "instances", "stream", field} & set(names):
         return "options need distinct names, other than model, instances, stream and the field"

@@ -90,23 +90,23 @@ def yes_or_no(name, **more):
 
 TOP_K = integer("top_k", 1, 10, setting="top_k", meaning="How many classes a classifier returns.")
 METHOD = choice("method", FACE_METHODS, setting="face_method",
-                meaning="What ocean analyses: the largest face, or 422; the whole picture; or the face or, if there "
-                        "is none, the whole picture.")
+                meaning="What ocean analyses: face (the largest one; an error if there is none), middle (the whole "
+                        "picture), or face+middle (the face, or else the whole picture).")
 TTA = yes_or_no("tta", setting="tta", aliases=("use_tta",),
                 meaning="Whether ocean averages over the picture and its mirror image; use_tta is the same.")
 FRAMES = integer("frames", 1, MOST_FRAMES, setting="video_frames",
-                 meaning="How many frames of a video the answer averages: the middle one of each of that many equal "
-                         "segments.")
+                 meaning="Number of frames of a video to average over. The video is split into this many equal parts, "
+                         "of which the middle frames are used.")
 AT = number("at", 0, LATEST_S, unit="of seconds ",
             meaning="The second of a video whose frame is analysed, instead of `frames`.")
 STREAM = yes_or_no("stream", default=False, meaning="Whether to answer with server-sent events: one for each frame "
                    "of a video, or for each file.")  # of the endpoint, not of a task
 
-EXPLAIN = yes_or_no("explain", default=False, meaning="Whether the answer says where the model looked.")
+EXPLAIN = yes_or_no("explain", default=False, meaning="Whether to map what each part of a picture adds to a score.")
 EXPLAIN_CLASS = Option("explain_class", "a class (name or class_id) or a trait", str, {"type": ["string", "integer"]},
-                       "Of which class, or of which trait of ocean, `explain` says it.")
-EMBEDDING = yes_or_no("embedding", default=False, meaning="Whether the answer has the vector before the last layer.")
-NORMALIZE = yes_or_no("normalize", default=False, meaning="Whether that vector is divided by its length.")
+                       "The class or trait to explain, instead of the best class or all traits.")
+EMBEDDING = yes_or_no("embedding", default=False, meaning="Whether to return the vector before the last layer.")
+NORMALIZE = yes_or_no("normalize", default=False, meaning="Whether to scale that vector to length 1.")
 
 INSIGHT = (EXPLAIN, EXPLAIN_CLASS, EMBEDDING, NORMALIZE)
 ALL = (TOP_K, METHOD, TTA, FRAMES, AT, *INSIGHT)

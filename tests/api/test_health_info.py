@@ -40,6 +40,8 @@ def test_index_lists_the_endpoints_that_there_are(app, client):
     assert body["status"] == "running"
     rules = {rule.rule for rule in app.url_map.iter_rules() if not rule.arguments}
     assert set(body["endpoints"]) == {rule for rule in rules if not rule.startswith("/v2/")}  # /v2 stands for them
+    assert "/models/NAME/embed" in body["endpoints"]["/models"]
+    assert "/v2/models/NAME/infer" in body["endpoints"]["/v2"]
 
 
 def test_info_tells_what_answers(client):

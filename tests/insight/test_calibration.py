@@ -1,10 +1,12 @@
 """A temperature is fitted, judged on files that it was not fitted on, kept with the model and used by the service."""
 import html
+import io
 import json
 import math
 import re
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from conftest import encoded, photo
 from PIL import Image, ImageFilter
 
 from app import __main__ as command_line
-from app.insight import calibration, diagram, report
+from app.engine.calibration import SHOWN
+from app.insight import calibration, diagram, evaluation, report
 
 CLASSES = {"coffee": "espresso", "camera": "tripod", "chelsea": "tiger cat", "rocket": "missile"}
 
@@ -58,6 +61,17 @@ def test_each_file_is_judged_with_a_temperature_of_others():
     assert fit.after.nll == pytest.approx(np.concatenate(losses).mean())
 
 
+@pytest.mark.parametrize(("nll", "ece", "helps"), [
+    (0.999, 0.04, True), (1.001, 0.04, False), (0.999, 0.06, False), (0.95, 0.06, True)])
+def test_what_is_worth_storing(nll, ece, helps):
+    """From an NLL of 1 and an ECE of 0.05: a lower NLL is, but not a slightly lower one with a higher ECE."""
+    before, after = (types.SimpleNamespace(nll=nll, ece=ece) for nll, ece in ((1.0, 0.05), (nll, ece)))
+    fit = calibration.Fit(1.1, [1.0, 1.2], before, after)
+    assert (fit.helps, fit.ece_rises) == (helps, ece > 0.05)
+    assert any(line.startswith("warning: the ECE rises") for line in evaluation.calibration_lines(fit)) == (
+        helps and ece > 0.05)
+
+
 def test_expected_calibration_error_by_hand():
     confidence = np.array([0.95, 0.97, 0.99, 0.50, 0.52, 0.10, 1 / 15, 1.0])
     right = np.array([True, True, False, False, True, True, False, True])
@@ -100,13 +114,23 @@ def test_large_sets_are_worked_on_in_parts(monkeypatch):
         assert np.array_equal(one, other)
 
 
-def test_the_diagram_has_bars_as_high_as_the_share_that_is_right(tmp_path):
-    bins = [calibration.Bin(0, math.nan, math.nan)] * 14 + [calibration.Bin(40, 0.98, 0.5)]
-    (tmp_path / "a.png").write_bytes(diagram.reliability_png([("before", bins, 0.48, 1.2)], "name"))
-    with Image.open(tmp_path / "a.png") as image:
-        column = [image.getpixel((diagram.LEFT + 14.5 * diagram.SIDE / 15, diagram.TOP + y)) for y in (
-            0.25 * diagram.SIDE, 0.75 * diagram.SIDE)]
-    assert ["#" + bytes(pixel).hex() for pixel in column] == [diagram.GAP_COLOUR, diagram.RIGHT_COLOUR]
+@pytest.mark.parametrize("palette", [diagram.LIGHT, diagram.DARK])
+def test_the_diagram_has_bars_as_high_as_the_share_that_is_right(palette):
+    """Heights in the middle of a bar, where the gap is, and at its edge."""
+    bins = [calibration.Bin(0, math.nan, math.nan)] * 13
+    bins += [calibration.Bin(40, 0.9, 0.5), calibration.Bin(40, 0.2, 0.8)]
+    png = diagram.reliability_png([("before", bins, 0.48, 1.2)], "name", palette)
+
+    def colours(number, across):
+        x = diagram.LEFT + (number + across) * diagram.SIDE / 15
+        with Image.open(io.BytesIO(png)) as image:
+            return ["#" + bytes(image.getpixel((int(x), int(diagram.TOP + (1 - height) * diagram.SIDE)))).hex()
+                    for height in (0.7, 0.45, 0.1)]
+    assert colours(13, 0.5) == [palette.high, palette.right, palette.right]
+    assert colours(13, 0.2)[1:] == [palette.right, palette.right]
+    assert colours(13, 0.2)[0] != palette.high
+    assert colours(14, 0.5) == [palette.low, palette.low, palette.right]
+    assert colours(14, 0.2)[1:] == [palette.right, palette.right]
 
 
 # --- with a real model ---
@@ -178,7 +202,8 @@ def test_calibrate_reload_and_back(run, labelled, own_models, start_service):
 
     code, out, _ = run("reload", "--pid", service.process.pid)
     assert (code, out[:8]) == (0, "reloaded")
-    assert requests.get(service.url + "/info", timeout=10).json()["model"]["calibration"] == content
+    assert requests.get(service.url + "/info", timeout=10).json()["model"]["calibration"] == {
+        name: content[name] for name in SHOWN}
     after = confidence(service, coffee)
     assert after > before + 0.001
 
@@ -186,17 +211,63 @@ def test_calibrate_reload_and_back(run, labelled, own_models, start_service):
     assert run("reload", "--pid", service.process.pid)[0] == 0
     assert confidence(service, coffee) == pytest.approx(before, abs=1e-6)
 
-    check_report(html_path.read_text(), folder)
+    check_report(html_path.read_text(), folder, content)
 
 
-def check_report(text, folder):
+def test_a_second_calibration_says_what_it_replaces(run, labelled, own_models, tmp_path):
+    folder, labels = labelled
+    (bundle,) = own_models.glob("bundles/*")
+    (bundle / "calibration.json").write_text('{"temperature": 3.25, "created": "2026-01-02T03:04:05Z"}')
+    code, out, _ = run("evaluate", "--labels", labels, folder, "--calibrate", "--report", tmp_path / "r.html",
+                       MODEL_DIR=own_models)
+    assert code == 0
+    assert "\nreplaces the temperature 3.2500 of 2026-01-02T03:04:05Z\n" in out
+    content = json.loads((bundle / "calibration.json").read_text())
+    check_tiles((tmp_path / "r.html").read_text(), content)
+    assert "3.25, before this calibration" in (tmp_path / "r.html").read_text()
+
+
+def test_a_report_of_a_calibration_that_does_not_help(run, labelled, own_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "NEGLIGIBLE", 1)
+    monkeypatch.setattr(calibration.Fit, "ece_rises", True)
+    folder, labels = labelled
+    code, out, err = run("evaluate", "--labels", labels, folder, "--calibrate", "--report", tmp_path / "r.html",
+                         "--json", MODEL_DIR=own_models)
+    assert (code, list(own_models.glob("bundles/*/calibration.json"))) == (1, [])
+    assert err.startswith("error: nothing is stored: T = 0.")
+    assert "does not help on files that it was not fitted on (NLL " in err
+    content = json.loads(out)["calibration"]
+    assert tiles((tmp_path / "r.html").read_text()) == [
+        (f"{100 * content['ece_before']:.1f} %", f"{100 * content['ece_after']:.1f} % calibrated, not stored"),
+        (f"{content['nll_before']:.3f}", f"{content['nll_after']:.3f} calibrated, not stored")]
+
+
+def tiles(text):
+    return re.findall(r'class="tile"><b>(.*?)</b>.*?<span>(.*?)</span>', text, re.S)[2:]
+
+
+def check_tiles(text, content):
+    """The tiles have the figures of calibration.json, not those of the temperature that was served."""
+    assert tiles(text) == [
+        (f"{100 * content['ece_after']:.1f} %", f"calibrated; {100 * content['ece_before']:.1f} % before"),
+        (f"{content['nll_after']:.3f}", f"calibrated; {content['nll_before']:.3f} before")]
+
+
+def check_report(text, folder, content):
+    check_tiles(text, content)
+    captions = re.findall(r'<span class="true">(.*?)</span>', text.partition("<h2>Worst")[2].partition("<h2>")[0])
+    assert captions
+    assert max(map(captions.count, captions)) <= report.MOST_OF_CLASS
+    assert not re.search(r"\d%[^;\"]", text.partition("</style>")[2])  # a space before each % sign
+    assert "True" not in text.partition("What was measured")[2]
+    assert text.count("data:image/png") == 2  # the diagram, and one for a dark page
     assert len(re.findall("<figure>", text)) <= 3 * report.MOST_PICTURES
     assert "src=\"data:image/jpeg;base64," in text
     assert "http" not in re.sub(r"data:[^\"]*|http-equiv", "", text)  # nothing is loaded
     assert "<b>&.png" not in text
     assert html.escape(str(folder / "rocket-")) in text
-    for words in ("Top-1 accuracy", "The commonest confusions", "The worst mistakes", "The surest mistakes",
-                  "The unsurest hits", "T = ", "efficientnet_lite0", "SHA-256"):
+    for words in ("Top-1 accuracy", "Most common confusions", "Worst mistakes", "Most confident mistakes",
+                  "Least confident correct answers", "T = ", "efficientnet_lite0", "SHA-256"):
         assert words in text
 
 
@@ -232,6 +303,11 @@ def test_ocean_has_a_report_but_no_calibration(run, labelled, tmp_path, ocean_se
     assert f"{result['one_minus_mae']['mean']:.4f}" in text
     assert "gone &lt;i&gt;.png" in text
     assert "1 × MISSING_FILE." in text
+    assert "tta=true" in text
+    assert "95 %" not in text.replace("too few files for an interval", "")
+    assert text.count("too few files for an interval") == 1
+    points = [float(number) for pair in re.findall(r'<circle cx="(.*?)" cy="(.*?)"', text) for number in pair]
+    assert 3 < min(points) <= max(points) < report.PLOT - 3
 
 
 def test_wilson_interval():

@@ -215,7 +215,7 @@ def test_files_that_embed_has_not_written(run, tmp_path, folder, app):
     embeddings.write_npz(good, found)
     data = good.read_bytes()
 
-    def refused(path, text="is neither a folder nor a file that embed has written"):
+    def refused(path, text="is neither a folder nor a file that embed has written (the picture comes first)"):
         with pytest.raises(cli.CommandError) as e:
             embeddings.read(path)
         assert str(e.value) == f"{path} {text}"
@@ -260,7 +260,9 @@ def test_what_cannot_be_done_is_refused_in_one_line(run, folder, tmp_path, monke
             (["similar", folder / "cat.jpg", tmp_path / "x.npz"], "neither a folder nor a file that embed has written"),
             (["similar", folder / "cat.jpg", tmp_path / "gone.npz"], "does not exist"),
             (["similar", folder / "cat.jpg", tmp_path / "other.npz"], "has embeddings of resnet50 with weights 000000"),
-            (["similar", folder / "cat.jpg", folder, "--top", "0"], "--top must be at least 1, got 0")]:
+            (["similar", folder / "cat.jpg", folder, "--top", "0"], "--top must be at least 1, got 0"),
+            (["similar", folder, folder / "cat.jpg"], "is a folder: the picture comes first"),
+            (["similar", tmp_path / "other.npz", folder / "cat.jpg"], "(the picture comes first)")]:
         code, out, err = run(*arguments)
         assert (code, out, err.count("\n")) == (1, "", 1), err
         assert err.startswith("error: ")

@@ -15,8 +15,11 @@ from videos import pan_over, write
 from app import create_app
 from app.config import Settings, StartError
 from app.engine import bundle
-from app.prepare import features, networks
+from app.engine.bundle import Prepared
+from app.model_loader import ModelLoader
+from app.prepare import features, networks, prepared
 from app.prepare.networks import torchvision
+from app.server import machine
 from app.tasks import insight
 
 CAT, FACE = photo("chelsea"), photo("astronaut")
@@ -246,8 +249,8 @@ def test_a_network_without_maps_has_an_embedding_and_says_why(served, checkpoint
     assert np.abs(np.array(found) - expected).max() < 1e-4
     answer = post(client, encoded(CAT), explain="true")
     assert (answer.status_code, answer.json["error"]) == (400, "INVALID_PARAMETER")
-    assert answer.json["message"] == ("explain is not possible with mobilenet_v3_small: its last layer does not work "
-                                      "on the means of feature maps.")
+    assert answer.json["message"] == ("explain is not possible with mobilenet_v3_small: it does not end in global "
+                                      "average pooling and a linear layer.")
     assert client.get("/info").json["model"]["features"]["kind"] == "vector"
 
 
@@ -280,7 +283,7 @@ def test_maps_before_an_activation_in_place_are_found():
      "its last layer is not a linear one"),
     (torch.nn.Sequential(torch.nn.Linear(16, 4)), "0", None, "its last layer does not take one vector per picture"),
     (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4)), "1", "vector",
-     "its last layer does not work on the means of feature maps")])
+     "it does not end in global average pooling and a linear layer")])
 def test_networks_without_maps(module, head, kind, reason):
     found, weights = features.find(module.eval(), head, 16)
     assert (found["kind"], found["reason"], weights) == (kind, reason, None)
@@ -306,9 +309,14 @@ def own_bundle(settings, app, tmp_path):
     return dataclasses.replace(settings, model_dir=tmp_path), folder
 
 
+def calibrate(folder, **content):
+    content = {"weights_sha256": bundle.read(folder).weights["sha256"], "folds": 5, **content}
+    (folder / "calibration.json").write_text(json.dumps(content))
+
+
 def test_a_calibrated_classifier_divides_its_logits(own_bundle, client):
     settings, folder = own_bundle
-    (folder / "calibration.json").write_text(json.dumps({"temperature": 2.5, "pictures": 40}))
+    calibrate(folder, temperature=2.5, pictures=40)
     other = create_app(settings).test_client()
     before, after = (post(one, encoded(CAT), top_k=10).json for one in (client, other))
     assert [p["class_id"] for p in before["predictions"]] == [p["class_id"] for p in after["predictions"]]
@@ -330,13 +338,29 @@ def test_a_calibrated_classifier_divides_its_logits(own_bundle, client):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"temperature": 0}', '{"temperature": "1"}',
-                                  '{"temperature": NaN}', '{"temperature": 1e999}'])
+                                  '{"temperature": NaN}', '{"temperature": 1e999}', '{"temperature": 1e-300}',
+                                  '{"temperature": true}', '{"temperature": 2}',
+                                  '{"temperature": 2, "weights_sha256": "0123"}'])
 def test_a_damaged_calibration_stops_the_start(own_bundle, text):
     settings, folder = own_bundle
     (folder / "calibration.json").write_text(text)
     with pytest.raises(StartError, match="calibration.json cannot be used: .*; remove it, or calibrate again") as e:
         create_app(settings)
     assert "\n" not in str(e.value)
+
+
+def test_a_calibration_is_served_once_it_is_published(own_bundle, client):
+    """A worker that starts later serves what the others do."""
+    settings, folder = own_bundle
+    found, = prepared(settings, "openvino")
+    calibrate(folder, temperature=2.5)
+    assert found.calibration is None
+    later, = prepared(settings, "openvino")
+    assert later.calibration == {"temperature": 2.5}
+    assert Prepared.of(later.as_json()) == later
+    model = ModelLoader(settings, machine.plan(settings)).load([found]).current
+    assert model.info()["calibration"] is None
+    model.task.end()
 
 
 def test_a_bundle_of_an_earlier_release_is_made_again(own_bundle):
