@@ -1,5 +1,8 @@
 """The errors that Flask and Werkzeug raise, as the service's own. Imported with the first one."""
+import re
 from http import HTTPStatus
+
+from flask import current_app, request
 
 from app.api import error_handlers
 from app.errors import ServiceError
@@ -11,6 +14,14 @@ FRAMEWORK = {
     413: ("FILE_TOO_LARGE", "The request is larger than this service accepts; GET /info lists the limits."),
     415: ("UNSUPPORTED_MEDIA_TYPE", "Send the file as multipart/form-data in the field 'file'."),
 }
+OF_TRITON = re.compile(  # what its clients may ask besides V2
+    r"/v2/(models/[^/]+/(versions/[^/]+/)?(stats|config|trace/setting)|models/stats|trace/setting|logging|"
+    r"repository/models/[^/]+/(load|unload)|(systemsharedmemory|cudasharedmemory)/.+)")
+
+
+def not_of_v2(path):
+    """The message for a path below /v2 that there is not."""
+    return f"{path[:200]} of Triton is not supported here." if OF_TRITON.fullmatch(path) else FRAMEWORK[404][1]
 
 
 def render(e):
@@ -18,6 +29,8 @@ def render(e):
     if e.code is not None and e.code < 400:  # a redirect is an answer, not an error
         return e
     code, message = FRAMEWORK.get(e.code, (None, None))
+    if e.code == 404 and current_app.extensions["settings"].open_inference:
+        message = not_of_v2(request.path)
     if code is None and e.code is not None and e.code >= 500:
         code, message = "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID."
     elif code is None:

@@ -55,6 +55,7 @@ def similar(arguments):
     picture, failed = calculate(loader, options, [arguments.picture])
     if failed:
         return 1
+    size = picture.vectors.shape[1]
     if known is None:
         of_picture = arguments.picture.resolve()
         paths = [path for path in find([arguments.among], model) if path.resolve() != of_picture]
@@ -63,6 +64,9 @@ def similar(arguments):
         raise cli.CommandError(f"{arguments.among} has embeddings of {known.model} with weights "
                                f"{known.weights_sha256[:12]}, but the model is {picture.model} with weights "
                                f"{picture.weights_sha256[:12]}: make them again with embed")
+    elif known.vectors.shape[1] != size:
+        raise cli.CommandError(f"{arguments.among} has embeddings of {known.vectors.shape[1]} numbers, but those of "
+                               f"{picture.model} have {size}: make them again with embed")
     cosines = cosine(known.vectors, picture.vectors[0])
     for i in np.argsort(-cosines, kind="stable")[:arguments.top]:
         path, value = known.paths[i], float(cosines[i])
@@ -111,8 +115,8 @@ def cosine(rows, vector):
 # --- files ---
 
 def write_npz(path, found):
-    with replacing(path) as temporary:
-        np.savez(temporary, paths=np.array(found.paths, str), embeddings=found.vectors, model=found.model,
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # to a path, NumPy would append .npz
+        np.savez(file, paths=np.array(found.paths, str), embeddings=found.vectors, model=found.model,
                  weights_sha256=found.weights_sha256, normalized=found.normalized)
 
 
@@ -133,13 +137,17 @@ def read(path):
         return read_parquet(path) if path.suffix.lower() == ".parquet" else read_npz(path)
     except FileNotFoundError as e:
         raise cli.CommandError(f"{path} does not exist") from e
-    except (OSError, ValueError, KeyError, EOFError) as e:  # pyarrow's and zipfile's errors are these, too
+    except PermissionError as e:
+        raise cli.CommandError(f"{path} cannot be read: {e.strerror}") from e
+    except cli.CommandError:
+        raise
+    except Exception as e:  # of zipfile, zlib, NumPy or pyarrow, which raise many on what others have written
         raise cli.CommandError(f"{path} is neither a folder nor a file that embed has written (the picture comes first)"
                                ) from e
 
 
 def read_npz(path):
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:  # NumPy leaves damaged ones open
         return checked([str(name) for name in file["paths"]], file["embeddings"], str(file["model"]),
                        str(file["weights_sha256"]), bool(file["normalized"]))
 
@@ -154,7 +162,8 @@ def read_parquet(path):
 
 
 def checked(paths, rows, *about):
-    if rows.ndim != 2 or rows.dtype != np.float32 or len(paths) != len(rows):
+    if rows.ndim != 2 or rows.dtype != np.float32 or len(paths) != len(rows) or not np.isfinite(rows).all() or \
+            not all(isinstance(path, str) for path in paths):
         raise ValueError
     return Embeddings(paths, rows, *about)
 

@@ -1,8 +1,8 @@
 """Files that are complete or not there at all."""
 import contextlib
+import errno
 import os
-import tempfile
-from pathlib import Path
+import secrets
 
 from app.config import StartError
 
@@ -13,11 +13,13 @@ def replacing(path, only_try=False):
     StartError if it cannot be written."""
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name[:60]}-", suffix=path.suffix, dir=path.parent)
-        os.close(descriptor)
-        yield Path(temporary)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        name = path.with_name(f".{path.name[:40]}-{secrets.token_hex(8)}{path.suffix[:20]}")
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask
+        temporary = name
+        yield temporary
         if not only_try:
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
     except OSError as e:
         raise StartError(f"{path} cannot be written: {e.strerror or e}") from e

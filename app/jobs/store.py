@@ -167,11 +167,12 @@ class Store:
         return found
 
     def finish(self, job_id, attempt, state, done, result=None, error=None, trace=None):
-        """End the attempt; result, error: JSON types; trace: what its webhook continues, if not the request's. Raises
-        Lost."""
+        """End the attempt; result: JSON types, or their text; error: JSON types; trace: what its webhook
+        continues, if not the request's. Raises Lost."""
         with self.database.begin() as connection:
             if not self.end(connection, job_id, state, running(job_id, attempt), trace, done=done,
-                            result_json=as_json(result), error_json=as_json(error)):
+                            result_json=result if isinstance(result, str) else as_json(result),
+                            error_json=as_json(error)):
                 raise Lost(job_id)
 
     def end(self, connection, job_id, state, where, trace=None, **values):

@@ -13,7 +13,7 @@ import gevent
 from gevent.pool import Pool
 
 from app.api import batch
-from app.engine.slots import Outcome
+from app.engine.slots import Outcome, in_native_thread
 from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
 from app.jobs.store import AWAY, RENEW_EVERY_S, Lost, first_line, overdue_error
 from app.server import counters, logs
@@ -21,6 +21,7 @@ from app.server.counters import Stages
 from app.tasks import Call
 
 TRY_AGAIN_S = 1                 # to write to a database that is away
+MOST_RESULT_BYTES = 64 * 2**20  # of a result as JSON
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,8 @@ class Work:
             "error": body["error"], "message": body["message"]}
 
     def answer(self, row, attempt):
-        """The body that /predict or /predict/batch would have answered. Raises ServiceError, Cancelled, Lost."""
+        """The body that /predict or /predict/batch would have answered, as JSON. Raises ServiceError, Cancelled, Lost.
+        """
         name = f"{row['model']}@{row['version']}" if row["version"] else row["model"]
 
         def answers():
@@ -197,8 +199,10 @@ class Work:
         attempt.check()
         if row["unit"] == "files":
             attempt.progress()
-        return {"status": "success", "predictions": found["predictions"],
-                "metadata": {"filename": about["filename"], **found["metadata"]}}
+        text = in_native_thread(json.dumps, {"status": "success", "predictions": found["predictions"], "metadata": {
+            "filename": about["filename"], **found["metadata"]}})
+        check_size(len(text))
+        return text
 
     def batch(self, row, attempt, model, options):
         files = json.loads(row["inputs_json"])
@@ -219,16 +223,23 @@ class Work:
             found = self.spans.traced_file(position, lambda: outcome(about)) if self.spans else outcome(about)
             attempt.check()
             attempt.progress()
-            return found
+            result, = batch.body_of([about["filename"]], [found])[0]["results"]
+            return found if isinstance(found, ServiceError) else None, in_native_thread(
+                json.dumps, {**result, "index": position})
         pool = Pool(self.loader.slots.count)
+        texts, failures, size = [], [], 0
         try:
-            outcomes = list(pool.imap(in_copies(counted), *zip(*enumerate(files), strict=True)))
+            for failure, text in pool.imap(in_copies(counted), *zip(*enumerate(files), strict=True)):
+                texts.append(text)
+                failures += filter(None, [failure])
+                size += len(text)
+                check_size(size)
         finally:
             pool.kill(block=False)
-        body, failures = batch.body_of([about["filename"] for about in files], outcomes)
+        counts = {"count": len(texts), "failed": len(failures)}
         if len(failures) == len(files):
-            raise batch.all_failed(failures, body)
-        return {"status": "success", **body}
+            raise batch.all_failed(failures, {**counts, "results": [json.loads(text) for text in texts]})
+        return f'{json.dumps({"status": "success", **counts})[:-1]}, "results": [{", ".join(texts)}]}}'
 
     def one(self, about, row, attempt, model, options):
         """The answer to one input, in a slot."""
@@ -274,6 +285,13 @@ class Work:
             raise ServiceError(500, "INPUT_LOST", "The job's input is no longer in the storage.") from e
         except OSError as e:
             raise StorageAway(first_line(e)) from e
+
+
+def check_size(length):
+    """Raises ServiceError if a result of this many bytes is too large to be kept."""
+    if length > MOST_RESULT_BYTES:
+        raise ServiceError(413, "RESULT_TOO_LARGE", f"The result has more than {MOST_RESULT_BYTES // 2**20} MiB, the "
+                           "most that is kept; send fewer files, ask for fewer frames, or choose one explain_class.")
 
 
 def in_copies(call):

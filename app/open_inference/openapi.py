@@ -31,6 +31,7 @@ INDEX = {"type": "array", "items": {"type": "object", "required": ["name", "stat
 
 FAILURES = {"400": "The request cannot be used.", "401": "API_KEYS is set, and the request carries no valid key.",
             "404": "No such model.", "405": "This path does not allow this method.", "413": "Too large.",
+            "415": "The body is compressed.",
             "422": "With method=face, no face was found.", "429": "More predictions than RATE_LIMIT allows.",
             "500": "A bug in the service.", "503": "Temporarily unavailable.", "504": "Not answered in time."}
 FURTHER = {"401": ["WWW-Authenticate"], "405": ["Allow"], "429": ["Retry-After"]}
@@ -56,8 +57,8 @@ def add(document, settings):
         paths[prefix] = {"get": operation("A model's inputs and outputs", f"v2Model{of}", MODEL, settings, "404")}
         paths[f"{prefix}/ready"] = {"get": operation("Whether a model is ready", f"v2ModelReady{of}", READY, settings,
                                                      "404", "503")}
-        infer = operation("Inputs in, outputs out", f"v2Infer{of}", RESPONSE, settings, "400", "404", "413", "422",
-                          "429", "503", "504")
+        infer = operation("Inputs in, outputs out", f"v2Infer{of}", RESPONSE, settings, "400", "404", "413", "415",
+                          "422", "429", "503", "504")
         binary = {"schema": {"type": "string", "format": "binary"}}
         infer["responses"]["200"]["content"]["application/octet-stream"] = binary
         infer |= {"description": "Bodies and answers may have binary tensors after the JSON: "

@@ -171,7 +171,7 @@ class OfPictures(Signature):
             task.infer(views, options, call)
             if item.datatype == "FP32" and not np.isfinite(views.outputs).all():
                 raise invalid(f"{item.field} has numbers that are too large: the network's outputs are not finite")
-            predictions, metadata = task.answer_of(views, options)
+            predictions, metadata = task.answer_of(views, options, call)
             tensors = {self.scores[0]: pooled(task.scores(views.outputs), views),
                        "labels": [one["class"] for one in predictions] if self.is_classifier else task.labels}
             if self.is_classifier:

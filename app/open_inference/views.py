@@ -5,7 +5,7 @@ import json
 import numpy as np
 from flask import Response, current_app, g, jsonify, request
 
-from app.api import batch, json_body, uploads
+from app.api import batch, framework_errors, json_body, uploads
 from app.api.predict import client, client_watch, request_deadline
 from app.config import NAME, VERSION
 from app.engine.batches import run_batch
@@ -66,6 +66,8 @@ def key_of(name, version):
 
 def model_metadata(name, version=None):
     loader = current_app.extensions["model"]
+    if name == "stats" and not any(state["name"] == name for state in loader.states()):  # Triton's of all models
+        raise ServiceError(404, "NOT_FOUND", framework_errors.not_of_v2(request.path))
     signature = signatures.of(loader.tasks(key_of(name, version))[0], loader.settings)
     versions = [state["version"] for state in loader.states() if state["name"] == name and "version" in state]
     return jsonify({"name": name, **({"versions": versions} if versions else {}), "platform": signature.platform(),
@@ -89,7 +91,7 @@ def model_infer(name, version=None):
     tasks = loader.tasks(key_of(name, version))
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise ServiceError(400, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
+        raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
                                                           "send the body uncompressed.")
     bodies = current_app.extensions["bodies"]
     with bodies.one() as body_key:

@@ -90,7 +90,7 @@ class FromPictures(Task):
     def answer(self, data, options, call):
         views = self.prepare(data, options, call)
         self.infer(views, options, call)
-        return self.answer_of(views, options)
+        return self.answer_of(views, options, call)
 
     def infer(self, views, options, call):
         """Run the network on the views' inputs."""
@@ -99,7 +99,7 @@ class FromPictures(Task):
             found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
         views.outputs, views.features = found if features else (found, None)
 
-    def answer_of(self, views, options):
+    def answer_of(self, views, options, call=None):
         """(predictions, members of the metadata) for what the network has made of the views."""
         scores = self.scores(views.outputs).reshape(len(views.counted), -1, views.outputs.shape[1])
         by_frame = scores.mean(axis=1)
@@ -110,7 +110,7 @@ class FromPictures(Task):
                     **self.metadata(views, scores, options)}
         if views.features is not None:
             from app.tasks import insight
-            metadata |= insight.metadata(self, views, options, predictions)
+            metadata |= insight.metadata(self, views, options, predictions, call)
         return predictions, metadata
 
     def prepare(self, data, options, call):

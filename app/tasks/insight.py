@@ -6,8 +6,10 @@ Features for Discriminative Localization, 2016). With the division by the number
 it is Grad-CAM (Selvaraju et al., 2017): how much each cell adds to the class's logit, or to the trait's score.
 """
 import base64
+import contextlib
 import difflib
 import io
+import math
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,8 @@ from PIL import Image
 from app.errors import ServiceError, invalid_parameter
 
 LONGEST_SIDE = 512  # of an overlay, in pixels
+MOST_LARGE, SMALL_SIDE = 8, 128  # with more maps in an answer than this, each overlay has this longest side
+DIGITS = 6          # of the largest number in a map; the others have as many decimals
 HEAT = [[68, 1, 84], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]]  # RGB, from weak to strong
 PALETTE = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(HEAT)), channel) for channel in zip(
     *HEAT, strict=True)], axis=1).astype(np.uint8).tobytes()
@@ -31,20 +35,33 @@ def check(task, options):
         wanted(task, options)
 
 
-def metadata(task, views, options, predictions):
-    """Members of the answer's metadata for what the options ask; `explanations` of a video are in its frames."""
+def metadata(task, views, options, predictions, call=None):
+    """Members of the answer's metadata for what the options ask; `explanations` of a video are in its frames. call: a
+    tasks.Call, whose stage `explain` this is, if it draws maps."""
     members = {}
     if options.get("explain") or options.get("explain_class"):
-        maps = frame_maps(task, views)
-        for shot, of_frame in zip(views.counted, maps, strict=True):
-            found = explanations(task, of_frame, shot, views.image_size, options, predictions)
-            if views.of_video:
-                shot["explanations"] = found
-            else:
-                members["explanations"] = found
+        with call.stages("explain") if call else contextlib.nullcontext():
+            rows = wanted(task, options, predictions)
+            longest_side = overlay_side(len(rows) * frames_asked(views, options))
+            for shot, maps in zip(views.counted, frame_maps(task, views), strict=True):
+                found = explanations(task, rows, maps, shot, views.image_size, longest_side)
+                if views.of_video:
+                    shot["explanations"] = found
+                else:
+                    members["explanations"] = found
     if options.get("embedding"):
         members["embedding"] = embedding(task, views, options.get("normalize")).tolist()
     return members
+
+
+def frames_asked(views, options):
+    """How many frames the answer may have: known before the first one, which a stream sends on its own."""
+    return options["frames"] if views.of_video and options.get("at") is None else 1
+
+
+def overlay_side(maps):
+    """The longest side of each overlay, in pixels, in an answer with this many maps."""
+    return LONGEST_SIDE if maps <= MOST_LARGE else SMALL_SIDE
 
 
 def embedding(task, views, normalize):
@@ -79,17 +96,24 @@ def wanted(task, options, predictions=None):
     return [predictions[0]["class_id"]] if isinstance(predictions, list) else range(len(labels))
 
 
-def explanations(task, maps, shot, image_size, options, predictions):
+def explanations(task, rows, maps, shot, image_size, longest_side):
     """[{"class" and "class_id", or "trait"; "map": (h, w) floats of at least 0; "overlay": base64 of a PNG}] of one
-    frame. maps: its feature maps (views, F, h, w); shot: its entry in the answer."""
+    frame. rows: of the head; maps: the frame's feature maps (views, F, h, w); shot: its entry in the answer;
+    longest_side: of the overlays, in pixels."""
     found = []
-    for row in wanted(task, options, predictions):
+    for row in rows:
         label = {"class": task.labels[row], "class_id": row} if task.kind == "classification" else {
             "trait": task.labels[row]}
         heat = activation_map(maps, head(task)[row])
-        found.append({**label, "map": heat.astype(float).round(6).tolist(),
-                      "overlay": overlay(heat, image_size, shot.get("face_box"), task.preprocessing)})
+        found.append({**label, "map": rounded(heat).tolist(), "overlay": overlay(
+            heat, image_size, shot.get("face_box"), task.preprocessing, longest_side)})
     return found
+
+
+def rounded(heat):
+    """A map, (h, w) float32 of at least 0, as float64 with DIGITS digits of its largest number."""
+    largest = float(heat.max())
+    return heat.astype(float).round(DIGITS - 1 - math.floor(math.log10(largest)) if largest > 0 else DIGITS)
 
 
 def head(task):
@@ -105,12 +129,12 @@ def activation_map(maps, weights):
     return np.maximum(heat, 0)
 
 
-def overlay(heat, image_size, face_box, preprocessing):
+def overlay(heat, image_size, face_box, preprocessing, longest_side=LONGEST_SIDE):
     """Base64 of a PNG to lay over the upright picture: the stronger, the brighter and the less transparent; transparent
     where the network saw nothing. heat: (h, w), at least 0; image_size: (width, height) of the picture;
-    face_box: (x, y, width, height) of what was cut out of it, or None."""
+    face_box: (x, y, width, height) of what was cut out of it, or None; longest_side: of the PNG."""
     strength = heat / max(heat.max(), np.finfo(np.float32).tiny)
-    scale = min(1, LONGEST_SIDE / max(image_size))
+    scale = min(1, longest_side / max(image_size))
     width, height = (max(1, round(side * scale)) for side in image_size)
     x, y, region_width, region_height = face_box or (0, 0, *image_size)
     side = min(region_width, region_height) * preprocessing.crop / preprocessing.resize  # of the square that it saw

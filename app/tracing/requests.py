@@ -2,6 +2,7 @@
 
 What the worker refuses before the application sees it (a full queue, invalid HTTP) has none.
 """
+import re
 from urllib.parse import urlsplit
 
 from flask import g, request, request_finished, request_started, request_tearing_down
@@ -13,6 +14,7 @@ from app.tracing import export, spans
 from app.tracing.spans import mark
 
 UNTRACED = "metrics"  # and probes that succeed
+PROBES = ("health", "v2_health")
 
 
 def register(app):
@@ -38,7 +40,7 @@ def begin(_, **__):
     else:
         about |= {"http.request.method": "_OTHER", "http.request.method_original": method}
         method = "HTTP"
-    route = request.url_rule and request.url_rule.rule
+    route = request.url_rule and re.sub(r"<(?:[^<>:]*:)?([^<>]*)>", r"{\1}", request.url_rule.rule)
     about |= {"http.route": route} if route else {}
     g.context_before, parent = context.get_current(), propagate.extract(request.headers, context.Context())
     g.span = spans.tracer.start_span(f"{method} {route}" if route else method, parent, SpanKind.SERVER,
@@ -65,7 +67,7 @@ def describe(_, response, **__):
     span, error, model = g.get("span"), g.get("error_code"), g.get("model")
     if span is None:
         return
-    g.is_probe = request.blueprint == "health" and response.status_code == 200
+    g.is_probe = request.blueprint in PROBES and response.status_code == 200
     span.set_attributes({"http.response.status_code": response.status_code, "request.id": g.request_id,
                          **({"model.name": model.name} if model else {}),
                          **({"model.version": model.version} if model and model.version else {})})

@@ -1,6 +1,10 @@
 """Embeddings are torch's vectors before the head, by command and by HTTP."""
 import base64
+import dataclasses
+import io
 import json
+import os
+import stat
 import sys
 
 import numpy as np
@@ -10,7 +14,7 @@ from PIL import Image
 from urllib3 import encode_multipart_formdata
 
 from app import __main__ as command_line
-from app import create_app
+from app import cli, create_app
 from app.insight import embeddings
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"))
@@ -19,8 +23,6 @@ CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"))
 @pytest.fixture(scope="module")
 def by_torch():
     """by_torch(file's bytes): the vector before EfficientNet-Lite0's last layer, by torch."""
-    import io
-
     import torch
 
     from app.engine.preprocess import Preprocessing
@@ -132,14 +134,12 @@ def test_it_is_listed_and_documented(client):
 
 
 def test_every_file_counts_against_the_rate_limit(app, settings):
-    import dataclasses
     limited = create_app(dataclasses.replace(settings, rate_limit="3/hour"), app.extensions["model"]).test_client()
     assert post(limited, ("a.jpg", CAT), ("b.jpg", CAT)).status_code == 200
     assert post(limited, ("a.jpg", CAT), ("b.jpg", CAT)).status_code == 429
 
 
 def test_cached_embeddings_are_not_predictions(app, settings):
-    import dataclasses
     cached = create_app(dataclasses.replace(settings, cache_url="memory://"), app.extensions["model"]).test_client()
     first = post(cached, ("a.jpg", CAT)).json["results"][0]["embedding"]
     predicted = cached.post("/predict?embedding=true&explain=false", data=CAT, content_type="image/jpeg").json
@@ -195,13 +195,68 @@ def test_failures_are_listed_and_counted(run, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "bad.jpg"]
 
 
+def test_a_suffix_in_upper_case(run, folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        code, _, err = run("embed", folder / "cat.jpg", "--out", tmp_path / "X.NPZ")
+    finally:
+        os.umask(before)
+    assert (code, err) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["X.NPZ"]
+    assert embeddings.read(tmp_path / "X.NPZ").vectors.shape == (1, 1280)
+    assert stat.S_IMODE((tmp_path / "X.NPZ").stat().st_mode) == 0o640
+
+
+def test_files_that_embed_has_not_written(run, tmp_path, folder, app):
+    import pyarrow
+    from pyarrow import parquet
+    found = embeddings.Embeddings(["a"], np.ones((1, 3), np.float32), "efficientnet_lite0", "0" * 64, False)
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    embeddings.write_npz(good, found)
+    data = good.read_bytes()
+
+    def refused(path, text="is neither a folder nor a file that embed has written (the picture comes first)"):
+        with pytest.raises(cli.CommandError) as e:
+            embeddings.read(path)
+        assert str(e.value) == f"{path} {text}"
+    for damaged in (data[:-40], data[:len(data) // 2], data[:4], b"PK\3\4" + bytes(100)):
+        bad.write_bytes(damaged)
+        refused(bad)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, paths=np.array(["a"] * 99), embeddings=np.ones((99, 99), np.float32))
+    data = bytearray(packed.getvalue())
+    at = data.index(b"embeddings.npy") + 60
+    data[at:at + 40] = b"\xff" * 40
+    bad.write_bytes(data)
+    refused(bad)
+    with open(bad, "wb") as file:
+        np.save(file, np.ones(3))
+    refused(bad)
+    embeddings.write_npz(bad, dataclasses.replace(found, vectors=np.full((1, 3), np.nan, np.float32)))
+    refused(bad)
+    other = tmp_path / "other.parquet"
+    for column in ([1.0], [[1.0]], ["x"]):
+        table = pyarrow.table({"path": ["a"], "embedding": column})
+        for about in (None, {"model": "m", "weights_sha256": "0", "normalized": "true"}):
+            parquet.write_table(table.replace_schema_metadata(about), other)
+            refused(other)
+    weights = app.extensions["model"].current.task.manifest.weights["sha256"]
+    embeddings.write_npz(good, dataclasses.replace(found, weights_sha256=weights))
+    code, out, err = run("similar", folder / "cat.jpg", good)
+    assert (code, out) == (1, "")
+    assert err == (f"error: {good} has embeddings of 3 numbers, but those of efficientnet_lite0 have 1280: make them "
+                   "again with embed\n")
+
+
 def test_what_cannot_be_done_is_refused_in_one_line(run, folder, tmp_path, monkeypatch):
     (tmp_path / "x.npz").write_bytes(b"nonsense")
+    (tmp_path / "folder.npz").mkdir()
     np.savez(tmp_path / "other.npz", paths=np.array(["a"]), embeddings=np.ones((1, 1280), np.float32), model="resnet50",
              weights_sha256="0" * 64, normalized=False)
     for arguments, message in [
             (["embed", folder, "--out", tmp_path / "a.csv"], "--out must end in .npz or .parquet, got a.csv"),
             (["embed", folder, "--out", tmp_path / "no/a.npz"], "cannot be written: No such file or directory"),
+            (["embed", folder, "--out", tmp_path / "folder.npz"], "cannot be written: Is a directory"),
             (["similar", folder / "cat.jpg", tmp_path / "x.npz"], "neither a folder nor a file that embed has written"),
             (["similar", folder / "cat.jpg", tmp_path / "gone.npz"], "does not exist"),
             (["similar", folder / "cat.jpg", tmp_path / "other.npz"], "has embeddings of resnet50 with weights 000000"),

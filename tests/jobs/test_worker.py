@@ -53,6 +53,15 @@ def test_job_fails_as_the_prediction_would(troubled, order, code):
     assert job["result"] is None
 
 
+def test_a_result_that_is_too_large_is_not_kept(troubled):
+    jobs, _, _ = troubled
+    batch = {"json": {"instances": [{"text": f"much {20 * 2**20}"}] * 4}}
+    for job_id in (jobs.accepted(f"much {65 * 2**20}"), jobs.accepted(**batch)):
+        job = jobs.wait(job_id)
+        assert (job["state"], job["error"]["error"], job["result"]) == ("failed", "RESULT_TOO_LARGE", None)
+        assert "send fewer files" in job["error"]["message"]
+
+
 def test_model_that_gives_up_when_its_time_is_over_does_not_fail(troubled):
     """For predictions too: the deadline is the reason, whether the model or the service notices it first."""
     jobs, _, service = troubled

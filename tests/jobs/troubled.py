@@ -25,6 +25,8 @@ class Troubled(OwnTask):
             raise RuntimeError("as told")
         elif order == "hang":
             time.sleep(3600)
+        elif order == "much":
+            return "x" * int(float(seconds))
         elif order == "late":  # gives up as soon as its time is over
             while self.seconds_left() > 0:
                 time.sleep(0.001)

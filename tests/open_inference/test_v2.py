@@ -154,7 +154,7 @@ def test_larger_than_allowed(client):
     pixels = {"name": "pixels", "datatype": "UINT8", "shape": [100_000, 100_000, 3], "data": [1]}
     assert_error(infer(client, pixels), 413, "at most 50000000")
     assert_error(client.post(INFER, content_length=2**31), 413, "larger than")
-    assert_error(client.post(INFER, data=b"{}", headers={"Content-Encoding": "gzip"}), 400, "uncompressed")
+    assert_error(client.post(INFER, data=b"{}", headers={"Content-Encoding": "gzip"}), 415, "uncompressed")
     assert_error(client.post(INFER, data=b"x" * 9, headers={HEADER_LENGTH: "10"}), 400, HEADER_LENGTH)
 
 

@@ -68,7 +68,12 @@ found = {
     "wrong_option": failure(ask, given("image", file), parameters={"top_k": 99}),
     "unknown_model": failure(client.get_model_metadata, "other"),
     "compressed": failure(ask, given("image", file), request_compression_algorithm="gzip"),
-    "load": failure(client.load_model, MODEL)}
+    "load": failure(client.load_model, MODEL),
+    "statistics": failure(client.get_inference_statistics, MODEL),
+    "all_statistics": failure(client.get_inference_statistics), "config": failure(client.get_model_config, MODEL),
+    "trace": failure(client.get_trace_settings, MODEL), "log": failure(client.get_log_settings),
+    "shared_memory": failure(client.get_system_shared_memory_status),
+    "cuda_memory": failure(client.get_cuda_shared_memory_status)}
 later = [client.async_infer(MODEL, [given("image", file)], outputs=[wanted("probabilities")]) for _ in range(4)]
 found["together"] = [arrays(one.get_result())["probabilities"] for one in later]
 print(json.dumps(found))

@@ -20,6 +20,7 @@ from app.model_loader import ModelLoader
 from app.prepare import features, networks, prepared
 from app.prepare.networks import torchvision
 from app.server import machine
+from app.tasks import insight
 
 CAT, FACE = photo("chelsea"), photo("astronaut")
 TOLERANCE = 1e-3  # of the largest value in a map
@@ -186,6 +187,24 @@ def test_each_frame_of_a_video_has_its_map(client, ocean_app):
     assert [len(frame["explanations"]) for frame in answer["metadata"]["frames"]] == [1, 1]
 
 
+def test_many_maps_have_small_overlays(ocean_app):
+    clip, client = write(list(pan_over(np.asarray(FACE.convert("RGB")), 10))), ocean_app.test_client()
+
+    def sides(**options):
+        frames = post(client, clip, explain="true", method="middle", **options).json["metadata"]["frames"]
+        return {max(overlay_of(one).shape) for frame in frames for one in frame["explanations"]}
+    assert sides(frames=2) == {128}
+    assert sides(frames=1) == sides(frames=9, at=0) == sides(frames=2, explain_class="openness")
+    assert sides(frames=1) != {128}
+
+
+def test_weak_maps_are_rounded_like_strong_ones():
+    heat = np.array([[0.123456789, 0.2], [0, 0.05]], np.float32)
+    assert insight.rounded(heat).tolist() == [[0.123457, 0.2], [0, 0.05]]
+    assert insight.rounded(heat * np.float32(1e-9)) == pytest.approx(heat * 1e-9, abs=1e-15)
+    assert not insight.rounded(np.zeros((2, 2), np.float32)).any()
+
+
 def test_a_class_to_explain_is_enough(client):
     found, = post(client, encoded(CAT), explain_class="tabby").json["metadata"]["explanations"]
     assert found["class_id"] == 281
@@ -306,6 +325,14 @@ def test_a_calibrated_classifier_divides_its_logits(own_bundle, client):
     assert ratios[0] / ratios[1] == pytest.approx(2.5, rel=1e-4)
     assert other.get("/info").json["model"]["calibration"] == {"temperature": 2.5, "pictures": 40}
     assert client.get("/info").json["model"]["calibration"] is None
+    text = base64.b64encode(encoded(CAT)).decode()
+    sent = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}],
+            "outputs": [{"name": "logits"}, {"name": "probabilities"}]}
+    outputs = [[np.array(output["data"]) for output in one.post(
+        "/v2/models/efficientnet_lite0/infer", json=sent).json["outputs"]] for one in (client, other)]
+    assert np.array_equal(outputs[0][0], outputs[1][0])  # the network's own
+    powers = np.exp(outputs[1][0] / 2.5 - outputs[1][0].max() / 2.5)
+    assert outputs[1][1] == pytest.approx(powers / powers.sum(), rel=1e-4, abs=1e-9)
     one, another = (one.application.extensions["model"].current.identity for one in (client, other))
     assert one != another
 

@@ -134,7 +134,7 @@ def test_a_header_that_is_no_traceparent_begins_a_new_trace(traced, value):
 @pytest.mark.parametrize(("options", "name", "status", "code", "stage"), [
     ({"files": {"file": ("a.txt", b"not a picture")}}, "POST /predict", 400, "INVALID_IMAGE", "decode"),
     ({"headers": {"X-Request-Timeout": "0.00001"}}, "POST /predict", 504, "DEADLINE_EXCEEDED", None),
-    ({"path": "/models/none/predict"}, "POST /models/<name>/predict", 404, "NOT_FOUND", None),
+    ({"path": "/models/none/predict"}, "POST /models/{name}/predict", 404, "NOT_FOUND", None),
     ({"path": "/nowhere", "method": "GET"}, "GET", 404, "NOT_FOUND", None),
     ({"path": "/predict", "method": "BREW"}, "HTTP", 405, "METHOD_NOT_ALLOWED", None)])
 def test_errors_have_their_code_and_those_of_the_service_the_status(traced, receiver, options, name, status, code,
@@ -156,7 +156,7 @@ def test_errors_have_their_code_and_those_of_the_service_the_status(traced, rece
 
 def test_probes_and_metrics_have_no_spans(traced, receiver):
     caller = Caller()
-    for path in ("/health", "/ready", "/live", "/metrics"):
+    for path in ("/health", "/ready", "/live", "/metrics", "/v2/health/live", "/v2/health/ready"):
         assert ask(traced, caller, path, "GET").status_code == 200
     assert ask(traced, caller, "/info", "GET").status_code == 200
     assert [span.name for span in receiver.trace(caller.trace_id, ["GET /info"])] == ["GET /info"]
@@ -179,6 +179,14 @@ def test_each_file_of_a_batch_has_a_span_with_its_stages(traced, receiver):
         assert one.is_within(request)
         assert all(stage.is_within(one) for stage in stages)
     assert "files" in {span.name for span in children(spans, request)}
+
+
+def test_drawing_maps_is_a_stage(traced, receiver):
+    caller = Caller()
+    answer = ask(traced, caller, data={"explain": "true"})
+    assert "explain;dur=" in answer.headers["Server-Timing"]
+    spans = receiver.trace(caller.trace_id, ["POST /predict"])
+    assert only(spans, "explain") in children(spans, only(spans, "POST /predict"))
 
 
 def test_a_stream_is_a_span_until_its_end(traced, receiver):
