@@ -16,6 +16,7 @@ import requests
 from conftest import encoded, photo
 from urllib3 import encode_multipart_formdata
 from videos import pan_over, write
+from werkzeug.test import EnvironBuilder
 
 from app import create_app
 from app.engine.slots import Slots
@@ -339,15 +340,21 @@ def test_a_stream_that_nobody_begins_to_read_leaves_nothing(app):
     def pieces():
         yield CAT
         gevent.sleep(60)
-    before, slots, bodies = in_progress(app), app.extensions["model"].slots, app.extensions["bodies"]
-    put_live(app, pieces()).close()
+
+    def ask_and_leave(**request):
+        environ = EnvironBuilder(method="POST", **request).get_environ()
+        app(environ, lambda status, headers: statuses.append(status)).close()
+    before, slots, bodies, statuses = in_progress(app), app.extensions["model"].slots, app.extensions["bodies"], []
+    ask_and_leave(path="/predict?stream=true", headers=MJPEG,
+                  environ_overrides={"wsgi.input": Arriving(pieces())})
     assert (in_progress(app), bodies.total, bodies.receiving) == (before, 0, {})
     body, headers = form(*[(f"{i}.jpg", CAT) for i in range(3)], stream="true")
-    app.test_client().post("/predict", data=body, headers=headers, buffered=False).close()
+    ask_and_leave(path="/predict", data=body, headers=headers)
     with gevent.Timeout(30):
         while slots.batched:
             gevent.sleep(0.01)
     assert (in_progress(app), bodies.total) == (before, 0)
+    assert statuses == ["200 OK"] * 2
 
 
 # --- over real connections ---
