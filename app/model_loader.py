@@ -192,7 +192,7 @@ def no_such_model(name):
 
 
 def rebuild(manifest):
-    """(the torch module of a manifest, without weights; the Tap on its feature maps, or None)."""
+    """(the torch module of a manifest, without its weights; the Tap on its feature maps, or None)."""
     from app.prepare import features, networks  # these import torch
-    module = networks.rebuild(**manifest.network)
+    module = networks.skeleton(networks.rebuild, **manifest.network)
     return module, features.tap(module, manifest.features)

@@ -93,6 +93,7 @@ class Camera:
                     self.arrived.set()
                     gevent.sleep(PAUSE_S)
                 self.bodies.add(self.key, self.growth())
+                gevent.sleep(0)  # there may always be more to read
             self.has_ended = True
         except ServiceError as e:
             self.error, self.newest = e, None

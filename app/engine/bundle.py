@@ -21,12 +21,14 @@ FORMAT = 2  # incremented whenever older bundles would be misread
 @dataclass(frozen=True)
 class Prepared:
     """A model to serve: a bundle, or a class of the user's. fallback_reason: why MODEL_FALLBACK is served, else None;
-    key: of model_settings.each; own: "package.module:Class", which has no folder, and a random token per publishing."""
+    key: of model_settings.each; own: "package.module:Class", which has no folder, and a random token per publishing;
+    calibration: of a classifier, see calibration.py, or None."""
     folder: Path | None
     fallback_reason: str | None = None
     key: str = ""
     own: str | None = None
     token: str = ""
+    calibration: dict | None = None
 
     @classmethod
     def of(cls, published):
@@ -35,7 +37,8 @@ class Prepared:
 
     def as_json(self):
         """For other processes, in another working directory."""
-        return vars(self) | {"folder": self.folder and str(self.folder.resolve())}
+        made = vars(self) | {"folder": self.folder and str(self.folder.resolve())}
+        return {name: value for name, value in made.items() if value is not None or name == "folder"}
 
 
 @dataclass(frozen=True)

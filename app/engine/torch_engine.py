@@ -38,8 +38,7 @@ class TorchEngine:
             precision = "bf16" if self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
         self.precision = precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        with torch.device("meta"):
-            module, self.tap = self.rebuild(manifest)
+        module, self.tap = self.rebuild(manifest)
         state = torch.load(folder / "model.pt", map_location="cpu", mmap=True, weights_only=True)
         module.load_state_dict(state, assign=True)  # on a CPU the workers share the file's pages
         self.module = module.to(self.device, self.dtype,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from app import model_settings
 from app.config import StartError
-from app.engine import bundle
+from app.engine import bundle, calibration
 from app.engine.bundle import Prepared
 from app.handing_down import variables
 from app.prepare import bundles
@@ -62,10 +62,15 @@ def find(settings, engine, key):
     """Prepared if the verified bundle of MODEL_NAME exists, else None. Raises StartError."""
     folder = bundles.find(settings, settings.model_name, engine)
     try:
-        return Prepared(folder, None, key) if folder and bundles.verify(folder) else None
+        return ready(folder, None, key) if folder and bundles.verify(folder) else None
     except bundles.BundleError as e:
         log.warning("%s: making it again", e)
         return None
+
+
+def ready(folder, fallback_reason, key):
+    """Prepared, with what calibration.json says now: workers that start later serve the same."""
+    return Prepared(folder, fallback_reason, key, calibration=calibration.read(folder))
 
 
 def start_making(settings, *options):
@@ -122,7 +127,7 @@ def make_one(settings, engine, key):
             raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing "
                                "it needs torch, which is not installed here")
         try:
-            return Prepared(make_bundle(settings, settings.model_name, engine), None, key)
+            return ready(make_bundle(settings, settings.model_name, engine), None, key)
         except DownloadError as e:
             if settings.model_fallback is None:
                 raise PrepareError(f"the weights of {settings.model_name} are not available: {e}; set MODEL_PATH "
@@ -131,8 +136,8 @@ def make_one(settings, engine, key):
         folder = bundles.find(settings, settings.model_fallback, engine)
         with contextlib.suppress(bundles.BundleError):
             if folder and bundles.verify(folder):
-                return Prepared(folder, reason, key)
-        return Prepared(make_bundle(settings, settings.model_fallback, engine), reason, key)
+                return ready(folder, reason, key)
+        return ready(make_bundle(settings, settings.model_fallback, engine), reason, key)
 
 
 def make_bundle(settings, name, engine):

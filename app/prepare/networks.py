@@ -1,4 +1,5 @@
 """The architectures, and how a checkpoint becomes a torch module. Imports torch: a CPU worker never loads it."""
+import collections
 import functools
 import importlib.util
 import json
@@ -167,6 +168,16 @@ def rebuild(name, num_classes, **options):
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **options).eval()
 
 
+def skeleton(build, *arguments, **options):
+    """build(…) a module without memory for its weights, where the architecture allows that: RegNet calculates with
+    tensors to find its widths."""
+    try:
+        with torch.device("meta"):
+            return build(*arguments, **options)
+    except NotImplementedError:
+        return build(*arguments, **options)
+
+
 def read_checkpoint(path):
     """The content of a .pt, .pth or .safetensors file, read without running code from it. Raises WeightsError."""
     try:
@@ -227,6 +238,8 @@ def load_into(module, state, path, name):
         found = [f"{len(keys)} {what} (such as {keys[0]})" for what, keys in
                  (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
         raise WeightsError(f"{path} does not fit {name}: of its {len(wanted)} tensors, {', '.join(found)}")
+    state = collections.OrderedDict(state)
+    state._metadata = wanted._metadata  # it is of these modules' versions: MNASNet refuses one that does not say so
     module.load_state_dict(state, strict=False)
 
 
@@ -259,8 +272,7 @@ def load_classifier(name, path, fine_tuned, labels_path=None):
         if side != preprocessing.crop:  # trained on larger pictures, as torchvision's weights IMAGENET1K_SWAG_E2E_V1
             options["image_size"] = side
             preprocessing = Preprocessing(side, side, "bicubic", preprocessing.mean, preprocessing.std)
-    with torch.device("meta"):
-        head = head_of(rebuild(name, 1000, **options))
+    head = head_of(skeleton(rebuild, name, 1000, **options))
     if head not in state or state[head].dim() == 0:
         raise WeightsError(f"{path} does not fit {name}: it has no {head}")
     num_classes = state[head].shape[0]

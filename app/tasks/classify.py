@@ -13,10 +13,7 @@ class Classify(FromPictures):
 
     def __init__(self, place, manifest):
         super().__init__(place, manifest)
-        self.calibration = None
-        if (place.source.folder / "calibration.json").exists():
-            from app.engine import calibration
-            self.calibration = calibration.read(place.source.folder)
+        self.calibration = place.source.calibration
 
     def scores(self, outputs):
         return softmax(outputs / self.calibration["temperature"] if self.calibration else outputs)

@@ -102,7 +102,7 @@ AT = number("at", 0, LATEST_S, unit="of seconds ",
 STREAM = yes_or_no("stream", default=False, meaning="Whether to answer with server-sent events: one for each frame "
                    "of a video, or for each file.")  # of the endpoint, not of a task
 
-EXPLAIN = yes_or_no("explain", default=False, meaning="Whether the answer says where the model looked.")
+EXPLAIN = yes_or_no("explain", default=False, meaning="Whether to map what each part of a picture adds to a score.")
 EXPLAIN_CLASS = Option("explain_class", "a class (name or class_id) or a trait", str, {"type": ["string", "integer"]},
                        "Of which class, or of which trait of ocean, `explain` says it.")
 EMBEDDING = yes_or_no("embedding", default=False, meaning="Whether the answer has the vector before the last layer.")

@@ -119,6 +119,8 @@ def test_a_picture_is_answered(browser, size):
     assert find(card, "figcaption").text == "chelsea.jpg · 451 × 300"
     assert "inference" in find(card, ".timings").text
     assert browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451
+    top = browser.execute_script("return document.querySelector('.card').getBoundingClientRect().top")
+    assert top < 20 or size == DESKTOP
     assert not scrolls_sideways(browser)
     browser.execute_script("document.querySelector('.card details').open = true")
     assert not scrolls_sideways(browser)
@@ -251,8 +253,49 @@ def test_how_sure_in_words(browser):
     uncertainty = whole_answer(find(browser, ".card"))["metadata"]["uncertainty"]
     assert uncertainty["margin"] < 0.15
     words = find(browser, ".card .sure").text
-    assert words.startswith(f"How sure: unsure. The first class is {round(100 * uncertainty['margin'])} % ahead")
+    ahead = f"{round(100 * uncertainty['margin'])} percentage points ahead"
+    assert words.startswith(f"How sure: unsure. The first class is {ahead}")
     assert words.endswith(f"about {round(np.exp(uncertainty['entropy']))} classes.")
+
+
+@pytest.mark.parametrize(("probabilities", "words"), [
+    ([0.97, 0.02, 0.01], "very sure. The first class is 95 percentage points ahead of the second."),
+    ([0.85] + 100 * [0.0015], "fairly sure. The first class is 85 percentage points ahead of the second."),
+    ([0.6] + 2 * [0.2], "not very sure. The first class is 40 percentage points ahead of the second; the model wavers "
+                        "between about 3 classes."),
+    ([0.3] + 70 * [0.01], "not very sure. The first class is 29 percentage points ahead of the second; its probability "
+                          "is spread over many classes."),
+    ([0.5, 0.49, 0.01], "unsure. The first class is 1 percentage point ahead of the second; the model wavers between "
+                        "about 2 classes.")])
+def test_words_of_certainty_agree(browser, probabilities, words):
+    first, second, *_ = sorted(probabilities, reverse=True)
+    uncertainty = {"margin": first - second, "entropy": float(-np.sum(np.array(probabilities) * np.log(probabilities)))}
+    shown = browser.execute_async_script("""
+        const [uncertainty, done] = arguments;
+        import(new URL("static/card.js", location.href)).then(({showCertainty}) => {
+          const card = document.querySelector("#card").content.firstElementChild.cloneNode(true);
+          showCertainty(card, uncertainty);
+          done(card.querySelector(".sure").textContent);
+        });""", uncertainty)
+    assert shown == f"How sure: {words}"
+
+
+def test_frames_of_a_video_are_shown_again(browser, tmp_path):
+    path = tmp_path / "clip.webm"
+    path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+    find(browser, "[name=explain]").click()
+    fill(browser, "[name=frames]", "1")
+    send_file(browser, path)
+    button = find(browser, ".frames button")
+    assert find(browser, ".frames").get_attribute("role") == "group"
+    wait(browser, lambda: button.get_attribute("aria-pressed") == "true" and find_all(browser, ".picture .overlay"))
+    wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').readyState") >= 2)
+    browser.execute_script("document.querySelector('.card video').currentTime = 0")
+    wait(browser, lambda: button.get_attribute("aria-pressed") == "false")
+    assert not find_all(browser, ".picture .overlay")
+    button.click()
+    wait(browser, lambda: button.get_attribute("aria-pressed") == "true" and find_all(browser, ".picture .overlay"))
+    screenshot(browser, "looked-video")
 
 
 def overlay_of(browser, words):
@@ -284,7 +327,9 @@ def test_where_the_model_looked(browser, size):
     assert browser.execute_script("const {naturalWidth: w, naturalHeight: h} = document.querySelector('.overlay');"
                                   "return w / h") == pytest.approx(451 / 300, abs=0.01)
     slider = find(browser, ".looked input")
-    assert slider.accessible_name.startswith("Where it looked for tiger cat")
+    assert slider.accessible_name == "Overlay strength"
+    assert "The square is what the model saw." in find(browser, ".looked").text
+    assert "explain_class" not in find(browser, ".card code").get_attribute("textContent")
     slider.send_keys(*[Keys.ARROW_LEFT] * 5)
     assert overlay_of(browser, "Where the model looked for tiger cat")[2] == "0.7"
     find_all(browser, ".pick")[2].click()
@@ -293,6 +338,16 @@ def test_where_the_model_looked(browser, size):
     assert opacity == "0.7"
     assert [button.get_attribute("aria-pressed") for button in find_all(browser, ".pick")] == [
         "false", "false", "true", "false", "false"]
+    assert find(browser, ".looked .of").text == "Where it looked for tabby"
+    assert find(browser, "#status").get_attribute("textContent") == "Where it looked for tabby"
+    line = shlex.split(find(browser, ".card code").get_attribute("textContent"))
+    answer = subprocess.run([*line, "-s"], cwd=CAT.parent, check=True, capture_output=True).stdout
+    explanation, = json.loads(answer)["metadata"]["explanations"]
+    assert explanation["class"] == "tabby"
+    find(browser, "#meanings summary").click()
+    meanings = {term.text: meaning.text for term, meaning in zip(
+        find_all(browser, "#meanings dt"), find_all(browser, "#meanings dd"), strict=True)}
+    assert "the brighter" in meanings["Show where it looked"]
     assert not scrolls_sideways(browser)
     screenshot(browser, f"looked-{size[0]}")
 
@@ -324,6 +379,32 @@ def test_live(browser):
     assert browser.execute_script("return window.tracks.map(track => track.readyState)") == ["ended"]
     assert not find(browser, "#viewfinder").is_displayed()
     browser.refresh()
+
+
+def test_live_says_of_which_class_the_overlay_is(browser):
+    find(browser, "[name=explain]").click()
+    go_live(browser)
+    wait(browser, lambda: find_all(browser, "#stage .overlay"))
+
+    def pressed():
+        return browser.execute_script("""
+            const pressed = [...document.querySelectorAll("#live-answer .pick[aria-pressed=true]")];
+            return [pressed.map(one => one.textContent), document.querySelector("#live-answer .of b").textContent,
+                    document.querySelector("#stage .overlay")?.alt]""")
+    first = find(browser, "#live-answer h2").text
+    wait(browser, lambda: pressed() == [[first], first, f"Where the model looked for {first}"])
+    find(browser, "#live-answer .looked input").send_keys(*[Keys.ARROW_LEFT] * 5)
+    button = find_all(browser, "#live-answer .pick")[2]
+    third = button.text
+    button.send_keys(Keys.ENTER)
+    wait(browser, lambda: pressed() == [[third], third, f"Where the model looked for {third}"])
+    assert browser.execute_script("return document.activeElement.textContent") == third
+    assert find(browser, "#status").get_attribute("textContent") == f"Where it looks for {third}"
+    assert browser.execute_script("return document.querySelector('#stage .overlay')?.style.opacity ?? '0.7'") == "0.7"
+    screenshot(browser, "live-looked")
+    find(browser, "#live-answer .looked button").click()
+    wait(browser, lambda: pressed()[0] == [first])
+    find(browser, "#close-camera").click()
 
 
 def test_live_survives_a_service_that_is_away(chromium, browser):
@@ -369,7 +450,9 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
     assert find(browser, ".card h2").text == "Scores"
     assert len(predictions) == 5
     assert [li.text for li in find_all(browser, ".bars li")] == [
-        f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}" for trait, score in predictions.items()]
+        f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}".replace("-", "−")
+        for trait, score in predictions.items()]
+    assert find(browser, "#model").text.startswith("Big Five traits · ")
     assert find(browser, "figcaption").text == "portrait.png · 512 × 400 · face found"
     x, y, width, height = metadata["frames"][0]["face_box"]
     box, img = find(browser, ".picture rect.box").rect, find(browser, ".picture img").rect
@@ -393,7 +476,39 @@ def test_a_trait_is_chosen_and_the_face_stays(ocean_browser, tmp_path):
     find_all(browser, ".pick")[3].send_keys(Keys.ENTER)
     assert overlay_of(browser, f"Where the model looked for {traits[3]}")[1] != before
     assert find(browser, ".picture rect.box").rect["width"] > 0
+    assert "each map is scaled to its own maximum" in find(browser, ".looked").text
+    line = find(browser, ".card code").get_attribute("textContent")
+    assert f"explain_class={traits[3]}" in line.replace("'", "")
     screenshot(browser, "looked-traits")
+
+
+def test_it_says_where_almost_nothing_adds_to_a_score(ocean_browser):
+    words = ocean_browser.execute_async_script("""
+        const done = arguments[0];
+        import(new URL("static/looked.js", location.href)).then(({controls}) => {
+          const of = (trait, peak) => ({trait, map: [[0, peak], [0, 0]]});
+          const all = [of("strong", 10), of("weak", 0.6), of("faint", 0.4), of("none", 0)];
+          const {words, show} = controls(true);
+          done(all.map(one => { show(one.trait, one, all); return words.textContent; }));
+        });""")
+    assert words == ["Where it looked for strong", "Where it looked for weak",
+                     "Where it looked for faint: almost nothing adds to this score.",
+                     "Where it looked for none: almost nothing adds to this score."]
+
+
+def test_scores_below_0_and_above_1(ocean_browser):
+    shown = ocean_browser.execute_async_script("""
+        const done = arguments[0];
+        import(new URL("static/card.js", location.href)).then(({showPredictions}) => {
+          const card = document.querySelector("#card").content.firstElementChild.cloneNode(true);
+          const words = showPredictions(card, {low: -0.5, high: 1.5});
+          const bars = [...card.querySelectorAll(".bars rect:not(.zero)")].map(
+            bar => [bar.getAttribute("x"), bar.getAttribute("width")]);
+          const zero = card.querySelectorAll(".bars .zero")[1].getAttribute("x");
+          done([words, bars, zero, card.querySelector(".scale").textContent]);
+        });""")
+    assert shown == ["low −0.50, high 1.50", [["0%", "25%"], ["25%", "75%"]], "25%",
+                     "The bars go from −0.50 to 1.50; the line is 0."]
 
 
 def test_live_traits_and_face(ocean_browser):

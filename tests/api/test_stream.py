@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import http.client
+import io
 import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import gevent
 import numpy as np
@@ -486,6 +488,24 @@ def test_a_camera_is_answered_while_it_sends(service):
     assert counts["is_complete"]
     assert logged(service, "camera")["status"] == 200
     until(lambda: metric(service, "body_bytes") == 0)
+
+
+def test_a_saved_camera_stream_with_its_length(service):
+    count, sizes = 12 * 2**20 // len(CAT), []  # more than one picture may have
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(requests.put, service.url + "/predict?stream=true&top_k=1", data=io.BytesIO(count * CAT),
+                           headers={"Content-Type": "video/x-motion-jpeg"}, timeout=30)
+        while not sent.done():
+            sizes.append(metric(service, "body_bytes"))
+            time.sleep(0.02)
+        answer = sent.result()
+    assert answer.status_code == 200, answer.text
+    *frames, (name, end) = events_of(answer.text)
+    assert {one["predictions"][0]["class"] for _, one in frames} == {"tiger cat"}
+    assert name == "end"
+    assert end["count"] + end["skipped"] == count
+    assert end["is_complete"]
+    assert 0 < max(sizes) < 4 * len(CAT)
 
 
 def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):

@@ -40,6 +40,14 @@ def test_every_form_of_a_checkpoint_loads(state, form, tmp_path):
         assert torch.equal(tensor, state[name])
 
 
+@pytest.mark.parametrize("name", ["regnet_x_400mf", "mnasnet0_5"])
+def test_architectures_with_ways_of_their_own(name, tmp_path):
+    module = networks.torchvision().models.get_model(name, num_classes=7).eval()
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    network, x = networks.load_classifier(name, tmp_path / "model.pt", fine_tuned=True), torch.randn(1, 3, 64, 64)
+    assert torch.equal(network.module(x), module(x))
+
+
 class Evil:
     def __reduce__(self):
         return print, ("code from the checkpoint ran",)

@@ -15,8 +15,11 @@ from videos import pan_over, write
 from app import create_app
 from app.config import Settings, StartError
 from app.engine import bundle
-from app.prepare import features, networks
+from app.engine.bundle import Prepared
+from app.model_loader import ModelLoader
+from app.prepare import features, networks, prepared
 from app.prepare.networks import torchvision
+from app.server import machine
 
 CAT, FACE = photo("chelsea"), photo("astronaut")
 TOLERANCE = 1e-3  # of the largest value in a map
@@ -287,9 +290,14 @@ def own_bundle(settings, app, tmp_path):
     return dataclasses.replace(settings, model_dir=tmp_path), folder
 
 
+def calibrate(folder, **content):
+    content = {"weights_sha256": bundle.read(folder).weights["sha256"], "folds": 5, **content}
+    (folder / "calibration.json").write_text(json.dumps(content))
+
+
 def test_a_calibrated_classifier_divides_its_logits(own_bundle, client):
     settings, folder = own_bundle
-    (folder / "calibration.json").write_text(json.dumps({"temperature": 2.5, "pictures": 40}))
+    calibrate(folder, temperature=2.5, pictures=40)
     other = create_app(settings).test_client()
     before, after = (post(one, encoded(CAT), top_k=10).json for one in (client, other))
     assert [p["class_id"] for p in before["predictions"]] == [p["class_id"] for p in after["predictions"]]
@@ -303,13 +311,29 @@ def test_a_calibrated_classifier_divides_its_logits(own_bundle, client):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"temperature": 0}', '{"temperature": "1"}',
-                                  '{"temperature": NaN}', '{"temperature": 1e999}'])
+                                  '{"temperature": NaN}', '{"temperature": 1e999}', '{"temperature": 1e-300}',
+                                  '{"temperature": true}', '{"temperature": 2}',
+                                  '{"temperature": 2, "weights_sha256": "0123"}'])
 def test_a_damaged_calibration_stops_the_start(own_bundle, text):
     settings, folder = own_bundle
     (folder / "calibration.json").write_text(text)
     with pytest.raises(StartError, match="calibration.json cannot be used: .*; remove it, or calibrate again") as e:
         create_app(settings)
     assert "\n" not in str(e.value)
+
+
+def test_a_calibration_is_served_once_it_is_published(own_bundle, client):
+    """A worker that starts later serves what the others do."""
+    settings, folder = own_bundle
+    found, = prepared(settings, "openvino")
+    calibrate(folder, temperature=2.5)
+    assert found.calibration is None
+    later, = prepared(settings, "openvino")
+    assert later.calibration == {"temperature": 2.5}
+    assert Prepared.of(later.as_json()) == later
+    model = ModelLoader(settings, machine.plan(settings)).load([found]).current
+    assert model.info()["calibration"] is None
+    model.task.end()
 
 
 def test_a_bundle_of_an_earlier_release_is_made_again(own_bundle):

@@ -1,7 +1,7 @@
 /* The camera: a single picture, or live: its pictures are answered as they come. */
 import {showCertainty, showPredictions} from "./card.js";
-import {$, boxes, element, say} from "./dom.js";
-import {overlay} from "./looked.js";
+import {$, boxes, element, isObject, say} from "./dom.js";
+import {asOption, controls, nameOf, overlay, pickRows} from "./looked.js";
 import {stream} from "./service.js";
 
 const LONGEST = 640;       // side of a live picture, in pixels
@@ -10,15 +10,19 @@ const SHORTEST_MS = 66, LONGEST_MS = 1000;  // between two pictures
 const AGAIN_S = 2;         // after a failure that says nothing of when
 
 let page = {};             // what set the camera up
-let live = null;           // {waiting, period, controller, urls} while it is live
+let live = null;           // what goLive makes, while it is live
 
-/* page: take(files), target() → {url, options}, complain(text). */
+/* page: take(files), target() → {url, options, model}, complain(text). */
 export function setUpCamera(hooks) {
   page = hooks;
   $("#camera").addEventListener("click", open);
   $("#close-camera").addEventListener("click", () => { closeCamera(); $("#camera").focus(); });
   $("#shoot").addEventListener("click", shoot);
   $("#go-live").addEventListener("click", () => live ? stop() : goLive());
+  $("#live-answer .bars").addEventListener("pointerdown", () => { if (live) live.isHeld = true; });
+  for (const name of ["pointerup", "pointercancel"]) {  // a click follows
+    document.addEventListener(name, () => setTimeout(() => { if (live) live.isHeld = false; }, 50));
+  }
 }
 
 async function open() {
@@ -64,7 +68,9 @@ async function shoot() {
 
 async function goLive() {
   page.complain("");
-  const mine = live = {waiting: [], period: 200, controller: new AbortController(), urls: []};
+  const mine = live = {waiting: [], period: 200, controller: new AbortController(), urls: [],
+                       chosen: null, looked: null,  // {model, name, option}; {root, …} of `controls`
+                       isHeld: false};  // whether a row is being pressed, which then stays where it is
   $("#go-live").textContent = "Stop";
   $("#viewfinder").classList.add("live");
   $("#live-answer").hidden = false;
@@ -78,10 +84,11 @@ function stop() {
   if (!live) return;
   live.controller.abort();
   live.urls.forEach(url => URL.revokeObjectURL(url));
-  live = null;
   $("#go-live").textContent = "Go live";
   $("#viewfinder").classList.remove("live");
   $("#live-answer").hidden = true;
+  live.looked?.root.remove();
+  live = null;
   $("#live-answer .bars").replaceChildren();
   $("#live-answer h2").textContent = "";
   for (const drawn of document.querySelectorAll("#stage svg, #stage .overlay")) drawn.remove();
@@ -103,7 +110,9 @@ async function gather(mine) {
 async function answerWaiting(mine) {
   const pictures = mine.waiting.splice(0);
   if (!pictures.length) return pause(0.02);
-  const {url, options} = page.target();
+  const {url, options, model} = page.target();
+  if (mine.chosen?.model !== model) mine.chosen = null;
+  if (mine.chosen?.option !== undefined && options.explain) options.explain_class = mine.chosen.option;
   const body = new FormData();
   pictures.forEach((blob, i) => body.append("files", blob, `camera-${i}.jpg`));
   for (const [name, value] of Object.entries(options)) body.append(name, value);
@@ -115,7 +124,7 @@ async function answerWaiting(mine) {
       if (live !== mine) return;
       if (event === "end" || data.index < newest) continue;  // they may overtake each other
       newest = data.index;
-      show(mine, event, data);
+      show(mine, event, data, model);
     }
     const each = (performance.now() - started) / pictures.length;
     mine.period = Math.min(LONGEST_MS, Math.max(SHORTEST_MS, 0.7 * mine.period + 0.3 * each));
@@ -141,17 +150,57 @@ async function recover(error) {
   if (live) live.waiting = [];  // what is old by now
 }
 
-function show(mine, event, data) {
+function show(mine, event, data, model) {
+  if (mine.isHeld) return;
   const {predictions, metadata} = data;
   const isError = event === "error";
   $("#live-answer").classList.toggle("failed", isError);
   for (const drawn of document.querySelectorAll("#stage svg, #stage .overlay")) drawn.remove();
   if (isError) return note(data.message);
+  const focused = document.activeElement.closest("#live-answer .pick");
+  if (!metadata.explanations && $("#live-answer .pick")) $("#live-answer .bars").replaceChildren();
   showPredictions($("#live-answer"), predictions, metadata.spread);
   showCertainty($("#live-answer"), metadata.uncertainty);
   mine.urls.splice(0).forEach(url => URL.revokeObjectURL(url));
-  const looked = metadata.explanations?.[0];
-  if (looked) $("#stage").append(overlay(looked.overlay, "Where the model looked", mine.urls));
+  showLooked(mine, data, model);
+  if (focused && !focused.isConnected) {  // its row has given way to another one
+    const buttons = [...document.querySelectorAll("#live-answer .pick")];
+    (buttons.find(button => button.textContent === focused.textContent) || buttons[0])?.focus();
+  }
   const box = metadata.frames?.[0]?.face_box;
   if (box) $("#stage").append(boxes(metadata.image_size, box));
+}
+
+/* The map of what the user has chosen, else of the first class or trait. */
+function showLooked(mine, {predictions, metadata: {explanations}}, model) {
+  if (!explanations) {
+    mine.looked?.root.remove();
+    mine.looked = null;
+    return;
+  }
+  const isOfTraits = "trait" in explanations[0];
+  if (!mine.looked) {
+    const follow = element("button", {type: "button", className: "button small"}, "Follow the first class");
+    follow.addEventListener("click", () => { mine.chosen = null; say("Following the first class"); });
+    mine.looked = {...controls(isOfTraits, follow), follow};
+    mine.looked.slider.addEventListener("input", () => fade(mine));
+    $("#live-answer .bars").after(mine.looked.root);
+  }
+  const entry = explanations.find(one => nameOf(one) === mine.chosen?.name) || explanations[0];
+  const name = nameOf(entry);
+  mine.looked.follow.hidden = isOfTraits || !mine.chosen;
+  mine.looked.show(name, entry, explanations);
+  pickRows($("#live-answer"), name, (chosen, row) => {
+    const option = isObject(mine.predictions) ? undefined : asOption(mine.model, mine.predictions[row]);
+    mine.chosen = {model: mine.model, name: chosen, option};
+    say(`Where it looks for ${chosen}`);
+  });
+  Object.assign(mine, {predictions, model});
+  $("#stage").append(overlay(entry.overlay, `Where the model looked for ${name}`, mine.urls));
+  fade(mine);
+}
+
+function fade(mine) {
+  const shown = $("#stage .overlay");
+  if (shown) shown.style.opacity = mine.looked.slider.value / 100;
 }

@@ -1,9 +1,10 @@
 /* A card of the results: what was sent, and the answer. */
 import {curl, fileName} from "./curl.js";
 import {$, block, boxes, drawing, element, isNumbers, isObject, pretty, say} from "./dom.js";
-import {showLooked} from "./looked.js";
+import {asOption, showLooked} from "./looked.js";
 
 const MOST_BARS = 30;
+const MANY_CLASSES = 9.5;  // of which no number is given
 
 /* A picture or a player of a Blob; its URL is revoked with the card. */
 function media(card, blob, words) {
@@ -13,7 +14,7 @@ function media(card, blob, words) {
   const shown = kind === "video" || kind === "audio"
     ? element(kind, {src: url, controls: true, playsInline: true, ariaLabel: words})
     : element("img", {src: url, alt: words});
-  shown.addEventListener("error", () => shown.replaceWith(element("p", {className: "quiet"}, "No preview")));
+  shown.addEventListener("error", () => shown.replaceWith(element("p", {className: "none quiet"}, "No preview")));
   return shown;
 }
 
@@ -110,10 +111,16 @@ function asScores(predictions, spread) {
     return {title: String(predictions.class), rows, isRanked: true};
   }
   if (!isNumbers(predictions)) return null;
-  const most = Object.values(predictions).reduce((a, b) => Math.max(a, b), 1);
-  const rows = Object.entries(predictions).map(([label, score]) => ({label, share: score / most, value: rounded(score)
-    + (typeof spread?.[label] === "number" ? ` ± ${spread[label].toFixed(2)}` : "")}));
-  return {title: "Scores", rows, isRanked: false};
+  const values = Object.values(predictions);
+  const [low, high] = [values.reduce((a, b) => Math.min(a, b), 0), values.reduce((a, b) => Math.max(a, b), 1)];
+  const rows = Object.entries(predictions).map(([label, score]) => ({
+    label, start: (Math.min(0, score) - low) / (high - low), share: Math.abs(score) / (high - low),
+    value: rounded(score).replace("-", "−")
+      + (typeof spread?.[label] === "number" ? ` ± ${spread[label].toFixed(2)}` : "")}));
+  const zero = low < 0 ? -low / (high - low) : null;
+  const scale = low < 0 || high > 1
+    ? `The bars go from ${rounded(low).replace("-", "−")} to ${rounded(high)}${low < 0 ? "; the line is 0" : ""}.` : "";
+  return {title: "Scores", rows, isRanked: false, zero, scale};
 }
 
 function rounded(score) {
@@ -121,58 +128,89 @@ function rounded(score) {
   return Math.abs(score) < 0.005 || Math.abs(score) >= 1e6 ? String(Number(score.toPrecision(3))) : score.toFixed(2);
 }
 
-function showBars(card, {title, rows, isRanked}) {
-  const bars = rows.slice(0, MOST_BARS).map(({label, share, value}) => {
+/* Rows that stay keep their elements, and with them the focus: the camera's change many times a second. */
+function showBars(card, {title, rows, isRanked, zero = null, scale = ""}) {
+  const list = $(".bars", card);
+  const old = [...list.children];
+  rows.slice(0, MOST_BARS).forEach(({label, start = 0, share, value}, i) => {
     const width = `${100 * Math.min(1, Math.max(0, share))}%`;
-    return element("li", {className: isRanked ? "" : "trait"}, drawing(null, {width, height: "100%"}),
+    const bar = drawing(null, {x: `${100 * start}%`, width, height: "100%"},
+      ...(zero === null ? [] : [{x: `${100 * zero}%`, width: 2, height: "100%", class: "zero"}]));
+    const name = old[i] && $("span", old[i]);
+    if (name?.textContent === label) {
+      $("svg", old[i]).replaceWith(bar);
+      $(".value", old[i]).textContent = value;
+      old[i].className = isRanked ? "" : "trait";
+      return;
+    }
+    const row = element("li", {className: isRanked ? "" : "trait"}, bar,
       element("span", {}, label), element("span", {className: "value"}, value));
+    old[i] ? old[i].replaceWith(row) : list.append(row);
   });
-  const more = rows.length - bars.length;
-  $(".bars", card).classList.toggle("traits", !isRanked);
-  $(".bars", card).replaceChildren(...bars, ...(more ? [element("li", {className: "quiet"}, `and ${more} more`)] : []));
+  const more = rows.length - Math.min(rows.length, MOST_BARS);
+  for (const row of old.slice(Math.min(rows.length, MOST_BARS))) row.remove();
+  if (more) list.append(element("li", {className: "quiet"}, `and ${more} more`));
+  list.classList.toggle("traits", !isRanked);
+  $(".scale", card).textContent = scale;
+  $(".scale", card).hidden = !scale;
   return rows.slice(0, MOST_BARS).map(({label, value}) => `${label} ${value}`).join(", ");
 }
 
-/* What entropy (in nats) and margin mean: how far the first class is ahead, and how many are in question. */
+/* What entropy (in nats) and margin mean: how far the first class is ahead, and how many are in question. A number of
+   classes is only given where the model is not sure. */
 export function showCertainty(card, uncertainty) {
   const shown = $(".sure", card);
   shown.hidden = !uncertainty;
   if (!uncertainty) return;
   const {entropy, margin} = uncertainty;
-  const word = margin >= 0.8 ? "very sure" : margin >= 0.4 ? "fairly sure" : margin >= 0.15 ? "not very sure" : "unsure";
+  const classes = Math.exp(entropy);
+  const isSure = margin >= 0.8 || margin >= 0.4 && classes < 2.5;
+  const word = isSure ? (margin >= 0.8 && classes < 1.5 ? "very sure" : "fairly sure")
+    : margin >= 0.15 ? "not very sure" : "unsure";
   const ahead = Math.round(100 * margin);
-  const classes = Math.round(Math.exp(entropy));
   shown.title = `margin ${margin.toFixed(3)}, entropy ${entropy.toFixed(2)} nats`;
-  shown.replaceChildren("How sure: ", element("b", {}, word), ". ",
-    ahead ? `The first class is ${ahead} % ahead of the second` : "The first two classes are level",
-    classes > 1 ? `; the model wavers between about ${classes} classes.` : ".");
+  shown.replaceChildren("How sure: ", element("b", {}, word), ". ", ahead
+    ? `The first class is ${ahead} percentage point${ahead === 1 ? "" : "s"} ahead of the second`
+    : "The first two classes are level",
+    isSure ? "." : classes < MANY_CLASSES ? `; the model wavers between about ${Math.round(classes)} classes.`
+      : "; its probability is spread over many classes.");
 }
 
 /* What is drawn on the picture, or on a video at its frames: the face, and where the model looked. */
-function showPicture({card, ...job}, {predictions, metadata}, explain) {
+function showPicture(job, {predictions, metadata}, explain) {
+  const {card} = job;
   const {frames = [], explanations, image_size: size} = metadata;
   const video = $(".picture video", card);
   const marked = video ? frames.filter(frame => frame.face_box || frame.explanations)
     : [{...frames[0], explanations}].filter(frame => frame.face_box || frame.explanations);
   if (!marked.length) return;
   const look = marked[0].explanations && showLooked(
-    card, marked, row => explain(job, predictions[row]));
+    card, marked, row => explain(job, predictions[row]), (name, row) => {
+      const explained = Array.isArray(predictions) ? asOption(job.model, predictions[row]) : name;
+      $("code", card).textContent = curl({...job, options: {...job.options, explain_class: explained}});
+    });
   const draw = frame => {
     $(".picture > svg", card)?.remove();
     if (frame?.face_box) $(".picture", card).append(boxes(size, frame.face_box));
     look?.(frame);
   };
   if (!video) return draw(marked[0]);
-  const current = () => marked.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
-  for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => draw(current()));
-  video.currentTime = marked[0].time_s;
-  draw(marked[0]);
-  if (marked.length < 2) return;
-  $("figcaption", card).after(element("div", {className: "buttons frames"}, ...marked.map(frame => {
+  const buttons = marked.map(frame => {
     const button = element("button", {className: "button", type: "button"}, `${frame.time_s.toFixed(1)} s`);
-    button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; });
+    button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; show(frame); });
     return button;
-  })));
+  });
+  const show = frame => {
+    draw(frame);
+    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(marked[i] === frame)));
+  };
+  const current = () => marked.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
+  for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => show(current()));
+  video.currentTime = marked[0].time_s;
+  show(marked[0]);
+  const group = element("div", {className: "buttons frames", ariaLabel: "Frames that the model saw"}, ...buttons);
+  group.setAttribute("role", "group");
+  $("figcaption", card).after(group);
 }
 
 /* {stage: milliseconds} of the header Server-Timing: read;dur=0.4, inference;dur=8 */

@@ -1,7 +1,8 @@
 /* Where the model looked: a map in colours over the picture, a slider for its strength, and of which class or trait. */
-import {$, element} from "./dom.js";
+import {$, element, say} from "./dom.js";
 
 const STRENGTH = 75;  // percent, at first
+const FAINT = 0.05;   // of the strongest map of any trait: less is almost nothing
 
 /* The map of a base64 PNG, as large as the picture; its URL is kept in urls, to be revoked. */
 export function overlay(png, words, urls) {
@@ -10,14 +11,53 @@ export function overlay(png, words, urls) {
   return element("img", {className: "overlay", src: urls.at(-1), alt: words});
 }
 
-const nameOf = ({class: name, trait}) => name ?? trait;
+export const nameOf = ({class: name, trait}) => name ?? trait;
+
+/* A prediction's class as the option explain_class: its name, where a number would be another class's name. */
+export const asOption = ({labels = []}, {class: name, class_id: number}) =>
+  labels.includes(String(number)) ? name : number;
+
+const peak = ({map}) => Math.max(...map.flat());
+
+/* What is said and chosen beside a map. explanations: those of the same picture, for `show` to compare with. */
+export function controls(isOfTraits, ...more) {
+  const words = element("p", {className: "of"});
+  const slider = element("input", {type: "range", min: 0, max: 100, value: STRENGTH});
+  const root = element("div", {className: "looked"}, words,
+    element("label", {}, "Overlay strength", slider), ...more, element("p", {className: "quiet"},
+      "The brighter, the more that part adds to the score; each map is scaled to its own maximum. The square is what "
+      + `the model saw. Choose another ${isOfTraits ? "trait" : "class"} in the list to see where it looked for that.`));
+  return {
+    root, words, slider,
+    show(shown, entry, explanations) {
+      const others = isOfTraits ? explanations.map(peak) : [];
+      const isFaint = entry && peak(entry) <= Math.max(1e-6, FAINT * Math.max(...others));
+      words.replaceChildren("Where it looked for ", element("b", {}, shown),
+                            isFaint ? ": almost nothing adds to this score." : "");
+    },
+  };
+}
+
+/* Makes the rows of the list buttons, of which the chosen one is pressed; returns them. */
+export function pickRows(card, chosen, choose) {
+  return [...card.querySelectorAll(".bars li > span:not(.value)")].map(span => {
+    let button = $(".pick", span);
+    if (!button) {
+      const name = span.textContent;
+      button = element("button", {type: "button", className: "pick", title: "Show where it looked for this"}, name);
+      button.addEventListener("click", () => choose(name, [...$(".bars", card).children].indexOf(span.parentElement)));
+      span.replaceChildren(button);
+    }
+    button.setAttribute("aria-pressed", String(button.textContent === chosen));
+    return button;
+  });
+}
 
 /* Shows the explanations of an answer's frames, each [{class or trait, overlay}].
-   explain(row): the explanations of the same frames for another row of the list, if the answer has them not. */
-export function showLooked(card, frames, explain) {
-  const slider = element("input", {type: "range", min: 0, max: 100, value: STRENGTH});
-  const words = element("span", {}, "");
-  const label = element("label", {}, words, slider);
+   explain(row): the explanations of the same frames for another row of the list, if the answer has them not;
+   chosen(name, row): called when the user has chosen one. */
+export function showLooked(card, frames, explain, wasChosen) {
+  const {root, words, slider, show} = controls("trait" in frames[0].explanations[0]);
   const known = new Map();  // name → its explanation in each frame
   let chosen = nameOf(frames[0].explanations[0]);
   let current = frames[0];
@@ -28,7 +68,7 @@ export function showLooked(card, frames, explain) {
   const draw = () => {
     $(".picture .overlay", card)?.remove();
     const entry = current && known.get(chosen)?.[frames.indexOf(current)];
-    words.textContent = `Where it looked for ${chosen}`;
+    show(chosen, entry, current?.explanations);
     if (!entry) return;
     $(".picture", card).append(overlay(entry.overlay, `Where the model looked for ${chosen}`, card.urls));
     fade();
@@ -36,30 +76,22 @@ export function showLooked(card, frames, explain) {
   const choose = async (name, row) => {
     if (!known.has(name)) {
       card.setAttribute("aria-busy", "true");
-      const found = await explain(row).catch(error => { words.textContent = error.message; });
+      const found = await explain(row).catch(error => { words.textContent = error.message; say(error.message); });
       card.removeAttribute("aria-busy");
       if (!found) return;
       learn(found);
     }
     chosen = name;
-    for (const button of buttons) button.setAttribute("aria-pressed", String(button.textContent === name));
+    pickRows(card, chosen, choose);
     draw();
+    wasChosen(name, row);
+    say(words.textContent);
   };
 
   learn(frames.map(({explanations}) => explanations));
-  const buttons = [...card.querySelectorAll(".bars li span:not(.value)")].filter(
-    span => !span.closest(".quiet")).map((span, row) => {
-    const button = element("button", {type: "button", className: "pick", title: "Show where it looked for this"},
-                           span.textContent);
-    button.setAttribute("aria-pressed", String(span.textContent === chosen));
-    button.addEventListener("click", () => choose(span.textContent, row));
-    span.replaceChildren(button);
-    return button;
-  });
+  pickRows(card, chosen, choose);
   slider.addEventListener("input", fade);
-  const kind = "trait" in frames[0].explanations[0] ? "trait" : "class";
-  $("figure", card).append(element("div", {className: "looked"}, label, element(
-    "p", {className: "quiet"}, `Choose another ${kind} in the list to see where it looked for that.`)));
+  $("figure", card).append(root);
   draw();
   return frame => { current = frame; draw(); };
 }

@@ -3,6 +3,7 @@ import {closeCamera, setUpCamera} from "./camera.js";
 import {showAnswer, showFrame, showProblem, showSent} from "./card.js";
 import {curl, json} from "./curl.js";
 import {$, element, isObject, pretty, say} from "./dom.js";
+import {asOption} from "./looked.js";
 import {ask, here, stream, whenKeyIsNeeded} from "./service.js";
 
 const MOST_CARDS = 24;
@@ -10,6 +11,9 @@ const AT_ONCE = 2;  // requests that the page has under way at a time
 const FILES = {picture: ["image/*", "pictures"], video: ["video/*", "videos"], audio: ["audio/*", "audio files"]};
 const LABELS = new Map([["top_k", "Classes"], ["method", "Crop"], ["tta", "Average with mirror image"],
                         ["frames", "Frames of a video"], ["explain", "Show where it looked"]]);
+const MEANINGS = new Map([["explain", "Lays colours over the picture: the brighter, the more that part adds to the score of "
+  + "the first class, or of a trait. The list then chooses another one."]]);  // for those who see it
+const TASKS = new Map([["big_five_regression", "Big Five traits"], ["classification", "Classification"]]);
 const HIDDEN = ["embedding", "normalize", "explain_class"];  // numbers for programs; the last is what a click chooses
 const SAMPLES = new Map([["classification", "cat.jpg"]]);  // of any other task: a face
 
@@ -47,7 +51,7 @@ async function describe() {
     complain(`${model.name} is not loaded yet. Its first request loads it.`);
   }
   const size = model.total_parameters ? `${(model.total_parameters / 1e6).toFixed(1)} M parameters` : "";
-  const task = model.task === model.name ? "" : model.task;
+  const task = model.task === model.name ? "" : TASKS.get(model.task) || model.task;
   $("#name").textContent = model.version ? `${model.name}@${model.version}` : model.name;
   document.title = `Try ${$("#name").textContent}`;
   $("#model").textContent = [task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
@@ -102,13 +106,15 @@ function showOptions({takes, options, features}) {
   const explained = shown.filter(({meaning}) => meaning);
   $("#meanings").hidden = !explained.length;
   $("#meanings dl").replaceChildren(...explained.flatMap(
-    ({name, meaning}) => [element("dt", {}, labelOf(name)), element("dd", {}, meaning)]));
+    ({name, meaning}) => [element("dt", {}, labelOf(name)), element("dd", {}, meaningOf(name, meaning))]));
 }
 
 function labelOf(name) {
   const words = name.replaceAll("_", " ");
   return LABELS.get(name) || words[0].toUpperCase() + words.slice(1);
 }
+
+const meaningOf = (name, meaning) => service.model.features && MEANINGS.get(name) || meaning || "";
 
 /* {label, read} of an option. */
 function optionField({name, schema, default: value, meaning, is_file: isFile}) {
@@ -137,8 +143,8 @@ function optionField({name, schema, default: value, meaning, is_file: isFile}) {
     input.maxLength = schema.maxLength;
   }
   input.name = name;
-  input.title = meaning || "";
-  return {label: element("label", {title: meaning || ""}, labelOf(name), input), read};
+  input.title = meaningOf(name, meaning);
+  return {label: element("label", {title: input.title}, labelOf(name), input), read};
 }
 
 function chosenOptions(isVideo = false) {
@@ -207,6 +213,7 @@ function enqueue(jobs) {
     oldest.remove();
   }
   say(jobs.length === 1 ? `Working on ${jobs[0].name}` : `Working on ${jobs.length} files`);
+  if (matchMedia("(max-width: 44rem)").matches) $("#results").firstElementChild?.scrollIntoView();
   work();
 }
 
@@ -247,9 +254,8 @@ async function askForFrames(job) {
 }
 
 /* The explanations of each frame for the class of this entry in the answer's predictions. */
-async function explain(job, {class: name, class_id: number}) {
-  const {labels = []} = job.model;
-  const options = {...job.options, explain_class: labels.includes(String(number)) ? name : number};
+async function explain(job, prediction) {
+  const options = {...job.options, explain_class: asOption(job.model, prediction)};
   const {metadata} = (await ask(job.url, {method: "POST", ...await packed({...job, options})})).body;
   return metadata.explanations ? [metadata.explanations]
     : metadata.frames.filter(frame => frame.explanations).map(frame => frame.explanations);
@@ -323,5 +329,5 @@ $("#results").addEventListener("click", async event => {
 });
 
 whenKeyIsNeeded(askForKey);
-setUpCamera({take, complain, target: () => ({url: predictUrl(), options: chosenOptions()})});
+setUpCamera({take, complain, target: () => ({url: predictUrl(), options: chosenOptions(), model: service.model})});
 describe();
