@@ -51,7 +51,7 @@ def predict(name=None):
     most_bytes = uploads.one_file_limit(settings)
     if "stream" in request.args:
         from app.api import stream  # with the first one
-        if request.mimetype in stream.LIVE:
+        if stream.is_live(settings):
             return stream.respond_live(name, deadline, client_is_there)
         most_bytes = stream.body_limit(settings)
     with uploads.received(most_bytes, deadline, loader.tasks(name or request.args.get("model"))):

@@ -44,20 +44,28 @@ def respond(name, option, deadline, is_there):
     return started(first, events)
 
 
+def is_live(settings):
+    """Whether the current request's body is to be answered while it arrives. Raises ServiceError."""
+    return request.mimetype in LIVE and options.STREAM.value(lambda name, _: request.args.get(name), settings)
+
+
 def respond_live(name, deadline, is_there):
-    """The same for a body of one of the types LIVE, which has not been received."""
+    """The same for such a body, which has not been received."""
     from app.api import live
     return live.respond(name, deadline, is_there)
 
 
 def started(first, events):
     """The Response that sends these events, and is logged and counted at its end."""
-    g.is_stream, g.in_progress = True, False
-    return Response(stream_with_context(sent(first, events)), content_type="text/event-stream", headers=HEADERS)
+    g.is_stream = True
+    response = Response(stream_with_context(sent(first, events)), content_type="text/event-stream", headers=HEADERS)
+    response.call_on_close(events.close)  # `sent` does, unless nobody has taken the first
+    return response
 
 
 def sent(first, events):
     status = 200
+    counters.change("requests_in_progress", 1)  # from here on, as the application has ended the request
     try:
         yield first
         yield from events

@@ -18,8 +18,10 @@ import requests
 from conftest import encoded, photo
 from urllib3 import encode_multipart_formdata
 from videos import pan_over, write
+from werkzeug.test import EnvironBuilder
 
 from app import create_app
+from app.engine.slots import Slots
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
 TEXT = b"hello, I am a text\n" * 50
@@ -197,6 +199,166 @@ def test_keys_limits_cache_and_history(settings, app, video):
     assert (response.status_code, response.json["error"]) == (429, "RATE_LIMITED")
 
 
+# --- bodies that are answered while they arrive ---
+
+MJPEG = {"Content-Type": "video/x-motion-jpeg"}
+
+
+class Arriving:
+    """A request's body, of which each piece is made when the service reads it."""
+
+    def __init__(self, pieces):
+        self.pieces = iter(pieces)
+
+    def read(self, size):
+        return next(self.pieces, b"")
+
+
+def put_live(app, pieces):
+    return app.test_client().put("/predict?stream=true", headers=MJPEG, buffered=False,
+                                 environ_overrides={"wsgi.input": Arriving(pieces)})
+
+
+def in_progress(app):
+    return re.search(r"^model_server_requests_in_progress (.*)$", app.test_client().get("/metrics").text, re.M)[1]
+
+
+def test_a_live_body_may_have_any_length(client):
+    response = client.put("/predict?stream=true", data=20 * CAT, headers=MJPEG)
+    *_, (name, end) = events_of(response.text)
+    assert (name, end["count"] + end["skipped"]) == ("end", 20)
+    response = client.put("/predict?stream=true&top_k=99", data=20 * CAT, headers=MJPEG)
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_PARAMETER")
+    assert response.json["message"].startswith("top_k")
+
+
+def test_a_body_of_a_live_type_is_not_live_without_stream(client):
+    mixed = {"Content-Type": "multipart/x-mixed-replace"}
+    response = client.put("/predict?stream=false", data=CAT, headers=mixed)
+    assert (response.status_code, response.json["error"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
+    assert client.put("/predict?stream=false", data=CAT, headers=MJPEG).json["metadata"]
+    response = client.put("/predict?stream=maybe", data=CAT, headers=mixed)
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_PARAMETER")
+    assert response.json["message"].startswith("stream")
+
+
+def test_live_bodies_count_and_the_largest_is_refused(settings, app):
+    tight = create_app(dataclasses.replace(settings, max_body_memory=30_000), app.extensions["model"])
+    bodies, never = tight.extensions["bodies"], gevent.event.Event()
+
+    def pieces():
+        yield CAT[:20_000]
+        never.wait()
+    with bodies.one() as other:
+        bodies.receiving[other] = gevent.getcurrent()
+        live = gevent.spawn(put_live, tight, pieces())
+        with gevent.Timeout(10):
+            while bodies.total < 20_000:
+                gevent.sleep(0.01)
+            bodies.add(other, 15_000)
+            response = live.get()
+        assert (response.status_code, response.json["error"]) == (503, "OVERLOADED")
+        assert bodies.total == 15_000
+
+
+def test_a_live_body_counts_what_is_answered_what_waits_and_what_arrives(app):
+    bodies, sizes, go_on = app.extensions["bodies"], [], gevent.event.Event()
+
+    def pieces():
+        yield CAT
+        sizes.append(bodies.total)
+        go_on.wait()
+        yield CAT
+        sizes.append(bodies.total)
+        yield CAT[:1000]
+        sizes.append(bodies.total)
+        gevent.sleep(60)
+    response = put_live(app, pieces())  # one is answered, and nothing more until someone takes the answer
+    go_on.set()
+    with gevent.Timeout(10):
+        while len(sizes) < 3:
+            gevent.sleep(0.01)
+    assert sizes == [len(CAT), 2 * len(CAT), 2 * len(CAT) + 1000]
+    response.close()
+    assert bodies.total == 0
+
+
+def test_tiny_pictures_leave_others_their_turns(app):
+    turns, seen = 0, []
+
+    def others():
+        nonlocal turns
+        while True:
+            gevent.sleep(0.001)
+            turns += 1
+
+    def pieces():
+        seen.append(turns)
+        yield b"\xff\xd8\xff\xd9" * 50
+        seen.append(turns)
+    greenlet = gevent.spawn(others)
+    *_, (name, end) = events_of(put_live(app, pieces()).text)
+    greenlet.kill()
+    assert (name, end["count"] + end["skipped"]) == ("end", 50)
+    assert seen[1] - seen[0] >= 50
+
+
+def test_a_picture_of_too_many_segments_ends_a_live_body(client):
+    response = client.put("/predict?stream=true", headers=MJPEG, data=b"\xff\xd8" + b"\xff\xe0\x00\x02" * 1000)
+    assert (response.status_code, response.json["error"]) == (400, "INVALID_IMAGE")
+    assert "more than 200 segments" in response.json["message"]
+
+
+class Counting(Slots):
+    refused = 0
+
+    def overloaded(self):
+        self.refused += 1
+        return super().overloaded()
+
+
+def test_overload_skips_a_picture(app, monkeypatch):
+    slots, go_on = Counting(1, max_queue=4), gevent.event.Event()
+    slots.start()
+    monkeypatch.setattr(app.extensions["model"], "slots", slots)
+
+    def pieces():
+        yield CAT
+        go_on.wait()
+        slots.max_queue = -1  # full
+        yield CAT
+        while not slots.refused:
+            gevent.sleep(0.001)
+        slots.max_queue = 4
+        yield CAT
+    response = put_live(app, pieces())
+    go_on.set()
+    first, second, (name, end) = events_of(response.text)
+    assert [event[1]["index"] for event in (first, second)] == [0, 2]
+    assert (name, end["count"], end["failed"], end["skipped"]) == ("end", 2, 0, 1)
+
+
+def test_a_stream_that_nobody_begins_to_read_leaves_nothing(app):
+    def pieces():
+        yield CAT
+        gevent.sleep(60)
+
+    def ask_and_leave(**request):
+        environ = EnvironBuilder(method="POST", **request).get_environ()
+        app(environ, lambda status, headers: statuses.append(status)).close()
+    before, slots, bodies, statuses = in_progress(app), app.extensions["model"].slots, app.extensions["bodies"], []
+    ask_and_leave(path="/predict?stream=true", headers=MJPEG,
+                  environ_overrides={"wsgi.input": Arriving(pieces())})
+    assert (in_progress(app), bodies.total, bodies.receiving) == (before, 0, {})
+    body, headers = form(*[(f"{i}.jpg", CAT) for i in range(3)], stream="true")
+    ask_and_leave(path="/predict", data=body, headers=headers)
+    with gevent.Timeout(30):
+        while slots.batched:
+            gevent.sleep(0.01)
+    assert (in_progress(app), bodies.total) == (before, 0)
+    assert statuses == ["200 OK"] * 2
+
+
 # --- over real connections ---
 
 @pytest.fixture(scope="module")
@@ -350,6 +512,11 @@ def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
     with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "1"}) as sock:
         sock.sendall(chunk(CAT + bytes(1024)))
         assert b'"is_complete": false' in read_until(sock, b"0\r\n\r\n")
+        sock.sendall(chunk(CAT))
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+    assert "Traceback" not in service.log
+    assert 'status="500"' not in requests.get(service.url + "/metrics", timeout=10).text
 
 
 @pytest.mark.parametrize(("body", "code"), [
