@@ -154,7 +154,7 @@ def frame_by_frame(task, send, data, options, call):
         task.look_at(one, frame, size, options, call)
         if one.counted:
             task.infer(one, options, call)
-            task.answer_of(one, options)  # completes its entry
+            task.answer_of(one, options, call)  # completes its entry
             outputs.append(one.outputs)
             features.append(one.features)
         views.shots += one.shots
@@ -165,7 +165,7 @@ def frame_by_frame(task, send, data, options, call):
         raise task.nothing_counts()
     views.outputs = np.concatenate(outputs)
     views.features = None if features[0] is None else np.concatenate(features)
-    return task.answer_of(views, options)
+    return task.answer_of(views, options, call)
 
 
 def of_files(model, files, chosen, deadline, is_there):

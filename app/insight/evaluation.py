@@ -53,7 +53,7 @@ class Observer:
         """Of Model.answer: leaves what the answer was made from in its metadata."""
         views = self.task.prepare(data, options, call)
         self.task.infer(views, options, call)
-        predictions, metadata = self.task.answer_of(views, options)
+        predictions, metadata = self.task.answer_of(views, options, call)
         scores = self.task.scores(views.outputs).mean(axis=0)  # (K,), as each frame has equally many views
         return predictions, {**metadata, "outputs": views.outputs, "scores": scores}
 

@@ -99,7 +99,7 @@ class FromPictures(Task):
             found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
         views.outputs, views.features = found if features else (found, None)
 
-    def answer_of(self, views, options, call=None):
+    def answer_of(self, views, options, call):
         """(predictions, members of the metadata) for what the network has made of the views."""
         scores = self.scores(views.outputs).reshape(len(views.counted), -1, views.outputs.shape[1])
         by_frame = scores.mean(axis=1)

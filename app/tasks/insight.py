@@ -6,7 +6,6 @@ Features for Discriminative Localization, 2016). With the division by the number
 it is Grad-CAM (Selvaraju et al., 2017): how much each cell adds to the class's logit, or to the trait's score.
 """
 import base64
-import contextlib
 import difflib
 import io
 import math
@@ -35,12 +34,12 @@ def check(task, options):
         wanted(task, options)
 
 
-def metadata(task, views, options, predictions, call=None):
+def metadata(task, views, options, predictions, call):
     """Members of the answer's metadata for what the options ask; `explanations` of a video are in its frames. call: a
     tasks.Call, whose stage `explain` this is, if it draws maps."""
     members = {}
     if options.get("explain") or options.get("explain_class"):
-        with call.stages("explain") if call else contextlib.nullcontext():
+        with call.stages("explain"):
             rows = wanted(task, options, predictions)
             longest_side = overlay_side(len(rows) * frames_asked(views, options))
             for shot, maps in zip(views.counted, frame_maps(task, views), strict=True):
