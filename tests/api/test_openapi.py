@@ -104,10 +104,11 @@ def test_limits_of_the_document_are_the_settings(document, settings):
 
 
 def test_running_service_does_what_the_document_says(service, tmp_path):
-    """schemathesis asks every endpoint, with what the document allows and with what it does not."""
+    """schemathesis asks every view, with what the document allows and with what it does not; of those with several
+    paths, the one without a model's name. No schema can say the shapes of V2's /infer."""
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
-         service.url + "/openapi.json", "--exclude-path-regex", "^/v2/.*/infer$"],  # whose shapes no schema can say
+         service.url + "/openapi.json", "--exclude-path-regex", r"^/v2/.*/infer$|^/models/\{name\}/|/versions/"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
