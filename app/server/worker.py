@@ -43,7 +43,7 @@ RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is resta
 # the loop accepts only 200 connections per second at worst.
 SWITCH_INTERVAL_S = 0.0003
 
-LIBC, M_ARENA_MAX = ctypes.CDLL(None), -8
+LIBC, M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = ctypes.CDLL(None), -8, -3, -1
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 PREDICTIONS = ("/predict", "/predict/batch")
@@ -70,8 +70,9 @@ class Worker(GeventWorker):
         """Load the application and its model in a native thread, and send heartbeats meanwhile: OpenVINO gives the
         loading thread a stack for signal handlers and frees it with the model, after which a signal kills the process.
         On failure the worker exits: if it is the only one, with a code that stops the service, else with 1 later."""
-        if hasattr(LIBC, "mallopt"):  # glibc; one heap per thread would take 40 MB more
-            LIBC.mallopt(M_ARENA_MAX, 2)
+        if hasattr(LIBC, "mallopt"):  # glibc; one heap per thread would take 40 MB more, and returning each request's
+            for option, value in ((M_ARENA_MAX, 2), (M_MMAP_THRESHOLD, 2**22), (M_TRIM_THRESHOLD, 2**24)):
+                LIBC.mallopt(option, value)  # tensors to the system at once costs half a millisecond
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.generation, until = board.own.published()["generation"], time.monotonic() + LOAD_WITHIN_S
         thread = threading.Thread(target=self.load, name="load-model")
