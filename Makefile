@@ -49,7 +49,7 @@ $(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/inst
 
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
 test: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests
-	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
+	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		$(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
