@@ -18,6 +18,7 @@ from s3_server import S3
 from servers import Postgres, Redis, find_program, free_port
 from urllib3 import encode_multipart_formdata
 
+from app import __main__ as command_line
 from app import create_app
 from app.config import Settings
 from app.prepare import make
@@ -264,6 +265,19 @@ def start_service(tmp_path, model_dir):
     yield start
     for service in services:
         service.kill()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(arguments, variables): (exit code, standard output, standard error) of `python -m app`, in this process.
+    """
+    def call(arguments, variables):
+        for name, value in {"DEVICE": "cpu", **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
+        code = command_line.main()
+        return code, *capsys.readouterr()
+    return call
 
 
 @pytest.fixture

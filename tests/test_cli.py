@@ -16,17 +16,11 @@ from app import __main__ as command_line
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, ocean_settings):
-    """run(*arguments, **variables): (exit code, standard output, standard error) of `python -m app` for ocean."""
-    def call(*arguments, **variables):
-        variables = {"MODEL_NAME": "ocean", "MODEL_PATH": str(ocean_settings.model_path), "DEVICE": "cpu",
-                     "MODEL_DIR": str(ocean_settings.model_dir), **variables}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
-        code = command_line.main()
-        return code, *capsys.readouterr()
-    return call
+def run(command, ocean_settings):
+    """run(*arguments, **variables): `command` for ocean."""
+    return lambda *arguments, **variables: command(arguments, {
+        "MODEL_NAME": "ocean", "MODEL_PATH": ocean_settings.model_path, "MODEL_DIR": ocean_settings.model_dir,
+        **variables})
 
 
 @pytest.fixture(scope="module")

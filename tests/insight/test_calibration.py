@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -14,7 +13,6 @@ import requests
 from conftest import encoded, photo
 from PIL import Image, ImageFilter
 
-from app import __main__ as command_line
 from app.engine.calibration import SHOWN
 from app.insight import calibration, diagram, evaluation, report
 
@@ -167,14 +165,8 @@ def own_models(tmp_path, app, settings):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments, **variables):
-        for name, value in {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", **variables}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
-        code = command_line.main()
-        return code, *capsys.readouterr()
-    return call
+def run(command):
+    return lambda *arguments, **variables: command(arguments, {"MODEL_NAME": "efficientnet_lite0", **variables})
 
 
 def confidence(service, picture):

@@ -13,7 +13,6 @@ from conftest import encoded, photo
 from PIL import Image
 from urllib3 import encode_multipart_formdata
 
-from app import __main__ as command_line
 from app import cli, create_app
 from app.insight import embeddings
 
@@ -39,15 +38,9 @@ def by_torch():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, app, settings):
-    def call(*arguments, **variables):
-        for name, value in {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", "MODEL_DIR": settings.model_dir,
-                            **variables}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
-        code = command_line.main()
-        return code, *capsys.readouterr()
-    return call
+def run(command, app, settings):
+    return lambda *arguments, **variables: command(arguments, {
+        "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": settings.model_dir, **variables})
 
 
 @pytest.fixture(scope="module")
