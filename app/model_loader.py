@@ -82,7 +82,7 @@ class ModelLoader:
 
     def __init__(self, settings, plan):
         self.settings, self.plan = settings, plan
-        self.slots = Slots(plan.slots, plan.queue)
+        self.slots = Slots(plan.slots, plan.queue, plan.streams)
         self.current = None
         self.generation = 0  # of the published model that is current
         self.started = time.monotonic()

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 
 import gevent
-import numpy as np
 from flask import Response, current_app, g, json, request, stream_with_context
 from gevent.queue import Queue
 
@@ -19,8 +18,8 @@ from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
 from app.media.containers import is_video
 from app.server import counters
-from app.tasks import Call, insight, options
-from app.tasks.from_pictures import FromPictures, Views, needs_features
+from app.tasks import Call, options, videos
+from app.tasks.from_pictures import FromPictures
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
 LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
@@ -118,7 +117,7 @@ def of_video(model, files, chosen, deadline, is_there):
             audience.check()
             loop.run_callback_threadsafe(put, event("frame", shot))
 
-        how = functools.partial(frame_by_frame, model.task, send)
+        how = functools.partial(videos.answer, model.task, send=send)
         if hasattr(loader, "within_cores"):  # of several models
             how = functools.partial(loader.within_cores, how)
 
@@ -141,31 +140,6 @@ def of_video(model, files, chosen, deadline, is_there):
             "metadata": {"filename": file.filename, **found["metadata"]}}))
     with audience:
         yield from produced(work)
-
-
-def frame_by_frame(task, send, data, options, call):
-    """What task.answer returns for a video; each frame is inferred before the next one is decoded. send(its entry in
-    the answer) is called in between, and may raise."""
-    if needs_features(options):
-        insight.check(task, options)
-    views, outputs, features = Views([], [], [], None, True), [], []
-    for frame, size in task.read_frames(data, True, options, call):
-        one = Views([], [], [], None, True)
-        task.look_at(one, frame, size, options, call)
-        if one.counted:
-            task.infer(one, options, call)
-            task.answer_of(one, options, call)  # completes its entry
-            outputs.append(one.outputs)
-            features.append(one.features)
-        views.shots += one.shots
-        views.counted += one.counted
-        views.image_size = views.image_size or one.image_size
-        send(one.shots[0])
-    if not views.counted:
-        raise task.nothing_counts()
-    views.outputs = np.concatenate(outputs)
-    views.features = None if features[0] is None else np.concatenate(features)
-    return task.answer_of(views, options, call)
 
 
 def of_files(model, files, chosen, deadline, is_there):

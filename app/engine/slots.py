@@ -66,12 +66,14 @@ class Job:
 
 
 class Slots:
-    """Runs `count` calls at once, first come, first served; `max_queue` more wait, the rest are refused immediately."""
+    """Runs `count` calls at once, first come, first served; `max_queue` more wait, the rest are refused immediately.
+    Idle slots help with pieces of calls, as long as fewer than `cores` are busy."""
 
-    def __init__(self, count, max_queue):
-        self.count, self.max_queue = count, max_queue
+    def __init__(self, count, max_queue, cores=1):
+        self.count, self.max_queue, self.cores = count, max_queue, cores
         self.waiting, self.running = collections.deque(), {}  # Jobs; {thread's number: Job}
-        self.changed = threading.Condition()  # guards both
+        self.offers, self.helping = None, {}  # pieces.Offers, if there were any; {thread's number: Piece}
+        self.changed = threading.Condition()  # guards these
         self.threads = []
         self.seconds_per_job = 0.05  # a running mean of the time in a slot
         self.shared = 0.0   # when a call last found another one in a slot or the queue
@@ -93,7 +95,8 @@ class Slots:
         while True:
             with self.changed:
                 while not self.waiting:
-                    self.changed.wait()
+                    if not (self.offers and self.offers.help(number)):
+                        self.changed.wait()
                 job = self.running[number] = self.waiting.popleft()
                 job.started = time.monotonic()
             counters.change("queue_depth", -1)
@@ -157,8 +160,9 @@ class Slots:
         return ServiceError(503, "OVERLOADED", "The service is at its limit; try again later.", retry_after_s=seconds)
 
     def overdue_seconds(self):
-        """How long the most overdue call has been running past its deadline."""
-        return max([0.0, *(-job.deadline.remaining() for job in list(self.running.values()))])
+        """How long the most overdue call, or piece of one, has been running past its deadline."""
+        jobs = [*list(self.running.values()), *list(self.helping.values())]
+        return max([0.0, *(-job.deadline.remaining() for job in jobs)])
 
 
 def in_native_thread(call, *arguments):

@@ -1,4 +1,6 @@
 """Finds and crops the face in a picture, as in the training of the OCEAN checkpoints."""
+import contextlib
+import functools
 import threading
 from pathlib import Path
 
@@ -13,7 +15,8 @@ SIMILAR = 0.2      # distance within a group of rectangles, relative to the smal
 MARGIN = 1.35      # side of the crop, relative to the face's longer side
 REACH = 1.45       # 1 + 2 · SIMILAR, plus rounding: how much larger a window may be than one near it
 MOST_RAW = 1500    # ungrouped rectangles; more are not compared with each other
-SIZES_AT_ONCE = 2
+FEWEST_WINDOWS = 10_000  # to search at once, about 2 ms
+CASCADE_SIDE = 24  # of its smallest window, in pixels
 MOST_BUFFERED_PIXELS = 100_000_000
 
 cv2.setNumThreads(1)  # a slot is one core
@@ -36,35 +39,51 @@ def no_face_found():
                                               "or method=face+middle or middle.")
 
 
-def largest_face(image, deadline=None):
+def one_by_one(calls):
+    """Yield the calls' values."""
+    return (call() for call in calls)
+
+
+def largest_face(image, deadline=None, in_order=one_by_one):
     """[x, y, width, height] of the largest face in an RGB PIL image, in pixels, or None. Raises DeadlineExceeded.
 
     The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), but windows are searched
-    from the largest size down, and small ones are skipped once a large face is certain.
+    from the largest size down, and small ones are skipped once a large face is certain. in_order: like one_by_one, but
+    may make the calls ahead of time, in any thread.
     """
     grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
     sizes = window_sizes(min(grey.shape))
-    wanted = [size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE]
+    portions = list(portions_of([size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE], grey.shape))
     raw = np.empty((0, 4), int)
-    for end in range(len(wanted), 0, -SIZES_AT_ONCE):
-        if deadline:
-            deadline.check("face")
-        at_once = wanted[max(0, end - SIZES_AT_ONCE):end]
-        raw = np.concatenate([windows(grey, at_once[0], at_once[-1], sizes), raw])
-        boxes = [clip(box, image.size) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
-        if boxes:
-            largest = max(boxes, key=lambda box: box[2] * box[3])
-            if end <= SIZES_AT_ONCE or is_final(largest, raw, at_once[0]):
-                return largest
+    searches = in_order(functools.partial(windows, grey, smallest, largest, sizes) for smallest, largest in portions)
+    with contextlib.closing(searches):
+        for smallest, _ in portions:
+            if deadline:
+                deadline.check("face")
+            raw = np.concatenate([next(searches), raw])
+            boxes = [clip(box, image.size) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
+            if boxes:
+                largest = max(boxes, key=lambda box: box[2] * box[3])
+                if smallest == portions[-1][0] or is_final(largest, raw, smallest):
+                    return largest
     return None
+
+
+def portions_of(sizes, shape):
+    """Yield (smallest, largest) of the ascending sizes, from the largest on: what is searched at once in an (H, W)."""
+    largest, count = sizes[-1], 0
+    for size in reversed(sizes):
+        count += (shape[0] - size) * (shape[1] - size) * (CASCADE_SIDE / size) ** 2
+        if count >= FEWEST_WINDOWS or size == sizes[0]:
+            yield size, largest
+            largest, count = size - 1, 0
 
 
 def window_sizes(largest):
     """Sides, ascending, of the square windows that OpenCV searches in a picture whose shorter side is `largest`."""
     sizes, factor = [], 1.0
-    original = detector().getOriginalWindowSize()[0]
-    while round(original * factor) <= largest:
-        sizes.append(round(original * factor))
+    while round(CASCADE_SIDE * factor) <= largest:
+        sizes.append(round(CASCADE_SIDE * factor))
         factor *= SCALE_FACTOR
     return sizes
 
@@ -115,10 +134,10 @@ def crop_box(face, size):
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def find_crop(image, method, deadline=None):
+def find_crop(image, method, deadline=None, in_order=one_by_one):
     """The face_box of a picture by one of FACE_METHODS: a crop_box, or None for the whole picture or no face.
-    Raises DeadlineExceeded."""
-    face = None if method == "middle" else largest_face(image, deadline)
+    in_order: see largest_face. Raises DeadlineExceeded."""
+    face = None if method == "middle" else largest_face(image, deadline, in_order)
     return face and crop_box(face, image.size)
 
 

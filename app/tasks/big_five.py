@@ -1,4 +1,7 @@
 """The OCEAN model: apparent Big Five traits of the largest face in a picture, or averaged over a video's frames."""
+import functools
+
+from app.engine import pieces
 from app.media import faces
 from app.tasks.from_pictures import FromPictures
 from app.tasks.options import AT, FRAMES, INSIGHT, METHOD, TTA
@@ -10,9 +13,11 @@ class BigFive(FromPictures):
     full_size = True  # as in the training of the checkpoints
     answers = "Traits"
 
-    def cut(self, image, shot, options, deadline, stages):
-        with stages("face"):
-            box = faces.find_crop(image, options["method"], deadline)
+    def cut(self, image, shot, options, call):
+        in_order = functools.partial(pieces.in_order, self.place.slots, ending=pieces.Ending(call.deadline),
+                                     is_guess=True)
+        with call.stages("face"):
+            box = faces.find_crop(image, options["method"], call.deadline, in_order)
         shot |= {"face_box": box, "face_detected": box is not None}
         if box is None:
             return None if options["method"] == "face" else image

@@ -63,7 +63,7 @@ class FromPictures(Task):
         if not error <= SELF_TEST_TOLERANCE[self.engine.precision]:
             raise ModelError(f"the outputs are off by {error:.2g} of the largest")
 
-    def cut(self, image, shot, options, deadline, stages):
+    def cut(self, image, shot, options, call):
         """The RGB PIL image to analyse; None if this frame does not count. shot: the frame's entry in the answer."""
         return image
 
@@ -88,15 +88,18 @@ class FromPictures(Task):
         return {}
 
     def answer(self, data, options, call):
+        if isinstance(data, bytes) and is_video(data):
+            from app.tasks import videos  # with the first one
+            return videos.answer(self, data, options, call)
         views = self.prepare(data, options, call)
         self.infer(views, options, call)
         return self.answer_of(views, options, call)
 
-    def infer(self, views, options, call):
-        """Run the network on the views' inputs."""
-        features = needs_features(options)
+    def infer(self, views, options, call, alone=None):
+        """Run the network on the views' inputs. alone: whether on all cores; by default if no other call is there."""
+        features, alone = needs_features(options), self.place.slots.is_alone() if alone is None else alone
         with call.stages("inference"):
-            found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
+            found = self.engine.infer(np.stack(views.inputs), call.deadline, alone, features)
         views.outputs, views.features = found if features else (found, None)
 
     def answer_of(self, views, options, call):
@@ -115,11 +118,14 @@ class FromPictures(Task):
 
     def prepare(self, data, options, call):
         """A file's bytes, or an upright RGB PIL image → Views."""
+        if isinstance(data, bytes) and is_video(data):
+            from app.tasks import videos
+            return videos.prepare(self, data, options, call)
         if needs_features(options):
             from app.tasks import insight  # with the first of these
             insight.check(self, options)
-        views = Views([], [], [], None, isinstance(data, bytes) and is_video(data))
-        for frame, size in self.read_frames(data, views.of_video, options, call):
+        views = Views([], [], [], None, False)
+        for frame, size in self.read_frames(data, False, options, call):
             self.look_at(views, frame, size, options, call)
         if not views.inputs:
             raise self.nothing_counts()
@@ -130,7 +136,7 @@ class FromPictures(Task):
         views.image_size = views.image_size or list(size)
         shot = {"index": frame.index, "time_s": frame.time_s}
         views.shots.append(shot)
-        image = self.cut(frame.image, shot, options, call.deadline, call.stages)
+        image = self.cut(frame.image, shot, options, call)
         call.deadline.check("face")
         if image is None:
             return
