@@ -5,25 +5,11 @@ import time
 import numpy as np
 import pytest
 from conftest import photo
-from opencv_faces import all_faces
+from opencv_faces import all_faces, collage
 from PIL import Image
 
 from app.errors import Deadline, DeadlineExceeded
 from app.media import faces
-
-
-def collage(seed):
-    """A photograph with up to three faces of any size pasted in."""
-    random = np.random.default_rng(seed)
-    background = photo(["coffee", "chelsea", "rocket", "astronaut"][seed % 4])
-    width, height = map(int, random.integers(250, 1100, 2))
-    image, astronaut = background.resize((width, height)), photo("astronaut")
-    for _ in range(random.integers(0, 4)):
-        side = int(random.integers(90, min(width, height)))
-        face = astronaut.crop((80, 0, 410, 330)) if random.random() < 0.5 else astronaut
-        place = int(random.integers(0, width - side + 1)), int(random.integers(0, height - side + 1))
-        image.paste(face.resize((side, side)), place)
-    return image.crop((width // 6, height // 6, width - 60, height - 60)) if seed % 2 else image  # faces at the edges
 
 
 def test_the_largest_face_is_that_of_the_whole_search():
