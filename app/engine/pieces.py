@@ -109,7 +109,7 @@ def in_order(slots, calls, ending, most=None, is_guess=False):
                 unbegun.popleft()
             if ahead and ahead[0].ended.is_set():
                 yield ahead.popleft().outcome.get()
-            elif has_more and len(ahead) < most and len(unbegun) < (2 if offers.idle_cores() else 1):
+            elif has_more and len(ahead) < most and len(unbegun) <= offers.idle_cores():
                 call = next(calls, None)
                 has_more = call is not None
                 if has_more:

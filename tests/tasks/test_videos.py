@@ -3,6 +3,7 @@ stays behind."""
 import threading
 import time
 
+import gevent
 import numpy as np
 import pytest
 from conftest import encoded, photo
@@ -72,6 +73,16 @@ def test_the_answer_is_that_of_one_frame_after_the_other(answer, clip, asked):
     assert sorted(seen) == [shot["index"] for shot in alone["metadata"]["frames"] if "predictions" in shot]
     assert len(threads) > 1
     assert set(shared["metadata"]["timings_ms"]) == set(alone["metadata"]["timings_ms"])
+
+
+def test_videos_and_pictures_at_once_are_answered_rightly(answer, clip):
+    small = photo("astronaut").resize((256, 256))
+    asked = [(clip, "4"), (encoded(small, "JPEG"), "1"), (encoded(small.rotate(5), "JPEG"), "1")]
+    expected = [numbers(answer(data, 1, frames=count)) for data, count in asked]
+    greenlets = [gevent.spawn(answer, data, 3, frames=count) for data, count in 3 * asked]
+    gevent.joinall(greenlets, timeout=60)
+    for i, greenlet in enumerate(greenlets):
+        assert numbers(greenlet.get(block=False)) == pytest.approx(expected[i % 3], abs=1e-6)
 
 
 def test_a_frame_that_fails_ends_the_others(answer, clip):
