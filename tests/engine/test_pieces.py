@@ -170,7 +170,13 @@ def test_guesses_are_made_ahead_only_by_a_lone_call_and_are_not_waited_for(monke
     gate.set()
     wait_until(lambda: not slots.helping)
     monkeypatch.setattr(slots, "is_alone", lambda: False)
-    assert len(set(run(slots, lambda: all_of(slots, [slot_name] * 9, is_guess=True)))) == 1
+    assert len(set(run(slots, lambda: all_of(slots, [slow] * 9, is_guess=True)))) == 1
+    assert len(set(run(slots, lambda: all_of(slots, [slow] * 9)))) == 2
+
+
+def slow():
+    time.sleep(0.01)
+    return slot_name()
 
 
 def wait_until_native(condition):
