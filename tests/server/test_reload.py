@@ -34,8 +34,9 @@ def reloads_dir(tmp_path_factory, model_dir, checkpoint, app):
     model only KEPT bundles stay."""
     folder = copy_model_dir(model_dir, tmp_path_factory.mktemp("reloads"))
     for seed in (1, 3):
-        exported(Settings.parse({"MODEL_NAME": "squeezenet1_1", "MODEL_PATH": str(checkpoint("squeezenet1_1", seed=seed)),
-                                 "MODEL_DIR": str(folder), "DEVICE": "cpu"}))
+        path = checkpoint("squeezenet1_1", seed=seed)
+        exported(Settings.parse({"MODEL_NAME": "squeezenet1_1", "MODEL_PATH": str(path), "DEVICE": "cpu",
+                                 "MODEL_DIR": str(folder)}))
     return folder
 
 
