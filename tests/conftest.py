@@ -253,9 +253,10 @@ class Service:
 
 
 @pytest.fixture
-def start_service(tmp_path, model_dir):
+def start_service(tmp_path, model_dir, app):
     """start_service(**variables): a Service that is stopped when the test ends; not yet waited for. application: what
-    Gunicorn serves instead of the application as it is."""
+    Gunicorn serves instead of the application as it is. Its default model is exported already: by this process, as
+    another one would have to import torch."""
     services = []
 
     def start(application="app:create_app()", **variables):

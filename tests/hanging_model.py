@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 
+from app import create_app, model_loader
 from app.engine import bundle
 from app.engine.preprocess import Preprocessing, self_test_input
 from app.prepare import bundles
@@ -51,3 +52,9 @@ def copy_model_dir(source, target):
     (found,) = source.glob("bundles/efficientnet_lite0-*-openvino")
     shutil.copytree(found, target / "bundles" / found.name)
     return target
+
+
+def create_impatient():
+    """The application, for Gunicorn; a worker in which an inference hangs is replaced after two seconds."""
+    model_loader.HUNG_AFTER_S = 2
+    return create_app()

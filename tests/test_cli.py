@@ -13,11 +13,25 @@ from PIL import Image
 from videos import pan_over, write
 
 from app import __main__ as command_line
+from app import cli, load_model
+
+
+@pytest.fixture(scope="module")
+def load_once():
+    """load_model, whose answer for equal settings is kept: a program of its own loads it each time."""
+    loaders = {}
+
+    def load(settings):
+        if repr(settings) not in loaders:
+            loaders[repr(settings)] = load_model(settings)
+        return loaders[repr(settings)]
+    return load
 
 
 @pytest.fixture
-def run(command, ocean_settings):
+def run(command, ocean_settings, load_once, monkeypatch):
     """run(*arguments, **variables): `command` for ocean."""
+    monkeypatch.setattr(cli, "load_model", load_once)
     return lambda *arguments, **variables: command(arguments, {
         "MODEL_NAME": "ocean", "MODEL_PATH": ocean_settings.model_path, "MODEL_DIR": ocean_settings.model_dir,
         **variables})

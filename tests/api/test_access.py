@@ -12,7 +12,7 @@ import gevent
 import pytest
 import redis
 import requests
-from conftest import encoded, free_port, need, post
+from conftest import Service, encoded, free_port, need, post
 from PIL import Image
 from urllib3 import encode_multipart_formdata
 
@@ -197,19 +197,34 @@ def test_guesses_do_not_use_up_the_limit_of_predictions(client_with):
     assert [predict_from(client, "10.0.0.1", GOOD).status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_redis_counts_guesses_over_workers_and_services(start_service, start_redis):
-    port = free_port()
-    start_redis(port)
-    shared = {"RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0", "API_KEYS": KEYS}
-    services = [start_service(WORKERS="2", **shared), start_service(**shared)]
+@pytest.fixture(scope="module")
+def services_over_redis(tmp_path_factory, redis_server, model_dir, app):
+    """(two ready Services with KEYS and six predictions an hour, their Redis's URL); three workers in all."""
+    url, folder = redis_server.database(), tmp_path_factory.mktemp("over-redis")
+    variables = {"RATE_LIMIT": "6/hour", "RATE_LIMIT_STORAGE": url, "API_KEYS": KEYS, "DEVICE": "cpu",
+                 "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir)}
+    services = [Service(folder, {**variables, "WORKERS": workers}) for workers in "21"]
+    yield [service.wait_ready() for service in services], url
     for service in services:
-        service.wait_ready()
+        service.kill()
+
+
+@pytest.fixture
+def over_redis(services_over_redis):
+    """(the two Services, a connection to their Redis), with all counts at 0."""
+    services, url = services_over_redis
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+        yield services, connection
+
+
+def test_redis_counts_guesses_over_workers_and_services(over_redis):
+    services, connection = over_redis
     statuses = [requests.post(service.url + "/predict", files={"file": WHITE}, timeout=30,
                               headers={"X-API-Key": WRONG.format(i)}).status_code
                 for i in range(17) for service in services]
     assert statuses == [401] * 30 + [429] * 4
-    with redis.Redis(port=port) as connection:
-        names = b" ".join(connection.keys())
+    names = b" ".join(connection.keys())
     assert b"127.0.0.1" in names
     assert b"wrong-key" not in names
 
@@ -259,13 +274,10 @@ def test_every_limit_of_several_counts_the_files(client_with):
     assert [post_batch(client, n).status_code for n in (3, 2, 1)] == [200, 429, 429]
 
 
-def test_redis_counts_the_files_of_batches(start_service, start_redis):
-    port = free_port()
-    start_redis(port)
-    shared = {"RATE_LIMIT": "8/hour", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0"}
-    services = [start_service(**shared), start_service(**shared)]
-    answers = [requests.post(service.wait_ready().url + "/predict/batch", timeout=60,
-                             files=[("files", (f"{i}.png", WHITE)) for i in range(4)])
+def test_redis_counts_the_files_of_batches(over_redis):
+    services, _ = over_redis
+    answers = [requests.post(service.url + "/predict/batch", timeout=60, headers={"X-API-Key": OTHER},
+                             files=[("files", (f"{i}.png", WHITE)) for i in range(3)])
                for service in (*services, *services)]
     assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
 
@@ -366,20 +378,14 @@ def start_redis(tmp_path):
         server.wait()
 
 
-def test_redis_holds_the_limit_over_workers_and_services(start_service, start_redis):
-    port = free_port()
-    start_redis(port)
-    shared = {"RATE_LIMIT": "6/hour", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{port}/0", "API_KEYS": KEYS}
-    services = [start_service(WORKERS="2", **shared), start_service(**shared)]
-    for service in services:
-        service.wait_ready()
-    key = {"X-API-Key": "first-key-0123456789"}
+def test_redis_holds_the_limit_over_workers_and_services(over_redis):
+    services, connection = over_redis
+    key = {"X-API-Key": GOOD}
     statuses = [requests.post(service.url + "/predict", files={"file": WHITE}, headers=key, timeout=30).status_code
                 for _ in range(5) for service in services]
     assert statuses == [200] * 6 + [429] * 4
     assert not any("Traceback" in service.log for service in services)
-    with redis.Redis(port=port) as connection:
-        names = b" ".join(connection.keys())
+    names = b" ".join(connection.keys())
     assert names
     assert b"first-key" not in names
 

@@ -170,10 +170,13 @@ def test_single_requests_get_their_turn_within_a_batch():
     def call(i):
         slots.run(functools.partial(work, i), Deadline(10), Stages(), admitted=True)
     batch = gevent.spawn(run_batch, slots, [functools.partial(call, i) for i in range(20)])
-    gevent.sleep(0.05)
+    with gevent.Timeout(10):
+        while len(done) < 2:
+            gevent.sleep(0.001)
+    before = len(done)
     slots.run(functools.partial(work, "single"), Deadline(10), Stages())
     batch.get(timeout=10)
-    assert done.index("single") < 10
+    assert done.index("single") < before + 8
     assert [d for d in done if d != "single"] == list(range(20))
 
 
@@ -223,8 +226,9 @@ def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):
 def test_a_batch_that_is_cut_off_while_it_waits_makes_room():
     slots = Slots(1, 4)
     batch = gevent.spawn(run_batch, slots, [functools.partial(gevent.sleep, 30)] * 4)
-    gevent.sleep(0.01)
-    assert slots.batched == 4
-    batch.kill()
-    gevent.sleep(0.01)
-    assert slots.batched == 0
+    with gevent.Timeout(10):
+        while slots.batched != 4:
+            gevent.sleep(0.001)
+        batch.kill()
+        while slots.batched:
+            gevent.sleep(0.001)

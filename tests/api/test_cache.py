@@ -165,9 +165,9 @@ class Counting:
 
 
 def at_once(client, count, data=CAT):
-    """Start `count` equal requests; returns a function that waits for their responses."""
+    """Start `count` equal requests; returns their greenlets, and a function that waits for their responses."""
     greenlets = [gevent.spawn(post, client.application.test_client(), data) for _ in range(count)]
-    return lambda: [greenlet.get(timeout=20) for greenlet in greenlets]
+    return greenlets, lambda: [greenlet.get(timeout=20) for greenlet in greenlets]
 
 
 def wait_until(condition):
@@ -182,7 +182,7 @@ def test_equal_requests_at_once_compute_once(cached, url, app, monkeypatch):
     counting = Counting(loader.current.task.engine)
     monkeypatch.setattr(loader.current.task.engine, "infer", counting)
     client = cached(url)
-    finish = at_once(client, 6)
+    _, finish = at_once(client, 6)
     wait_until(lambda: loader.slots.onlookers == 5)
     counting.gate.set()
     responses = finish()
@@ -197,9 +197,8 @@ def test_who_waits_for_an_equal_request_stands_in_the_queue(cached, app, monkeyp
     monkeypatch.setattr(loader.current.task.engine, "infer", counting)
     monkeypatch.setattr(loader, "slots", Slots(1, max_queue=2))
     client = cached()
-    finish = at_once(client, 5)
-    wait_until(lambda: loader.slots.onlookers == 2)
-    gevent.sleep(0.2)
+    greenlets, finish = at_once(client, 5)
+    wait_until(lambda: loader.slots.onlookers == 2 and sum(greenlet.ready() for greenlet in greenlets) == 2)
     counting.gate.set()
     assert sorted(r.status_code for r in finish()) == [200, 200, 200, 503, 503]
 
@@ -216,7 +215,7 @@ def test_when_the_one_that_computes_fails_the_next_one_computes(cached, app, mon
             raise error
         return scores
     monkeypatch.setattr(loader.current.task.engine, "infer", infer)
-    finish = at_once(cached(), 3)
+    _, finish = at_once(cached(), 3)
     wait_until(lambda: loader.slots.onlookers == 2)
     counting.gate.set()
     assert sorted(r.status_code for r in finish()) == [200, 200, getattr(error, "status", 500)]

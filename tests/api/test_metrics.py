@@ -251,6 +251,7 @@ def test_sums_hold_over_workers_and_over_a_kill(two_workers):
             assert {name: (value, now.get(name)) for name, value in seen.items() if now.get(name, -1) < value} == {}
             seen = now
             assert time.monotonic() < until
+            time.sleep(0.02)
     after = scrape(service.url)
     assert after("model_server_requests_total", **predictions) == 24
     assert after("model_server_worker_exits_total") == 2

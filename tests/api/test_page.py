@@ -39,6 +39,7 @@ def chromium(tmp_path_factory):
                  "hide-scrollbars", f"use-file-for-fake-video-capture={folder / 'camera.mjpeg'}"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})
     driver = webdriver.Chrome(options, webdriver.ChromeService(need("chromedriver")))
     yield driver
     driver.quit()
@@ -215,13 +216,18 @@ def test_camera(browser):
     assert not find(browser, "#viewfinder").is_displayed()
 
 
-def test_a_video_is_answered(browser, tmp_path):
-    path = tmp_path / "clip.webm"
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "clip.webm"
     path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+    return path
+
+
+def test_a_video_is_answered(browser, clip):
     number = find(browser, "[name=frames]")
     number.clear()
     number.send_keys("3")
-    send_file(browser, path)
+    send_file(browser, clip)
     assert find(browser, ".card h2").text in ("tiger cat", "Egyptian cat", "tabby")
     assert find(browser, ".card figcaption").text == "clip.webm · 320 × 240"
     assert "-F frames=3" in find(browser, ".card code").get_attribute("textContent")
@@ -238,12 +244,10 @@ def watch(browser, selector):
           .observe(document.body, {subtree: true, childList: true, characterData: true});""", selector)
 
 
-def test_frames_of_a_video_are_shown_as_they_come(browser, tmp_path):
-    path = tmp_path / "clip.webm"
-    path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+def test_frames_of_a_video_are_shown_as_they_come(browser, clip):
     fill(browser, "[name=frames]", "3")
     watch(browser, ".card h2")
-    send_file(browser, path)
+    send_file(browser, clip)
     texts = browser.execute_script("return [...new Set(window.texts.filter(text => text?.startsWith('Frame')))]")
     assert texts == ["Frame 1 of 3…", "Frame 2 of 3…", "Frame 3 of 3…"]
 
@@ -258,7 +262,7 @@ def test_how_sure_in_words(browser):
     assert words.endswith(f"about {round(np.exp(uncertainty['entropy']))} classes.")
 
 
-@pytest.mark.parametrize(("probabilities", "words"), [
+WORDS = [
     ([0.97, 0.02, 0.01], "very sure. The first class is 95 percentage points ahead of the second."),
     ([0.85] + 100 * [0.0015], "fairly sure. The first class is 85 percentage points ahead of the second."),
     ([0.6] + 2 * [0.2], "not very sure. The first class is 40 percentage points ahead of the second; the model wavers "
@@ -266,26 +270,28 @@ def test_how_sure_in_words(browser):
     ([0.3] + 70 * [0.01], "not very sure. The first class is 29 percentage points ahead of the second; its probability "
                           "is spread over many classes."),
     ([0.5, 0.49, 0.01], "unsure. The first class is 1 percentage point ahead of the second; the model wavers between "
-                        "about 2 classes.")])
-def test_words_of_certainty_agree(browser, probabilities, words):
-    first, second, *_ = sorted(probabilities, reverse=True)
-    uncertainty = {"margin": first - second, "entropy": float(-np.sum(np.array(probabilities) * np.log(probabilities)))}
-    shown = browser.execute_async_script("""
-        const [uncertainty, done] = arguments;
-        import(new URL("static/card.js", location.href)).then(({showCertainty}) => {
-          const card = document.querySelector("#card").content.firstElementChild.cloneNode(true);
-          showCertainty(card, uncertainty);
-          done(card.querySelector(".sure").textContent);
-        });""", uncertainty)
-    assert shown == f"How sure: {words}"
+                        "about 2 classes.")]
 
 
-def test_frames_of_a_video_are_shown_again(browser, tmp_path):
-    path = tmp_path / "clip.webm"
-    path.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
+def test_words_of_certainty_agree(browser):
+    for probabilities, words in WORDS:
+        first, second, *_ = sorted(probabilities, reverse=True)
+        entropy = -np.sum(np.array(probabilities) * np.log(probabilities))
+        uncertainty = {"margin": first - second, "entropy": float(entropy)}
+        shown = browser.execute_async_script("""
+            const [uncertainty, done] = arguments;
+            import(new URL("static/card.js", location.href)).then(({showCertainty}) => {
+              const card = document.querySelector("#card").content.firstElementChild.cloneNode(true);
+              showCertainty(card, uncertainty);
+              done(card.querySelector(".sure").textContent);
+            });""", uncertainty)
+        assert shown == f"How sure: {words}"
+
+
+def test_frames_of_a_video_are_shown_again(browser, clip):
     find(browser, "[name=explain]").click()
     fill(browser, "[name=frames]", "1")
-    send_file(browser, path)
+    send_file(browser, clip)
     button = find(browser, ".frames button")
     assert find(browser, ".frames").get_attribute("role") == "group"
     wait(browser, lambda: button.get_attribute("aria-pressed") == "true" and find_all(browser, ".picture .overlay"))
@@ -661,20 +667,20 @@ def test_a_file_among_the_options_of_json(open_page, tmp_path):
     assert json.loads(run_curl_line(card, tmp_path))["predictions"] == whole_answer(card)["predictions"]
 
 
-@pytest.mark.parametrize("text", ['{"numbers": [1,}', '[1, 2]', "null", "1 2"])
-def test_what_is_no_json_object_is_not_sent(open_page, text):
+def test_what_is_no_json_object_is_not_sent(open_page):
     browser = open_page("sum")
-    fill(browser, "#text", text)
-    find(browser, "#send button").click()
-    problem = find(browser, "#text-problem")
-    assert problem.text.startswith("Write an object" if text in ("[1, 2]", "null") else "This is not JSON: ")
-    assert problem.get_attribute("role") == "alert"
-    field = browser.switch_to.active_element
-    assert field.get_attribute("id") == "text"
-    assert field.get_attribute("aria-invalid") == "true"
-    assert find_all(browser, ".card") == []
-    fill(browser, "#text", '{"numbers": [1]}')
-    assert (field.get_attribute("aria-invalid"), problem.text) == ("false", "")
+    for text in ('{"numbers": [1,}', "[1, 2]", "null", "1 2"):
+        fill(browser, "#text", text)
+        find(browser, "#send button").click()
+        problem = find(browser, "#text-problem")
+        assert problem.text.startswith("Write an object" if text in ("[1, 2]", "null") else "This is not JSON: ")
+        assert problem.get_attribute("role") == "alert"
+        field = browser.switch_to.active_element
+        assert field.get_attribute("id") == "text"
+        assert field.get_attribute("aria-invalid") == "true"
+        assert find_all(browser, ".card") == []
+        fill(browser, "#text", '{"numbers": [1]}')
+        assert (field.get_attribute("aria-invalid"), problem.text) == ("false", "")
     field.send_keys(Keys.CONTROL, Keys.ENTER)
     wait(browser, lambda: find_all(browser, ".card:not(.waiting)"))
     assert whole_answer(find(browser, ".card"))["predictions"]["sum"] == 2

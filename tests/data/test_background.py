@@ -31,6 +31,13 @@ def fail():
     raise OSError("refused")
 
 
+def wait_for(condition):
+    """In greenlets: a slow machine starts many of them in several turns."""
+    with gevent.Timeout(20):
+        while not condition():
+            gevent.sleep(0.005)
+
+
 def refused(away, call, *arguments, **options):
     with pytest.raises(ServiceError) as e:
         away.run(call, *arguments, **options)
@@ -67,7 +74,7 @@ def test_after_a_failure_one_call_at_a_time_tries_whether_it_is_back(away):
     time.sleep(0.25)
     waiting, goes_on = [], threading.Event()
     probe = gevent.spawn(away.run, goes_on.wait)
-    gevent.sleep(0.05)
+    wait_for(lambda: away.is_probing)
     waiting += [gevent.spawn(refused, away, calls.append, number) for number in range(5)]
     gevent.joinall(waiting, raise_error=True, timeout=5)
     assert calls == []
@@ -88,10 +95,9 @@ def test_a_call_that_hangs_is_not_waited_for(away):
 def test_calls_that_have_not_begun_in_time_are_not_made(away):
     goes_on, made = threading.Event(), []
     hanging = [gevent.spawn(refused, away, goes_on.wait, within_s=2.5) for _ in range(THREADS)]
-    gevent.sleep(0.05)
+    wait_for(lambda: away.threads.unfinished == THREADS)
     waiting = [gevent.spawn(refused, away, made.append, number) for number in range(WAITING)]
-    while away.threads.waiting < WAITING:  # a slow machine starts so many greenlets in several turns
-        gevent.sleep(0.01)
+    wait_for(lambda: away.threads.waiting == WAITING)
     overloaded(away, made.append, "one too many")
     try:
         gevent.joinall([*hanging, *waiting], raise_error=True, timeout=10)
@@ -100,8 +106,8 @@ def test_calls_that_have_not_begun_in_time_are_not_made(away):
     gevent.sleep(0.3)
     assert away.run(lambda: "answer") == "answer"
     assert made == []
-    gevent.sleep(0.1)
-    assert (away.threads.unfinished, away.threads.waiting, away.threads.free.counter) == (0, 0, THREADS)
+    wait_for(lambda: not away.threads.unfinished)
+    assert (away.threads.waiting, away.threads.free.counter) == (0, THREADS)
 
 
 def overloaded(away, call, *arguments, **options):
@@ -119,7 +125,7 @@ def test_a_burst_of_calls_waits_and_is_answered(away):
 def test_calls_that_found_no_thread_are_no_outage(away):
     goes_on, made = threading.Event(), []
     running = [gevent.spawn(away.run, goes_on.wait) for _ in range(THREADS)]
-    gevent.sleep(0.05)
+    wait_for(lambda: away.threads.unfinished == THREADS)
     overloaded(away, made.append, 1, within_s=0.2)
     goes_on.set()
     gevent.joinall(running, raise_error=True)
@@ -130,7 +136,7 @@ def test_calls_that_found_no_thread_are_no_outage(away):
 def test_a_call_that_got_its_thread_late_is_no_outage(away):
     goes_on, never = threading.Event(), threading.Event()
     running = [gevent.spawn(away.run, goes_on.wait) for _ in range(THREADS)]
-    gevent.sleep(0.05)
+    wait_for(lambda: away.threads.unfinished == THREADS)
     late = gevent.spawn(overloaded, away, never.wait, within_s=0.5)
     gevent.sleep(0.4)
     goes_on.set()
@@ -165,9 +171,9 @@ def test_an_outage_that_began_while_calls_waited_is_told_to_them(away):
         goes_on.wait()
         raise OSError("gone")
     failing = [gevent.spawn(refused, away, fail_later) for _ in range(THREADS)]
-    gevent.sleep(0.05)
+    wait_for(lambda: away.threads.unfinished == THREADS)
     waiting = [gevent.spawn(refused, away, made.append, number) for number in range(20)]
-    gevent.sleep(0.05)
+    wait_for(lambda: away.threads.waiting == 20)
     goes_on.set()
     gevent.joinall([*failing, *waiting], raise_error=True, timeout=10)
     assert made == []
@@ -191,7 +197,7 @@ def test_backgrounds_can_share_their_threads(away):
     goes_on, two = threading.Event(), Threads(2)
     shared = [Background("A", "A is away.", two), Background("B", "B is away.", two)]
     running = [gevent.spawn(one.run, goes_on.wait) for one in shared]
-    gevent.sleep(0.05)
+    wait_for(lambda: two.unfinished == 2)
     for one in shared:
         overloaded(one, time.monotonic, within_s=0.1)
     assert away.run(lambda: "answer") == "answer"

@@ -1088,7 +1088,7 @@ def test_a_full_queue_of_predictions_refuses_no_job(plain, app):
     try:
         for _ in range(slots.count + slots.max_queue):
             tasks.append(gevent.spawn(slots.run, release.wait, Deadline(30), Stages()))
-        gevent.sleep(0.1)
+        wait_for(lambda: len(slots.running) + len(slots.waiting) == len(tasks))
         assert error_of(asked.post(("file", "a.png", WHITE), path="/predict")) == (503, "OVERLOADED")
         assert asked.post(("file", "a.png", WHITE)).status_code == 202
     finally:

@@ -101,11 +101,11 @@ def test_job_of_a_video_counts_frames(jobs):
     assert job["progress"] == {"done": 3, "total": 3, "unit": "frames"}
 
 
-def test_inputs_lie_in_s3_until_the_job_has_ended(s3_server, redis_server, postgres_server, variables, start_service,
-                                                  start_worker):
+def test_inputs_lie_in_s3_until_the_job_has_ended_and_its_result_until_its_time_is_over(
+        s3_server, redis_server, postgres_server, variables, start_service, start_worker):
     bucket = s3_server.bucket()
     servers = {**variables, **s3_server.variables, "STORAGE_URL": f"s3://{bucket}/inputs", "SHORT_WORKERS": "0",
-               "MODEL_NAME": "tests.jobs.troubled:Troubled", "HISTORY": "off",
+               "MODEL_NAME": "tests.jobs.troubled:Troubled", "HISTORY": "off", "JOBS_TTL": "3",
                "DATABASE_URL": postgres_server.database(), "JOBS_BROKER": redis_server.database()}
     service, worker = start_service(**servers), start_worker(**servers)
     jobs = Jobs(service.wait_ready())
@@ -124,6 +124,11 @@ def test_inputs_lie_in_s3_until_the_job_has_ended(s3_server, redis_server, postg
     while job_id in requests.get(f"{s3_server.url}/{bucket}", timeout=10).text:
         assert time.monotonic() < until
         time.sleep(0.1)
+    until = time.monotonic() + 30
+    while (status := requests.get(f"{jobs.url}/jobs/{job_id}", timeout=10).status_code) == 200:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert status == 404
 
 
 def test_input_that_is_gone_fails_the_job(jobs, variables):

@@ -9,10 +9,14 @@ import requests
 from conftest import Service, free_port
 from job_workers import Jobs, Worker
 
-from app.config import Settings
+from app.config import Settings, StartError
 from app.jobs.worker import Supervisor, serve
 
 TROUBLED = {"MODEL_NAME": "tests.jobs.troubled:Troubled"}
+
+
+# Of what is the same over files and servers; test_store.py finds lost jobs and gives jobs back over both.
+EMBEDDED = pytest.mark.parametrize("troubled", ["embedded"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["embedded", "servers"])
@@ -42,6 +46,7 @@ def test_job_is_run_with_progress_by_a_process_of_the_worker(troubled):
     assert job["error"] is None
 
 
+@EMBEDDED
 @pytest.mark.parametrize(("order", "code"), [("refuse", "INVALID_PARAMETER"), ("fail", "INTERNAL_ERROR")])
 def test_job_fails_as_the_prediction_would(troubled, order, code):
     jobs, _, service = troubled
@@ -53,6 +58,7 @@ def test_job_fails_as_the_prediction_would(troubled, order, code):
     assert job["result"] is None
 
 
+@EMBEDDED
 def test_a_result_that_is_too_large_is_not_kept(troubled):
     jobs, _, _ = troubled
     batch = {"json": {"instances": [{"text": f"much {20 * 2**20}"}] * 4}}
@@ -62,6 +68,7 @@ def test_a_result_that_is_too_large_is_not_kept(troubled):
         assert "send fewer files" in job["error"]["message"]
 
 
+@EMBEDDED
 def test_model_that_gives_up_when_its_time_is_over_does_not_fail(troubled):
     """For predictions too: the deadline is the reason, whether the model or the service notices it first."""
     jobs, _, service = troubled
@@ -84,6 +91,7 @@ def test_job_whose_process_is_killed_is_run_again(troubled):
     assert job["attempts"] == 2
 
 
+@EMBEDDED
 def test_poison_job_fails_at_the_third_loss_and_takes_no_other_along(troubled):
     jobs, worker, _ = troubled
     poison = jobs.accepted("kill")
@@ -108,6 +116,7 @@ def test_running_job_is_cancelled(troubled):
     assert job["progress"]["done"] == 0
 
 
+@EMBEDDED
 def test_job_that_hangs_fails_at_its_deadline_and_its_process_is_replaced(troubled):
     jobs, worker, _ = troubled
     before = set(worker.nodes())
@@ -132,6 +141,7 @@ def test_no_file_is_left_behind(troubled):
         time.sleep(0.05)
 
 
+@EMBEDDED
 def test_metrics_count_jobs_by_queue_state_and_error(troubled):
     jobs, worker, _ = troubled
     jobs.wait(jobs.accepted("wait 0"))
@@ -162,10 +172,9 @@ def test_long_jobs_do_not_starve_short_ones(troubled):
     assert {job["progress"]["done"] for job in found} == {10}
 
 
+@pytest.mark.parametrize("troubled", ["servers"], indirect=True)
 def test_jobs_outlive_a_restart_of_the_broker_and_the_database(troubled, request):
     jobs, worker, service = troubled
-    if "JOBS_BROKER" not in service.variables:
-        pytest.skip("there are no servers")
     servers = [request.getfixturevalue(name) for name in ("redis_server", "postgres_server")]
     ids = [jobs.accepted("wait 0.3") for _ in range(8)]
     for server in servers:
@@ -184,6 +193,7 @@ def test_jobs_outlive_a_restart_of_the_broker_and_the_database(troubled, request
     assert {job["attempts"] for job in found} == {1}
 
 
+@EMBEDDED
 def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(troubled):
     jobs, worker, _ = troubled
     ids = [jobs.accepted("wait 0.2") for _ in range(8)]
@@ -199,6 +209,7 @@ def test_supervisor_that_is_killed_takes_its_processes_along_and_loses_no_job(tr
     assert {job["state"] for job in found} == {"succeeded"}
 
 
+@EMBEDDED
 def test_stopping_worker_gives_back_what_it_cannot_end(troubled):
     jobs, worker, _ = troubled
     worker.wait_ready()
@@ -211,16 +222,9 @@ def test_stopping_worker_gives_back_what_it_cannot_end(troubled):
     assert jobs.get(job_id)["attempts"] == 2
 
 
-def test_results_are_removed_after_their_time_and_a_reload_replaces_one_process_after_the_other(
-        start_worker, start_service, tmp_path):
-    variables = {**TROUBLED, "DATA_DIR": str(tmp_path / "data"), "JOBS": "on", "JOBS_TTL": "1"}
-    service, worker = start_service(**variables), start_worker(**variables)
-    jobs = Jobs(service.wait_ready())
-    job_id = jobs.accepted("wait 0")
-    until = time.monotonic() + 40
-    while requests.get(f"{jobs.url}/jobs/{job_id}", timeout=10).status_code == 200:
-        assert time.monotonic() < until
-        time.sleep(0.1)
+@EMBEDDED
+def test_a_reload_replaces_one_process_after_the_other(troubled):
+    _, worker, _ = troubled
     worker.wait_ready()
     before = set(worker.nodes())
     worker.process.send_signal(signal.SIGHUP)
@@ -249,16 +253,20 @@ def test_metrics_of_a_worker_need_a_key_where_the_service_does(tmp_path):
     assert status("/live") == 200
 
 
-@pytest.mark.parametrize(("variables", "says"), [
-    ({"MODEL_NAME": "tests.jobs.nowhere:Nothing"}, "tests.jobs.nowhere"),
-    ({**TROUBLED, "SHORT_WORKERS": "0", "LONG_WORKERS": "0"}, "SHORT_WORKERS and LONG_WORKERS are both 0"),
-    ({**TROUBLED, "JOBS": ""}, "set JOBS=on"),
-])
-def test_worker_that_cannot_start_says_why(start_worker, tmp_path, variables, says):
-    worker = start_worker(DATA_DIR=str(tmp_path / "data"), **variables)
+def test_worker_whose_model_cannot_be_loaded_says_why(start_worker, tmp_path):
+    worker = start_worker(DATA_DIR=str(tmp_path / "data"), MODEL_NAME="tests.jobs.nowhere:Nothing")
     assert worker.process.wait(60) == 1
-    assert says in worker.log
+    assert "tests.jobs.nowhere" in worker.log
     assert "Traceback" not in worker.log
+
+
+def test_worker_with_nothing_to_do_says_why(command, tmp_path):
+    settings = Settings.parse({**TROUBLED, "JOBS": "on", "DATA_DIR": str(tmp_path), "DEVICE": "cpu",
+                               "SHORT_WORKERS": "0", "LONG_WORKERS": "0"})
+    with pytest.raises(StartError, match="SHORT_WORKERS and LONG_WORKERS are both 0"):
+        Supervisor(settings).run()
+    assert command(["worker"], {**TROUBLED, "JOBS": ""}) == (
+        1, "", "error: the worker runs jobs: set JOBS=on, as for the service\n")
 
 
 def is_running(pid):

@@ -1,14 +1,19 @@
-"""A model that does what its input says, for tests of jobs: kill, fail, hang, or wait for some seconds."""
+"""A model that does what its input says, for tests of jobs: kill, fail, hang, or wait for some seconds. A process that
+it hangs in is replaced sooner than others: tests wait for that."""
 import os
 import signal
 import time
 
+from app import model_loader
 from app.tasks.own import InvalidInput, OwnTask
 
 
 class Troubled(OwnTask):
     takes = "text"
     example = "wait 0"
+
+    def load(self):
+        model_loader.HUNG_AFTER_S = model_loader.SLOT_HUNG_AFTER_S = 2
 
     def decode(self, text, options):
         if text == "refuse":
