@@ -389,10 +389,10 @@ def import_fresh(name):
 def beside(module):
     """The names of a module and of the imported ones in its folder and below, but for installed ones and the
     service's."""
-    folder = Path(module.__file__).parent
+    folder = f"{Path(module.__file__).parent}{os.sep}"
     return [name for name, one in list(sys.modules.items())
-            if name.partition(".")[0] not in ("app", "__main__") and getattr(one, "__file__", None)
-            and folder in Path(one.__file__).parents and "site-packages" not in one.__file__]
+            if name.partition(".")[0] not in ("app", "__main__")
+            and (getattr(one, "__file__", None) or "").startswith(folder) and "site-packages" not in one.__file__]
 
 
 def digest_of(module):
