@@ -59,7 +59,7 @@ lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 lines: $(VENV)/tests-installed  ## Count the lines that a worker with the default settings imports: at most 3,000
 	@$(BIN)/python tests/core_lines.py 3000
 
-RIVALS := litserve flask fastapi
+RIVALS := litserve flask fastapi bentoml
 
 $(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-installed  # sees the service's packages, torch among them
 	$(BIN)/python -m venv $(@D)

@@ -49,7 +49,8 @@ def work(number, spec, barrier, results):
 def run(spec):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(spec["processes"]), context.Queue()
-    workers = [context.Process(target=work, args=(i, spec, barrier, results)) for i in range(spec["processes"])]
+    workers = [context.Process(target=work, args=(i, spec, barrier, results), daemon=True)  # none outlives a failure
+               for i in range(spec["processes"])]
     for worker in workers:
         worker.start()
     loops = {phase[0]: [] for phase in spec["phases"]}
