@@ -53,7 +53,7 @@ class Beside:
 
 
 def quieter(measure, describe):
-    """Measure, and once more if others disturbed it much. Returns (the quieter result, the other one's figures or None).
+    """Measure, and once more if others disturbed it much. Returns (the quieter result, the other's figures or None).
 
     describe(result): {"others_cpu", "stolen_cpu", …}."""
     first = measure()
@@ -161,8 +161,8 @@ class Bench:
         from bench import ocean
         print("ocean", file=sys.stderr, flush=True)
         beside, own = Beside(), children_cpu_s() + time.process_time()
-        self.ocean = ocean.measure(1 if self.quick else self.rounds)
-        self.ocean |= beside.fields(children_cpu_s() + time.process_time() - own)
+        rows = ocean.measure(1 if self.quick else 5)
+        self.ocean = {"rows": rows, **beside.fields(children_cpu_s() + time.process_time() - own)}
 
     def keep(self, system, measurement, result):
         self.results[system].setdefault(measurement, []).append(result)
