@@ -23,7 +23,7 @@ def median(outcome, system, measurement, *path):
     values = []
     for result in outcome["results"].get(system, {}).get(measurement, []):
         for key in path:
-            result = result[key] if result is not None else None
+            result = result.get(key) if result is not None else None
         if result is not None:
             values.append(result)
     return statistics.median(values) if values else None
