@@ -11,7 +11,7 @@ ALDER_LAKE = ZEN_3 + " avx_vnni"
 
 def machine_with(tmp_path, flags, cores=2):
     cpuinfo = tmp_path / "cpuinfo"
-    one = f"processor\t: 0\nvendor_id\t: X\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Some CPU\nflags\t\t: {flags}\n"
+    one = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: Some CPU\nflags\t\t: {flags}\n"
     cpuinfo.write_text(f"{one}\n{one.replace('Some', 'Second')}\n")
     return processor(cpuinfo) | {"name": "Some CPU", "cores": cores}
 
