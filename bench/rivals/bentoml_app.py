@@ -1,4 +1,8 @@
-"""BentoML: one worker per core, as its documentation advises for CPUs; a synchronous API, which each runs in a thread.
+"""BentoML: one worker per core, as its documentation advises for CPUs; a synchronous API, which each runs in a thread;
+the picture as PIL.Image, as for its examples with pictures.
+
+With OpenVINO, one worker with as many threads and streams took a seventh more processor time for an answer, and the
+picture as pathlib.Path a tenth more.
 
     bentoml serve --host 127.0.0.1 --port 8000 bench.rivals.bentoml_app:Classifier
 """

@@ -1,5 +1,8 @@
 """FastAPI and Uvicorn: one process per core, whose event loop is kept free by a thread for the model.
 
+With OpenVINO, a single process with as many streams took a fifth more processor time for an answer, and plain `def`
+endpoints, which run in up to 40 threads, a quarter more.
+
     uvicorn --workers 2 --host 127.0.0.1 --port 8000 bench.rivals.fastapi_app:app
 """
 import asyncio

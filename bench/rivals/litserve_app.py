@@ -1,5 +1,7 @@
 """LitServe: one worker per core (workers_per_device), no batches, which gain nothing on a CPU.
 
+One HTTP process instead of one for each worker, or fast_queue, made no difference.
+
     python -m bench.rivals.litserve_app WORKERS PORT
 """
 import sys
