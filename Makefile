@@ -59,7 +59,7 @@ lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 lines: $(VENV)/tests-installed  ## Count the lines that a worker with the default settings imports: at most 3,000
 	@$(BIN)/python tests/core_lines.py 3000
 
-RIVALS := litserve flask fastapi
+RIVALS := litserve flask fastapi bentoml
 
 $(VENV)-rival-%/installed: bench/rivals/requirements-%.txt $(VENV)/tests-installed  # sees the service's packages, torch among them
 	$(BIN)/python -m venv $(@D)
@@ -76,14 +76,21 @@ $(VENV)-audit/installed: tests/requirements-audit.txt $(VENV)/installed
 audit: $(VENV)-audit/installed $(VENV)/tests-installed $(RIVALS:%=$(VENV)-rival-%/installed)  ## Look up all packages, those of the tests and the benchmark too, in PyPI's list of vulnerabilities
 	@$(VENV)-audit/bin/python tests/audit.py $(BIN)/python $(RIVALS:%=$(VENV)-rival-%/bin/python) $(if $(ARGS),-- $(ARGS))
 
-bench: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Benchmark against the limit and the alternatives (20 minutes, on an idle machine)
+$(VENV)/int8-installed: app/prepare/requirements-int8.txt $(VENV)/tests-installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+bench: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Benchmark against the limit and the alternatives (35 minutes, on an idle machine)
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed)  ## Run a shorter benchmark (4 minutes)
+bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Run a shorter benchmark (8 minutes)
 	@$(BIN)/python -m bench --quick $(ARGS)
 
 bench-jobs: $(VENV)/tests-installed  ## Benchmark jobs: 1, 2 and 4 workers, with and without servers (6 minutes)
 	@$(BIN)/python -m bench.jobs $(ARGS)
+
+bench-scale: $(VENV)/tests-installed  ## Measure several instances behind HAProxy, and write bench/scale.md (5 minutes)
+	@$(BIN)/python -m bench.scale $(ARGS)
 
 exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, on an idle machine); ARGS="--quick --only 2,3"
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -p tests.exam.plugin tests/exam $(ARGS)
@@ -122,5 +129,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs exam test-examples test-deploy fuzz docker-build
+.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-deploy fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

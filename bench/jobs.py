@@ -20,7 +20,8 @@ import requests
 
 from app.optional_settings import OptionalSettings
 from bench import inputs, services
-from bench.__main__ import call, machine
+from bench.__main__ import call
+from bench.machine import machine
 from tests.servers import Postgres, Redis
 
 MODEL = {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu"}
@@ -134,7 +135,7 @@ def measure(engine, count, folder, servers, files, pictures, number, rows):
             workers.wait_ready()
             url = f"http://127.0.0.1:{port}"
             wait_for(url)
-            probe["expected"] = expected(url, pictures)
+            probe["expected"] = services.answers(port, files)
             done = jobs_per_second(url, workers, pictures, number)
             predictions = call("bench.load", {**probe, "port": port, "connections": 8, "warm_s": 1, "seconds": 4,
                                               "tolerance": 1e-3})["throughput"]
@@ -156,13 +157,6 @@ def wait_for(url):
             pass
         time.sleep(0.05)
     raise RuntimeError("the service did not become ready")
-
-
-def expected(url, pictures):
-    """[class_id, probability] of the best answer for each picture."""
-    best = [requests.post(url + "/predict", files={"file": picture}, timeout=30).json()["predictions"][0]
-            for picture in pictures]
-    return [[one["class_id"], one["confidence"]] for one in best]
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def work(number, spec, barrier, results):
                 picture = pictures.read_image(contents[i % len(contents)], settings.max_image_pixels,
                                               model.preprocessing.resize)
                 tensor = model.preprocessing(picture.image, picture.box)
-                outputs = model.infer(tensor[None], Deadline(settings.request_timeout))
-                scores = model.task.scores(outputs)[0]
+                outputs = model.engine.infer(tensor[None], Deadline(settings.request_timeout))
+                scores = model.scores(outputs)[0]
                 if begun >= count_from:
                     latencies.append(time.perf_counter() - begun)
                     best = scores.argmax()
@@ -49,7 +49,8 @@ def work(number, spec, barrier, results):
 def run(spec):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(spec["processes"]), context.Queue()
-    workers = [context.Process(target=work, args=(i, spec, barrier, results)) for i in range(spec["processes"])]
+    workers = [context.Process(target=work, args=(i, spec, barrier, results), daemon=True)  # none outlives a failure
+               for i in range(spec["processes"])]
     for worker in workers:
         worker.start()
     loops = {phase[0]: [] for phase in spec["phases"]}

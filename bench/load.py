@@ -152,7 +152,8 @@ class Tally:
 
 
 def answers_right(spec):
-    """Send the first file of a specification once. Returns whether the answer is right; raises OSError."""
+    """Send the first file of a specification once. Returns whether the answer is right, or any at all if `expected` is
+    null; raises OSError."""
     with open(spec["files"][0], "rb") as f:
         request = build_request(spec["port"], spec["path"], f.read())
     with selectors.DefaultSelector() as selector:
@@ -166,7 +167,8 @@ def answers_right(spec):
                     raise TimeoutError(f"no answer within {DRAIN_S} s")
                 done = connection.step(ready[0][1])
             status, body = done
-            return status == 200 and Tally(spec["expected"], spec["tolerance"]).check(0, body)
+            return status == 200 and (spec["expected"] is None
+                                      or Tally(spec["expected"], spec["tolerance"]).check(0, body))
         finally:
             connection.close()
 

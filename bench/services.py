@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import requests
+
 from app.config import Settings
 from bench import load
 
@@ -21,28 +23,24 @@ def free_port():
         return s.getsockname()[1]
 
 
-def machine_cpu_s():
-    """Seconds of processor time that the whole machine has spent, including time stolen by its host."""
-    ticks = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
-    user, nice, system, _, _, irq, softirq, steal, *_ = ticks
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
 def rival_python(name):
     """The Python of a rival's virtual environment, which the Makefile creates next to this one."""
     return f"{sys.prefix}-rival-{name}/bin/python"
 
 
-def commands(port, cores):
-    """The command line of each service by name, on a port of loopback."""
-    return {
-        "this": [sys.executable, "-m", "gunicorn", "app:create_app()"],
-        "litserve": [rival_python("litserve"), "-m", "bench.rivals.litserve_torch", str(cores), str(port)],
-        "flask": [rival_python("flask"), "-m", "gunicorn", "--workers", str(cores),
-                  "--bind", f"127.0.0.1:{port}", "bench.rivals.flask_torch:app"],
-        "fastapi": [rival_python("fastapi"), "-m", "uvicorn", "--workers", str(cores), "--host", "127.0.0.1",
-                    "--port", str(port), "--no-access-log", "bench.rivals.fastapi_torch:app"],
+def command(name, port, cores):
+    """The command line of a service, on a port of loopback."""
+    if name == "this":
+        return [sys.executable, "-m", "gunicorn", "app:create_app()"]
+    arguments = {
+        "litserve": ["bench.rivals.litserve_app", str(cores), str(port)],
+        "flask": ["gunicorn", "--workers", str(cores), "--bind", f"127.0.0.1:{port}", "bench.rivals.flask_app:app"],
+        "fastapi": ["uvicorn", "--workers", str(cores), "--host", "127.0.0.1", "--port", str(port), "--no-access-log",
+                    "bench.rivals.fastapi_app:app"],
+        "bentoml": ["bentoml", "serve", "--host", "127.0.0.1", "--port", str(port),
+                    "bench.rivals.bentoml_app:Classifier"],
     }
+    return [rival_python(name), "-m", *arguments[name]]
 
 
 def environment(variables):
@@ -51,32 +49,45 @@ def environment(variables):
     return {**os.environ, **{name.upper(): "" for name in Settings.__dataclass_fields__}, **variables}
 
 
-def processes(session):
-    """IDs of all processes of a session, for a service that was started as a session leader."""
-    found = []
+def processes(leader):
+    """IDs of all processes of a service that was started as a session leader: its session, and all descendants."""
+    parents, found = {}, []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            its_session = int(path.read_text().rpartition(")")[2].split()[3])
+            parent, _, session = map(int, path.read_text().rpartition(")")[2].split()[1:4])
         except (OSError, ValueError):
             continue
-        if its_session == session:
+        parents[int(path.parent.name)] = parent
+        if session == leader:
             found.append(int(path.parent.name))
+    for pid in found:  # grows: BentoML's workers are sessions of their own
+        found += [child for child, parent in parents.items() if parent == pid and child not in found]
     return found
 
 
-def pss_mb(session, part="Pss"):
-    """Proportional set size of all processes of a session, in 10⁶ bytes: memory shared between them counts once.
+def pss_mb(leader, part="Pss"):
+    """Proportional set size of all processes of a service, in 10⁶ bytes: memory shared between them counts once.
 
     part: Pss, or Pss_Anon for memory not backed by files, which alone does not depend on what other programs run.
     """
     kib = 0
-    for pid in processes(session):
+    for pid in processes(leader):
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:  # it has just ended
             continue
         kib += sum(int(line.split()[1]) for line in lines if line.startswith(f"{part}:"))
     return kib * 1024 / 1e6
+
+
+def answers(port, files):
+    """[class_id, probability] of the best answer for each file, for a load's specification."""
+    found = []
+    for file in files:
+        with open(file, "rb") as picture:
+            answer = requests.post(f"http://127.0.0.1:{port}/predict", files={"file": picture}, timeout=30).json()
+        found.append([answer["predictions"][0]["class_id"], answer["predictions"][0]["confidence"]])
+    return found
 
 
 class Running:
@@ -89,7 +100,7 @@ class Running:
         started = time.perf_counter()
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                commands(self.port, cores)[name], stdout=log, stderr=log, start_new_session=True,
+                command(name, self.port, cores), stdout=log, stderr=log, start_new_session=True,
                 cwd=ROOT if name == "this" else folder,  # gunicorn.conf.py is only for this service
                 env=environment({"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0",
                                  "PYTHONPATH": str(ROOT), **variables}))
@@ -122,10 +133,11 @@ class Running:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self):
+        its_own = processes(self.process.pid)
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(15)
-        for pid in processes(self.process.pid):
+        for pid in {*its_own, *processes(self.process.pid)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

@@ -1,19 +1,22 @@
-"""LitServe around torch: one worker per core.
+"""LitServe: one worker per core (workers_per_device), no batches, which gain nothing on a CPU.
 
-    python -m bench.rivals.litserve_torch WORKERS PORT
+One HTTP process instead of one for each worker, or fast_queue, made no difference.
+
+    python -m bench.rivals.litserve_app WORKERS PORT
 """
 import sys
 
 import litserve
+from PIL import Image
 
 
 class ClassifierAPI(litserve.LitAPI):
     def setup(self, device):
-        from bench.rivals.resnet50 import ResNet50  # only in the workers: the HTTP process does not need it
-        self.model = ResNet50()
+        from bench.rivals import resnet50  # only in the workers: the HTTP processes do not need it
+        self.model = resnet50()
 
     def decode_request(self, request):
-        return self.model.preprocess(request["file"].file.read())
+        return self.model.preprocess(Image.open(request["file"].file))
 
     def predict(self, batch):
         return self.model.predict(batch)

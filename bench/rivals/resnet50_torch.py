@@ -1,9 +1,7 @@
-"""ResNet-50 with torch, as all rivals use it: weights from MODEL_PATH, torchvision's own transforms, one thread."""
-import io
+"""ResNet-50 with torch: weights from MODEL_PATH, torchvision's own transforms, one thread."""
 import os
 
 import torch
-from PIL import Image
 
 try:
     import torchvision
@@ -21,9 +19,9 @@ class ResNet50:
         self.module.load_state_dict(torch.load(os.environ["MODEL_PATH"], weights_only=True))
         self.module.eval()
 
-    def preprocess(self, data):
-        """A picture file's bytes → float32 (1, 3, 224, 224)."""
-        return self.transforms(Image.open(io.BytesIO(data)).convert("RGB"))[None]
+    def preprocess(self, image):
+        """A PIL image → float32 (1, 3, 224, 224)."""
+        return self.transforms(image.convert("RGB"))[None]
 
     def predict(self, batch):
         """float32 (1, 3, 224, 224) → the top five classes."""
