@@ -96,7 +96,8 @@ class FromPictures(Task):
         """Run the network on the views' inputs."""
         features = needs_features(options)
         with call.stages("inference"):
-            found = self.engine.infer(np.stack(views.inputs), call.deadline, self.place.slots.is_alone(), features)
+            batch = np.stack(views.inputs) if len(views.inputs) > 1 else views.inputs[0][None]  # one is not copied
+            found = self.engine.infer(batch, call.deadline, self.place.slots.is_alone(), features)
         views.outputs, views.features = found if features else (found, None)
 
     def answer_of(self, views, options, call):
@@ -105,7 +106,7 @@ class FromPictures(Task):
         by_frame = scores.mean(axis=1)
         for shot, scores_of_frame in zip(views.counted, by_frame, strict=True):
             shot["predictions"] = self.predictions(scores_of_frame, options)
-        predictions = self.predictions(by_frame.mean(axis=0), options)
+        predictions = shot["predictions"] if len(by_frame) == 1 else self.predictions(by_frame.mean(axis=0), options)
         metadata = {"media_type": "video" if views.of_video else "image", "image_size": views.image_size,
                     **self.metadata(views, scores, options)}
         if views.features is not None:
