@@ -47,6 +47,7 @@ LIBC, M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = ctypes.CDLL(None), -8, -
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 PREDICTIONS = ("/predict", "/predict/batch")
+JSON_HEADER, LENGTH_HEADER = b"\r\nContent-Type: application/json\r\n", b"\r\nContent-Length: "
 
 
 class Worker(GeventWorker):
@@ -213,7 +214,10 @@ class Worker(GeventWorker):
         limit_s = self.wsgi.extensions["settings"].request_timeout + WRITE_SLACK_S
         try:
             with gevent.Timeout(limit_s) as timeout:
-                return super().handle_request(listener_name, req, sock, addr)
+                try:
+                    return super().handle_request(listener_name, req, sock, addr)
+                finally:
+                    sock.sendall(b"")  # headers that no body followed, as of HEAD
         except gevent.Timeout as e:
             if e is not timeout:
                 raise
@@ -273,7 +277,7 @@ class Fair:
     of gevent's does not switch greenlets; neither time limits nor heartbeats would work."""
 
     def __init__(self, client):
-        self.client, self.gave_way = client, time.monotonic()
+        self.client, self.gave_way, self.held = client, time.monotonic(), b""
 
     def __getattr__(self, name):
         return getattr(self.client, name)
@@ -282,6 +286,14 @@ class Fair:
         if time.monotonic() > self.gave_way + TURN_S:
             gevent.sleep(0)
             self.gave_way = time.monotonic()
+
+    def sendall(self, data):
+        """The headers of a JSON answer wait for its body: one system call, and the client wakes up once. b"" sends
+        what still waits."""
+        self.held += data
+        if self.held and not (data.endswith(b"\r\n\r\n") and JSON_HEADER in data and LENGTH_HEADER in data):
+            data, self.held = self.held, b""
+            self.client.sendall(data)
 
     def recv(self, size):
         self.give_way()
