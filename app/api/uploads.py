@@ -14,7 +14,7 @@ from typing import Any
 
 import gevent
 from flask import Request, current_app, g, request
-from werkzeug.datastructures import FileStorage, Headers
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
@@ -49,9 +49,7 @@ class FormParser(FormDataParser):
         container.write(memoryview(body)[head.end():-len(last)])
         container.seek(0)
         stream.seek(0, io.SEEK_END)
-        headers = Headers({"Content-Disposition": f'form-data; name="{name}"; filename="{filename}"',
-                           "Content-Type": content_type})
-        return stream, self.cls(), self.cls([(name, FileStorage(container, filename, name, headers=headers))])
+        return stream, self.cls(), self.cls([(name, FileStorage(container, filename, name, content_type))])
 
 
 class MemoryRequest(Request):

@@ -348,7 +348,7 @@ def test_the_short_way_through_a_plain_form_ends_where_werkzeugs_does(old, new):
     def parsed(parser, body, boundary):
         _, form, files = parser(MemoryRequest({})._get_file_stream).parse(
             io.BytesIO(body), "multipart/form-data", len(body), {"boundary": boundary} if boundary is not None else {})
-        return form.to_dict(flat=False), [(name, file.name, file.filename, list(file.headers), file.read())
+        return form.to_dict(flat=False), [(name, file.name, file.filename, file.content_type, file.read())
                                           for name, file in files.items(multi=True)]
     for body in (PLAIN.replace(old, new, 1), PLAIN.replace(old, new)):
         for boundary in ("B", "B ", "C", "", None, "ä", "."):
