@@ -1,4 +1,5 @@
 """POST /predict and /models/NAME/predict: one input, one answer; and the way to batches."""
+import operator
 import select
 
 from flask import Blueprint, current_app, g, jsonify, request
@@ -28,25 +29,19 @@ def predict(name=None):
     def in_slot(call):
         return loader.slots.run(call, deadline, g.stages, client_is_there)
 
-    def answer_in_slot():
+    def answer(run):
         with g.stages("read"):
-            option = uploads.sent_options()
+            option = run(uploads.sent_options)
         if options.STREAM.value(option, settings):
             return None, None, None, option
         with loader.lease(name or option("model"), client) as model:
-            filename, data, chosen, call = read(option, model)
-            found = model.answer(data, chosen, call)
-            loader.answered(model, data, chosen, found)
-            return filename, found, None, (model, data, chosen)
-
-    def answer_from_cache():  # which needs no slot
-        option = in_native_thread(uploads.sent_options)
-        if options.STREAM.value(option, settings):
-            return None, None, None, option
-        with loader.lease(name or option("model"), client) as model:
-            filename, data, chosen, call = in_native_thread(read, option, model)
-            found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(lambda: model.answer(data, chosen, call)),
-                                        deadline, g.stages)
+            filename, data, chosen, call = run(read, option, model)
+            if cache:
+                found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(
+                    lambda: model.answer(data, chosen, call)), deadline, g.stages)
+            else:
+                found, is_hit = model.answer(data, chosen, call), None
+                loader.answered(model, data, chosen, found)
             return filename, found, is_hit, (model, data, chosen)
     most_bytes = uploads.one_file_limit(settings)
     if "stream" in request.args:
@@ -55,8 +50,9 @@ def predict(name=None):
             return stream.respond_live(name, deadline, client_is_there)
         most_bytes = stream.body_limit(settings)
     with uploads.received(most_bytes, deadline, loader.tasks(name or request.args.get("model"))):
+        # What the cache has needs no slot.
         filename, found, is_hit, asked = loader.when_loaded(
-            answer_from_cache if cache else lambda: in_slot(answer_in_slot), deadline)
+            lambda: answer(in_native_thread) if cache else in_slot(lambda: answer(operator.call)), deadline)
         if found is None:
             from app.api import stream
             return stream.respond(name, asked, deadline, client_is_there)
@@ -80,9 +76,7 @@ def client():
 
 def request_deadline(settings):
     """REQUEST_TIMEOUT from now, or X-Request-Timeout (seconds) if that is shorter. Raises ServiceError."""
-    text = request.headers.get("X-Request-Timeout")
-    if text is None:
-        return Deadline(settings.request_timeout)
+    text = request.headers.get("X-Request-Timeout", settings.request_timeout)
     try:
         seconds = float(text)
     except ValueError:

@@ -8,12 +8,15 @@ import functools
 import io
 import json
 import os.path
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import gevent
 from flask import Request, current_app, g, request
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.formparser import FormDataParser
 
 from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
 from app.media.containers import is_video
@@ -26,10 +29,32 @@ INSTANCES = "instances"         # TensorFlow Serving's list
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
+# How curl, requests and browsers begin a form of one file: its boundary, field, file name and type.
+PLAIN_FORM = re.compile(rb'--([^\r\n]+)\r\nContent-Disposition: form-data; name="(\w+)"; filename="([\w. -]+)"\r\n'
+                        rb'Content-Type: ([\w./+-]+)\r\n\r\n')
+
+
+class FormParser(FormDataParser):
+    """Werkzeug's, which searches slowly for the end of a file, and copies it five times; a plain form of one file is
+    taken apart here."""
+
+    def parse(self, stream, mimetype, content_length, options=None):
+        body, boundary = stream.getvalue() if isinstance(stream, io.BytesIO) else b"", (options or {}).get("boundary")
+        head, last = PLAIN_FORM.match(body), f"\r\n--{boundary}--\r\n".encode()
+        if not head or head[1] != last[4:-4] or not body.endswith(last) \
+                or body.find(last[2:-4], head.end()) != len(body) - len(last) + 2:
+            return super().parse(stream, mimetype, content_length, options)
+        name, filename, content_type = (text.decode() for text in head.groups()[1:])
+        container = self.stream_factory(content_length, content_type, filename)
+        container.write(memoryview(body)[head.end():-len(last)])
+        container.seek(0)
+        stream.seek(0, io.SEEK_END)
+        return stream, self.cls(), self.cls([(name, FileStorage(container, filename, name, content_type))])
 
 
 class MemoryRequest(Request):
     """A request whose uploads stay in memory: Werkzeug would write those over 500 kB to a temporary file."""
+    form_data_parser_class = FormParser
     max_form_parts = 64
     max_json_parts = 10_000  # lists, objects and members; base64 has none
 

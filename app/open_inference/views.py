@@ -1,4 +1,4 @@
-"""The views of V2, below /v2. Errors there are {"error": "…"}; see app/api/error_handlers.py."""
+"""The views of V2, below /v2. Errors there are {"error": "…"}; see app/api/error_answers.py."""
 import functools
 import json
 

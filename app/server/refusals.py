@@ -1,15 +1,27 @@
-"""Answers that the worker gives without the application: to requests that nobody can read, and under overload. Imported
-with the first one."""
+"""Answers that the worker gives without the application: to requests that nobody can read, and under overload; how it
+ends connections, and itself if it cannot load. Imported with the first of these."""
+import contextlib
 import http.client
 import json
 import logging
+import socket
+import sys
 import time
 import uuid
 
+import gevent
+from gunicorn.arbiter import Arbiter
+
 from app.errors import ServiceError
 from app.server import counters, logs
+from app.server.worker import IDLE_STOP_S
 
 log = logging.getLogger("app.request")
+
+LINGER_S = 5             # for a client to send the rest and get its answer before the connection is closed,
+LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
+RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
+DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 
 def overloaded(req, headers, error):
@@ -56,3 +68,30 @@ def answer_in_one_shape(error, request_id):
     return (f"HTTP/1.1 {error.status} {http.client.responses.get(error.status, 'Bad Request')}\r\n"
             f"Connection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             f"{retry}X-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n").encode() + body
+
+
+def linger(worker, sock):
+    """Before closing, let the client stop sending and get its answer: unread bytes would reset the connection."""
+    with (contextlib.suppress(OSError, ValueError),
+          worker.until(gevent.Timeout(LINGER_S if worker.alive else IDLE_STOP_S, False))):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(LINGER_PAUSE_S)
+        while sock.recv_into(DISCARDED):
+            pass
+
+
+def reset(sock):
+    """Close at once and discard unsent data."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+
+
+def give_up(worker):
+    """End a worker that could not load its model: with the code that stops Gunicorn, if no other one serves."""
+    logs.flush()
+    first = min(number for number, region in enumerate(counters.regions) if number and region.owner)
+    if not counters.ready_workers() and worker.region in (None, first):  # one such exit stops Gunicorn, two break it
+        sys.exit(Arbiter.WORKER_BOOT_ERROR)
+    time.sleep(RETRY_LOAD_AFTER_S)
+    sys.exit(1)

@@ -30,23 +30,20 @@ GUNICORN = {
 
 HEADERS_WITHIN_S = 10    # from the connection to the end of the first request's headers
 WRITE_SLACK_S = 0.75     # so that the application's own deadline comes first and its answer can be written
-LINGER_S = 5             # for a client to send the rest and get its answer before the connection is closed,
-LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
 IDLE_STOP_S = 0.2        # when the worker stops: for requests on their way on kept connections
 LOAD_WITHIN_S = 600      # heartbeats stop if the model takes longer to load
 TURN_S = 0.005           # how long one client may occupy the loop
 LOOK_AFTER_S = 0.1       # how often the model, the board and the log are checked
 TRIM_EVERY_S = 5         # how often freed memory is returned to the system
-RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
 
 # How long a thread waits for the GIL after a system call while another thread computes. With Python's default of 5 ms,
 # the loop accepts only 200 connections per second at worst.
 SWITCH_INTERVAL_S = 0.0003
 
 LIBC, M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = ctypes.CDLL(None), -8, -3, -1
-DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 PREDICTIONS = ("/predict", "/predict/batch")
+JSON_HEADER, LENGTH_HEADER = b"\r\nContent-Type: application/json\r\n", b"\r\nContent-Length: "
 
 
 class Worker(GeventWorker):
@@ -82,7 +79,8 @@ class Worker(GeventWorker):
             if time.monotonic() < until:
                 self.tmp.notify()
         if not hasattr(self, "wsgi"):
-            self.give_up()
+            from app.server import refusals
+            refusals.give_up(self)
         counters.own.serves(self.wsgi.extensions["model"].generation)
         if self.wsgi.extensions["model"].generation < self.generation:
             counters.own.failed(self.generation)
@@ -92,14 +90,6 @@ class Worker(GeventWorker):
             super().load_wsgi()
         except BaseException as e:  # no error must affect the other workers
             self.log.critical("this worker cannot serve: %s", e, exc_info=not isinstance(e, StartError))
-
-    def give_up(self):
-        logs.flush()
-        first = min(number for number, region in enumerate(counters.regions) if number and region.owner)
-        if not counters.ready_workers() and self.region in (None, first):  # one such exit stops Gunicorn, two break it
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
-        time.sleep(RETRY_LOAD_AFTER_S)
-        sys.exit(1)
 
     def run(self):
         """Serve, then exit without the interpreter's shutdown, which a thread that hangs in native code would block."""
@@ -213,16 +203,21 @@ class Worker(GeventWorker):
         limit_s = self.wsgi.extensions["settings"].request_timeout + WRITE_SLACK_S
         try:
             with gevent.Timeout(limit_s) as timeout:
-                return super().handle_request(listener_name, req, sock, addr)
+                try:
+                    return super().handle_request(listener_name, req, sock, addr)
+                finally:
+                    sock.sendall(b"")  # headers that no body followed, as of HEAD
         except gevent.Timeout as e:
             if e is not timeout:
                 raise
             counters.count("connections_cut_off")
             self.log.info("cut off: a client did not read its answer within %g s", limit_s)
-            reset(sock)
+            from app.server import refusals
+            refusals.reset(sock)
             raise StopIteration from e
         except StopIteration:
-            self.linger(sock)
+            from app.server import refusals  # with the first connection that ends
+            refusals.linger(self, sock)
             raise
 
     def refuse_if_full(self, req, sock):
@@ -234,25 +229,16 @@ class Worker(GeventWorker):
         if "ORIGIN" in headers and self.wsgi.extensions["settings"].cors_origins:
             return  # the application adds the headers that a browser needs to read the refusal
         from app.server import refusals  # with the first one
-        with gevent.Timeout(LINGER_S, False):
+        with gevent.Timeout(refusals.LINGER_S, False):
             sock.sendall(refusals.overloaded(req, headers, slots.overloaded()))
-        self.linger(sock)
+        refusals.linger(self, sock)
         raise StopIteration
 
     def handle_error(self, req, client, addr, exc):
         """Requests that Gunicorn refuses before the application sees them."""
         from app.server import refusals  # with the first one
         super().handle_error(req, refusals.OneShape(client), addr, exc)
-        self.linger(client)
-
-    def linger(self, sock):
-        """Before closing, let the client stop sending and get its answer: unread bytes would reset the connection."""
-        with (contextlib.suppress(OSError, ValueError),
-              self.until(gevent.Timeout(LINGER_S if self.alive else IDLE_STOP_S, False))):
-            sock.shutdown(socket.SHUT_WR)
-            sock.settimeout(LINGER_PAUSE_S)
-            while sock.recv_into(DISCARDED):
-                pass
+        refusals.linger(self, client)
 
 
 def is_unread(body):
@@ -261,19 +247,12 @@ def is_unread(body):
     return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
 
 
-def reset(sock):
-    """Close at once and discard unsent data."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        sock.close()
-
-
 class Fair:
     """Wraps a client's socket: a client that always has more data gives way to others now and then. A successful read
     of gevent's does not switch greenlets; neither time limits nor heartbeats would work."""
 
     def __init__(self, client):
-        self.client, self.gave_way = client, time.monotonic()
+        self.client, self.gave_way, self.held = client, time.monotonic(), b""
 
     def __getattr__(self, name):
         return getattr(self.client, name)
@@ -282,6 +261,14 @@ class Fair:
         if time.monotonic() > self.gave_way + TURN_S:
             gevent.sleep(0)
             self.gave_way = time.monotonic()
+
+    def sendall(self, data):
+        """The headers of a JSON answer wait for its body: one system call, and the client wakes up once. b"" sends
+        what still waits."""
+        self.held += data
+        if self.held and not (data.endswith(b"\r\n\r\n") and JSON_HEADER in data and LENGTH_HEADER in data):
+            data, self.held = self.held, b""
+            self.client.sendall(data)
 
     def recv(self, size):
         self.give_way()

@@ -99,7 +99,8 @@ class FromPictures(Task):
         """Run the network on the views' inputs. alone: whether on all cores; by default if no other call is there."""
         features, alone = needs_features(options), self.place.slots.is_alone() if alone is None else alone
         with call.stages("inference"):
-            found = self.engine.infer(np.stack(views.inputs), call.deadline, alone, features)
+            batch = np.stack(views.inputs) if len(views.inputs) > 1 else views.inputs[0][None]  # one is not copied
+            found = self.engine.infer(batch, call.deadline, alone, features)
         views.outputs, views.features = found if features else (found, None)
 
     def answer_of(self, views, options, call):
@@ -108,7 +109,7 @@ class FromPictures(Task):
         by_frame = scores.mean(axis=1)
         for shot, scores_of_frame in zip(views.counted, by_frame, strict=True):
             shot["predictions"] = self.predictions(scores_of_frame, options)
-        predictions = self.predictions(by_frame.mean(axis=0), options)
+        predictions = shot["predictions"] if len(by_frame) == 1 else self.predictions(by_frame.mean(axis=0), options)
         metadata = {"media_type": "video" if views.of_video else "image", "image_size": views.image_size,
                     **self.metadata(views, scores, options)}
         if views.features is not None:

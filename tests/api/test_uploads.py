@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import gzip
 import http.client
+import io
 import json
 import re
 import socket
@@ -14,9 +15,10 @@ import pytest
 import requests
 from conftest import encoded, photo, post
 from urllib3 import encode_multipart_formdata
+from werkzeug.formparser import FormDataParser
 
 from app import create_app
-from app.api.uploads import MemoryRequest
+from app.api.uploads import FormParser, MemoryRequest
 
 UNIT = 2**16  # bytes; a body is counted in pieces that double up to a megabyte
 
@@ -324,6 +326,33 @@ def test_odd_forms_without_a_certain_file(client, body, content_type, status, co
 def test_names_of_files_are_base_names(client, sent, shown):
     body = parts((b'Content-Disposition: form-data; name="file"; ' + sent, CAT))
     assert client.post("/predict", data=body, content_type=OF_FORM).json["metadata"]["filename"] == shown
+
+
+PLAIN = (b'--B\r\nContent-Disposition: form-data; name="file"; filename="a b-1.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+         b"\xff\xd8--\r\n--C--\r\n\r\n--B--\r\n")
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    (b"", b""), (b"\xff", b"\r\n"), (b"\xff\xd8--\r\n--C--\r\n", b""), (b"\xd8", b"\r\n--B\r\n"),
+    (b"\xd8", b"\n--B \r\n"), (b"\xd8", b"\n--B--\r\n"), (b"\xd8", b"\r--B--"), (b"\xd8", b"x--B--"),
+    (b"C--\r\n", b""), (b"--B--\r\n", b"--B--"), (b"--B--\r\n", b"--B--\r\nepilogue"), (b"--B--\r\n", b"--B--\n"),
+    (b"--B--\r\n", b"--B\r\n"), (b"--B--\r\n", b""), (b"--B\r\n", b"--B \r\n"), (b"--B\r\n", b"preamble\r\n--B\r\n"),
+    (b"--B\r\n", b"--B\n"), (b"--B\r\n", b"--C\r\n"), (b"a b-1", b"a%22b"), (b"a b-1", b"a\\\"b"), (b"a b-1", b"a;b"),
+    (b"a b-1", b""), (b"a b-1", b" a "), (b"a b-1", b"../a"), (b"a b-1", "ä".encode()), (b'"file"', b"file"),
+    (b'"file"', b'"files[]"'), (b"; filename", b"; FileName"), (b'; filename="a b-1.jpg"', b""),
+    (b"jpeg\r\n", b"jpeg; charset=x\r\n"), (b"jpeg\r\n", b"jpeg\r\n more: y\r\n"),
+    (b"Content-Type: image/jpeg\r\n", b""), (b"\r\n\r\n\xff", b"\r\nContent-Length: 3\r\n\r\n\xff"),
+    (b"\r\n\r\n\xff\xd8--\r\n--C--\r\n\r\n--B--", b"\r\n\r\n--B--"), (b"\r\n\r\n\xff", b"\r\n\xff"),
+    (b"\r\n\r\n", b"\n\n")])
+def test_the_short_way_through_a_plain_form_ends_where_werkzeugs_does(old, new):
+    def parsed(parser, body, boundary):
+        _, form, files = parser(MemoryRequest({})._get_file_stream).parse(
+            io.BytesIO(body), "multipart/form-data", len(body), {"boundary": boundary} if boundary is not None else {})
+        return form.to_dict(flat=False), [(name, file.name, file.filename, file.content_type, file.read())
+                                          for name, file in files.items(multi=True)]
+    for body in (PLAIN.replace(old, new, 1), PLAIN.replace(old, new)):
+        for boundary in ("B", "B ", "C", "", None, "ä", "."):
+            assert parsed(FormParser, body, boundary) == parsed(FormDataParser, body, boundary)
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch"])

@@ -275,8 +275,9 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
 def test_no_answer_may_be_taken_for_another_type(service):
     answers = [requests.request(method, service.url + path, timeout=30, headers={"Accept": accept})
                for accept in ("*/*", "text/html")
-               for method, path in (("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("GET", "/live"), ("GET", "/info"),
-                                    ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/docs/swagger-ui.css"),
+               for method, path in (("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health"),
+                                    ("GET", "/info"), ("GET", "/metrics"), ("GET", "/docs"),
+                                    ("GET", "/docs/swagger-ui.css"),
                                     ("GET", "/openapi.json"), ("GET", "/static/page.js"), ("GET", "/static/cat.jpg"),
                                     ("OPTIONS", "/predict"), ("GET", "/predict"), ("GET", "/nowhere"),
                                     ("GET", "/static/../../config.py"), ("POST", "/predict"))]

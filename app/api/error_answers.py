@@ -1,11 +1,11 @@
-"""The errors that Flask and Werkzeug raise, as the service's own. Imported with the first one."""
+"""The JSON of errors, those that Flask and Werkzeug raise included. Imported with the first one."""
 import re
 from http import HTTPStatus
 
-from flask import current_app, request
+from flask import current_app, g, jsonify, request
+from werkzeug.exceptions import HTTPException
 
-from app.api import error_handlers
-from app.errors import ServiceError
+from app.errors import ServiceError, internal_error, out_of_memory
 
 # The codes and messages for errors that the framework raises.
 FRAMEWORK = {
@@ -24,8 +24,25 @@ def not_of_v2(path):
     return f"{path[:200]} of Triton is not supported here." if OF_TRITON.fullmatch(path) else FRAMEWORK[404][1]
 
 
-def render(e):
-    """The response for an HTTPException."""
+def render(error):
+    """The response for any exception."""
+    if isinstance(error, HTTPException):
+        return render_http_exception(error)
+    if not isinstance(error, ServiceError):
+        error = out_of_memory(error) if isinstance(error, MemoryError) else internal_error(error)
+    is_v2 = f"{request.path}/".startswith("/v2/") and current_app.extensions["settings"].open_inference
+    response = jsonify({"error": error.message} if is_v2 else {
+        **error.body(), "request_id": g.get("request_id"), **error.details})
+    response.status_code = error.status
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after())
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    g.error_code = error.code
+    return response
+
+
+def render_http_exception(e):
     if e.code is not None and e.code < 400:  # a redirect is an answer, not an error
         return e
     code, message = FRAMEWORK.get(e.code, (None, None))
@@ -35,7 +52,7 @@ def render(e):
         code, message = "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID."
     elif code is None:
         code, message = "BAD_REQUEST", f"The request cannot be understood: {HTTPStatus(e.code or 400).phrase}."
-    response = error_handlers.render(ServiceError(e.code or 400, code, message))
+    response = render(ServiceError(e.code or 400, code, message))
     if getattr(e, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(e.valid_methods))
     return response
