@@ -141,7 +141,7 @@ def make_one(settings, engine, key):
 
 
 def make_bundle(settings, name, engine):
-    if settings.precision == "int8":
+    if settings.precision in ("int8", "auto"):
         from app.prepare import precision
         precision.check(settings, engine)
     log.info("preparing %s: getting the weights", name)

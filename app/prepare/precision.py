@@ -1,7 +1,6 @@
 """PRECISION=int8 and PRECISION=auto: makes what is asked for, measures its cost on held-out pictures and its speed, and
 chooses. The result is a manifest's `quantization`.
 """
-import importlib.util
 import logging
 import sys
 import time
@@ -24,13 +23,13 @@ class QuantizeError(StartError):
 
 
 def check(settings, engine):
-    """Raises QuantizeError, before any slow step, if an int8 network cannot be made."""
-    if settings.precision != "int8":
-        return
-    if engine != "openvino":
+    """Raises StartError, before any slow step, if what PRECISION asks for cannot be made."""
+    if settings.precision == "int8" and engine != "openvino":
         raise QuantizeError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
-    if packages := bundles.missing(settings):
-        raise QuantizeError(f"PRECISION is int8, which needs {packages[0]} to prepare the model: {INSTALL}")
+    if settings.precision == "int8" and (packages := bundles.missing(settings)):
+        raise QuantizeError(f"PRECISION is int8, which needs {' and '.join(packages)} to prepare the model: {INSTALL}")
+    if settings.calibration_dir and engine == "openvino":
+        bundles.calibration_files(settings)
 
 
 def choose(model, network, settings):

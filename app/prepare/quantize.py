@@ -80,7 +80,8 @@ def within(int8, model, choosing, limit, classifies, progress):
     reference = costs.outputs(costs.compiled(model), choosing)
 
     def costs_little(network):
-        return costs.cost(reference, costs.outputs(costs.compiled(network), choosing), classifies)["cost"] <= AIM * limit
+        found = costs.outputs(costs.compiled(network), choosing)
+        return costs.cost(reference, found, classifies)["cost"] <= AIM * limit
     if costs_little(int8):
         return int8, names, []
     by_cost = ranked(int8, model, names, choosing, reference, classifies, progress)
