@@ -19,7 +19,7 @@ class OpenVINOEngine:
     """`streams` single-threaded inferences at once, which share one copy of the weights; and, if the weights are small
     enough for a second copy, one inference on as many threads for a lone request."""
 
-    def __init__(self, folder, streams, precision, chosen="bf16"):
+    def __init__(self, folder, streams, precision, chosen="fp32"):
         import openvino
         core = openvino.Core()
         native_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -89,7 +89,9 @@ def is_precision(manifest, settings, calibration):
     found, asked, limit = manifest.quantization, settings.precision, settings.accuracy_limit
     if asked not in ("int8", "auto") or manifest.engine != "openvino":
         return found is None
-    if found is None or found.get("asked") != asked or calibration not in (None, found["calibration"]):
+    if found is None:  # fp32, unmeasured: an image without torch can make no other
+        return asked == "auto" and importlib.util.find_spec("torch") is None
+    if found.get("asked") != asked or calibration not in (None, found["calibration"]):
         return False
     if found["missing"] and not missing(settings) and importlib.util.find_spec("torch"):
         return False  # int8 can be tried by now
@@ -110,6 +112,7 @@ def find(settings, name, engine):
     calibration = calibration_id(settings) if settings.precision in ("int8", "auto") else None
     installed = installed_versions("openvino", "torch", "torchvision")
     folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
+    fitting = []
     for path in folders:
         manifest = read(path.parent)
         if (manifest and manifest.name == name and manifest.engine == engine
@@ -118,8 +121,8 @@ def find(settings, name, engine):
                 and manifest.weights.get("preprocessing") == settings.preprocessing
                 and is_precision(manifest, settings, calibration)
                 and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
-            return path.parent
-    return None
+            fitting.append((manifest.quantization is None, path.parent))
+    return min(fitting, key=lambda each: each[0])[1] if fitting else None  # a measured one before an unmeasured
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from app.prepare import bundles, costs
 
 INSTALL = "pip install -r app/prepare/requirements-int8.txt"
 AT_ONCE = 32
-FEWEST_MEASURED, MEASURING_S = 100, 300  # a slow network is measured on fewer pictures, once the time is up
+FEWEST_MEASURED, MEASURING_S = 100, 600  # processor time; once it is up, a slow network has been measured on fewer
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +61,15 @@ def chosen(model, network, settings, progress):
     from app.prepare.samples import Samples
     samples, classifies, layers = Samples(network, settings), network.task == "classification", {}
     if not absent:
-        from app.prepare import quantize
-        calibrating = gathered(samples, "calibration", progress)
-        progress("calibrating the int8 network", 0, 1)
-        int8 = quantize.quantize(model, calibrating)
-        del calibrating
-        choosing = gathered(samples, "choosing", progress)
-        int8, rounded, restored = quantize.within(int8, model, choosing, limit, classifies, progress)
-        tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
+        try:
+            int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
+            tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
+        except (RuntimeError, ValueError, KeyError, TypeError) as e:  # NNCF's, for a network that it cannot quantize
+            reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
+            if asked == "int8":
+                raise QuantizeError(f"NNCF cannot quantize {network.arguments['name']}: {reason}") from e
+            log.warning("PRECISION=auto goes on without int8, as NNCF cannot quantize %s: %s",
+                        network.arguments["name"], reason)
     measured, count = differences(tried, samples, classifies, progress)
     progress("measuring the speed", 0, 1)
     speeds = costs.speeds({name: costs.compiled(*each, streams=1) for name, each in tried.items()},
@@ -86,6 +87,16 @@ def chosen(model, network, settings, progress):
     return tried[said["chosen"]][0], said
 
 
+def make_int8(model, samples, limit, classifies, progress):
+    """See quantize.within."""
+    from app.prepare import quantize
+    calibrating = gathered(samples, "calibration", progress)
+    progress("calibrating the int8 network", 0, 1)
+    int8 = quantize.quantize(model, calibrating)
+    del calibrating
+    return quantize.within(int8, model, gathered(samples, "choosing", progress), limit, classifies, progress)
+
+
 def gathered(samples, group, progress):
     progress(f"reading the pictures for {group}", 0, 1)
     return list(samples.take(group))
@@ -96,7 +107,7 @@ def differences(tried, samples, classifies, progress):
     not fit into memory."""
     from app.prepare.samples import COUNTS
     networks = {name: costs.compiled(*each) for name, each in tried.items()}
-    found, end, batch, count = {name: [] for name in tried}, time.monotonic() + MEASURING_S, [], 0
+    found, end, batch, count = {name: [] for name in tried}, time.process_time() + MEASURING_S, [], 0
     for one in samples.take("held_out"):
         batch.append(one)
         count += 1
@@ -105,7 +116,7 @@ def differences(tried, samples, classifies, progress):
                 found[name].append(costs.outputs(network, batch))
             batch = []
             progress("measuring on held-out pictures", count, COUNTS["held_out"])
-            if time.monotonic() > end and count >= FEWEST_MEASURED:
+            if time.process_time() > end and count >= FEWEST_MEASURED:
                 break
     if batch:
         for name, network in networks.items():

@@ -16,7 +16,7 @@ from app.prepare import costs
 AIM = 0.7            # of the limit, on the pictures that layers are chosen by: others will cost a little more or less
 MOST_RESTORED = 0.5  # of the layers
 RANKED_BY = 24       # pictures
-RANKING_S = 240
+RANKING_S = 400      # processor time
 EXACT = 1e-3         # divergence of a network with all layers restored: rounding only
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 
@@ -112,9 +112,9 @@ def ranked(int8, model, names, choosing, reference, classifies, progress):
                                 classifies)
     if not divergence(names) < EXACT:
         return []  # a network in which removing the rounding does not restore fp32
-    found, end = dict.fromkeys(names, 0.0), time.monotonic() + RANKING_S
+    found, end = dict.fromkeys(names, 0.0), time.process_time() + RANKING_S
     for i, name in enumerate(names):
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
         found[name] = divergence([other for other in names if other != name])
         progress("measuring how sensitive each layer is", i + 1, len(names))

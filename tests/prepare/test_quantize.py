@@ -114,7 +114,7 @@ def test_a_wrong_int8_network_fails_its_self_test(int8_settings):
 def test_int8_explains_and_embeds(int8, int8_settings, client):
     answers = [post(each, encoded(photo("chelsea")), explain=True, embedding=True).json["metadata"]
                for each in (create_app(int8_settings, int8).test_client(), client)]
-    assert all(answer["explanation"] for answer in answers)
+    assert all(answer["explanations"] for answer in answers)
     a, b = (np.array(answer["embedding"]) for answer in answers)
     assert a.shape == (1280,)
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
@@ -167,28 +167,29 @@ def test_what_is_measured_on_was_neither_calibrated_with_nor_chosen_by(settings,
     assert [one.tobytes() for one in found.take("choosing")] == taken["choosing"]  # the same again
 
 
-def test_ocean_restores_layers_until_the_scores_change_little_enough(ocean_settings, capfd):
+def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings):
     pytest.importorskip("nncf")
     found = made(dataclasses.replace(ocean_settings, precision="int8", accuracy_limit=1.0)).quantization["precisions"]
-    limit = found["int8"]["mean_change"] / 2
+    limit = found["int8"]["mean_change"] * 0.95
     assert not found["int8"]["restored_layers"]
     strict = dataclasses.replace(ocean_settings, precision="int8", accuracy_limit=limit)
     assert bundles.find(strict, "ocean", "openvino") is None  # it would cost too much
     said = made(strict).quantization
     assert said["precisions"]["int8"]["restored_layers"]
-    assert 0 < said["precisions"]["int8"]["cost"] <= 1.3 * limit
+    assert 0 < said["precisions"]["int8"]["cost"] < limit
     assert said["precisions"]["fp32"] | {"images_per_second": 0} == {
         "cost": 0, "mean_change": 0, "max_change": 0, "images_per_second": 0}
     assert "changes a score by" in precision.sentence(said)
     assert load_model(strict).current.info()["precision"] == "int8"
 
 
-def test_all_layers_restored_is_fp32_again(int8_settings, app, settings):
+def test_all_layers_restored_is_fp32_again(app, settings):
+    pytest.importorskip("nncf")
     import openvino
-    fp32, int8 = (openvino.Core().read_model(bundles.find(each, settings.model_name, "openvino") / "model.xml")
-                  for each in (settings, int8_settings))
-    layers = quantize.layers_of(int8)
+    fp32 = openvino.Core().read_model(bundles.find(settings, settings.model_name, "openvino") / "model.xml")
     one = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
+    int8 = quantize.quantize(fp32, [*one])
+    layers = quantize.layers_of(int8)
     a, b, c = (costs.outputs(costs.compiled(model), one)
                for model in (fp32, int8, quantize.restored(int8, fp32, layers)))
     assert np.abs(a - c).max() < 1e-3 < np.abs(a - b).max()
@@ -219,6 +220,14 @@ def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monk
     monkeypatch.delitem(sys.modules, "nncf")
     if pytest.importorskip("nncf"):
         assert bundles.find(auto, "ocean", "openvino") is None  # it can be tried by now
+
+
+def test_an_image_without_torch_serves_auto_from_the_unmeasured_fp32_bundle(settings, app, monkeypatch):
+    auto = dataclasses.replace(settings, precision="auto", accuracy_limit=0.5)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    folder = bundles.find(auto, "efficientnet_lite0", "openvino")
+    assert bundle.read(folder).quantization is None
+    assert load_model(auto).current.info()["precision"] == "fp32"
 
 
 SAID = {"asked": "auto", "limit": 0.01, "chosen": "bf16", "missing": [], "calibration": None, "precisions": {
