@@ -207,13 +207,23 @@ def run_prepare(arguments):
         code = 1
     else:
         print(json.dumps({"models": [done.as_json() for done in made]}) if arguments.json else
-              "\n".join(f"ready: {done.own or done.folder.resolve()}" for done in made), file=outcome)
+              "\n".join(line for done in made for line in lines_of(done)), file=outcome)
         code = 0
     if arguments.json:
         outcome.close()
         logging.shutdown()
         os._exit(code)  # threads that a model of the user's has left behind are not waited for
     return code
+
+
+def lines_of(done):
+    """What `prepare` prints about a model: its folder, and what was measured of its precisions."""
+    if done.own:
+        return [f"ready: {done.own}"]
+    from app.engine import bundle
+    from app.prepare import precision
+    quantization = bundle.read(done.folder).quantization
+    return [*(precision.table(quantization) if quantization else []), f"ready: {done.folder.resolve()}"]
 
 
 def make_and_check(arguments):

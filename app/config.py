@@ -38,12 +38,12 @@ def integer(low, high):
     return parse
 
 
-def seconds(low, high):
+def number(low, high, what="a number of seconds"):
     def parse(text):
         with contextlib.suppress(ValueError):
             if low <= float(text) <= high:
                 return float(text)
-        raise ValueError(f"a number of seconds from {low} to {high}")
+        raise ValueError(f"{what} from {low} to {high}")
     return parse
 
 
@@ -122,18 +122,19 @@ class Settings:
     engine: str = setting(one_of("auto", "openvino", "torch"), "auto")
     precision: str = setting(one_of("fp32", "bf16", "fp16", "int8", "auto"), "fp32", each=True)
     calibration_dir: Path | None = setting(path, None, each=True)
+    accuracy_limit: float = setting(number(0, 1, "a number"), 0.01, each=True)
     host: str = setting(str, "0.0.0.0")
     port: int = setting(integer(1, 65535), 5000)
     workers: int | None = setting(integer(1, 256), None)
     max_batch_size: int = setting(integer(1, 1024), 32)
     batch_timeout_ms: int = setting(integer(0, 1000), 2)
     max_queue: int | None = setting(integer(0, 1000), None)
-    request_timeout: float = setting(seconds(0.1, 3600), 30.0)
-    drain_seconds: float = setting(seconds(0, 600), 5.0)
+    request_timeout: float = setting(number(0.1, 3600), 30.0)
+    drain_seconds: float = setting(number(0, 600), 5.0)
     max_file_size: int = setting(rare("byte_size"), 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
     max_video_size: int = setting(rare("byte_size"), 50 * 2**20)
-    max_video_seconds: float = setting(seconds(1, 86400), 300.0)
+    max_video_seconds: float = setting(number(1, 86400), 300.0)
     max_batch_files: int = setting(integer(1, 1000), 32)
     max_body_memory: int = setting(rare("byte_size"), 512 * 2**20)
     cache_url: str | None = setting(rare("store_url", "redis", "rediss", "unix"), None, secret=True)

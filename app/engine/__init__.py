@@ -26,7 +26,7 @@ def create(manifest, folder, streams, settings, device, rebuild):
     """
     if manifest.engine == "openvino":
         from app.engine.openvino_engine import OpenVINOEngine
-        return OpenVINOEngine(folder, streams, settings.precision)
+        return OpenVINOEngine(folder, streams, settings.precision, (manifest.quantization or {}).get("chosen", "fp32"))
     from app.engine.torch_engine import TorchEngine
     return TorchEngine(manifest, folder, streams, settings, device, rebuild)
 

@@ -48,10 +48,11 @@ class Manifest:
     network: arguments that rebuild the torch module; labels: class names, or the traits in the order of the outputs;
     weights: {"source": their origin, "sha256": of the weights file, "labels_sha256": of LABELS_PATH or None, "default":
     whether they are the published ones, not from MODEL_PATH; "preprocessing": PREPROCESSING or None}; self_test:
-    {"outputs": of the torch network for preprocess.self_test_input}; files: {file name: SHA-256}; quantization: of an
-    int8 network, {"calibration_sha256": of the pictures, "agreement": with fp32, see prepare/quantize.py}; features:
-    the network's second output, {"kind": "maps" (N, F, h, w), "vector" (N, F) or None if it has none, "size": F,
-    "reason": why there are no maps, and what prepare/features.py needs to find it again}.
+    {"outputs": of the torch network, or of the int8 one, for preprocess.self_test_input}; files: {file name: SHA-256};
+    quantization: of PRECISION int8 and auto, {"asked", "chosen": one of the measured "precisions": {name: its costs and
+    speed}, "limit", …, see prepare/precision.py}; features: the network's second output, {"kind": "maps" (N, F, h, w),
+    "vector" (N, F) or None if it has none, "size": F, "reason": why there are no maps, and what prepare/features.py
+    needs to find it again}.
     """
     name: str
     task: str

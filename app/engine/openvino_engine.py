@@ -19,12 +19,12 @@ class OpenVINOEngine:
     """`streams` single-threaded inferences at once, which share one copy of the weights; and, if the weights are small
     enough for a second copy, one inference on as many threads for a lone request."""
 
-    def __init__(self, folder, streams, precision):
+    def __init__(self, folder, streams, precision, chosen="fp32"):
         import openvino
         core = openvino.Core()
         native_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "auto":
-            precision = "bf16" if native_bf16 else "fp32"
+        if precision == "auto":  # the image may have been made on another processor
+            precision = "fp32" if chosen == "bf16" and not native_bf16 else chosen
         if precision == "bf16" and not native_bf16:
             raise EngineError("PRECISION is bf16, but this processor does not support bf16; use fp32 or auto")
         if precision == "fp16":

@@ -141,9 +141,9 @@ def make_one(settings, engine, key):
 
 
 def make_bundle(settings, name, engine):
-    if settings.precision == "int8":
-        from app.prepare import quantize
-        quantize.check(settings, engine)
+    if settings.precision in ("int8", "auto"):
+        from app.prepare import precision
+        precision.check(settings, engine)
     log.info("preparing %s: getting the weights", name)
     path, source = weights_file(settings, name)
     log.info("preparing %s: loading torch and the network", name)
@@ -156,7 +156,7 @@ def make_bundle(settings, name, engine):
     of_preprocessing = hashlib.sha256((settings.preprocessing or "").encode()).hexdigest()
     folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []),
                             *([of_preprocessing[:6]] if settings.preprocessing else []), engine,
-                            *(["int8"] if settings.precision == "int8" else [])])
+                            *([settings.precision] if quantization_of(settings, engine) else [])])
     log.info("preparing %s: exporting it for %s", name, engine)
     with bundles.writing(settings.model_dir, folder_name) as folder:
         try:
@@ -177,6 +177,11 @@ def make_bundle(settings, name, engine):
     bundles.prune(settings.model_dir)
     log.info("prepared %s: %s", name, settings.model_dir / "bundles" / folder_name)
     return settings.model_dir / "bundles" / folder_name
+
+
+def quantization_of(settings, engine):
+    """Whether the precision of a bundle is chosen by measuring."""
+    return engine == "openvino" and settings.precision in ("int8", "auto")
 
 
 def weights_file(settings, name):

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from app.config import StartError
 from app.engine.bundle import installed_versions, read
 
-MOST_PICTURES = 300  # to calibrate an int8 network; NNCF's own default, more change little
+MOST_PICTURES = 2000  # of CALIBRATION_DIR, half of which are held out
 FEWEST_PICTURES = 10
 KEPT = 3             # bundles per model and engine, besides those that a service is using
 
@@ -51,25 +52,55 @@ def users_sha256(variable, path):
 def calibration_files(settings):
     """At most MOST_PICTURES files of CALIBRATION_DIR, evenly spread over their sorted paths. Raises StartError."""
     files = sorted(path for path in settings.calibration_dir.rglob("[!.]*") if path.is_file())
-    if len(files) < FEWEST_PICTURES:
-        raise StartError(f"CALIBRATION_DIR {settings.calibration_dir} has {len(files)} files; at least "
-                         f"{FEWEST_PICTURES} pictures are needed, and {MOST_PICTURES} are better")
+    check_number(settings, len(files))
     return files[::-(-len(files) // MOST_PICTURES)]
 
 
-def calibration_sha256(settings):
-    """A hash that identifies the pictures in CALIBRATION_DIR, None if it is unset. Raises StartError."""
-    if settings.calibration_dir is None:
+def check_number(settings, number):
+    if number < FEWEST_PICTURES:
+        raise StartError(f"CALIBRATION_DIR {settings.calibration_dir} has {number} pictures; at least "
+                         f"{FEWEST_PICTURES} are needed, and {MOST_PICTURES} are better")
+
+
+def calibration_id(settings):
+    """A hash of the names and sizes of the files in CALIBRATION_DIR; None if it is unset or absent, as in an image
+    that has the bundle only. Raises StartError."""
+    if settings.calibration_dir is None or not settings.calibration_dir.is_dir():
         return None
-    digests = [users_sha256("CALIBRATION_DIR", path) for path in calibration_files(settings)]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    about = [(str(path.relative_to(settings.calibration_dir)), path.stat().st_size)
+             for path in calibration_files(settings)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def missing(settings):
+    """Names of the packages without which there is no int8 network."""
+    wanted = {"nncf": "nncf", **({} if settings.calibration_dir else {"skimage": "scikit-image"})}
+    return [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+
+
+def fastest_within(quantization, limit):
+    """The fastest of the measured precisions whose cost is within a limit."""
+    allowed = {name: one for name, one in quantization["precisions"].items() if one["cost"] <= limit}
+    return max(allowed, key=lambda name: allowed[name]["images_per_second"], default="fp32")
 
 
 def is_precision(manifest, settings, calibration):
-    """Whether a bundle is int8 if and only if PRECISION is, calibrated with these pictures if there are any."""
-    if manifest.quantization is None or settings.precision != "int8":
-        return manifest.quantization is None and settings.precision != "int8"
-    return calibration in (None, manifest.quantization["calibration_sha256"])
+    """Whether a bundle is what PRECISION, ACCURACY_LIMIT and CALIBRATION_DIR (a calibration_id) would make now."""
+    found, asked, limit = manifest.quantization, settings.precision, settings.accuracy_limit
+    if asked not in ("int8", "auto") or manifest.engine != "openvino":
+        return found is None
+    if found is None:  # fp32, unmeasured: an image without torch can make no other
+        return asked == "auto" and importlib.util.find_spec("torch") is None
+    if found.get("asked") != asked or calibration not in (None, found["calibration"]):
+        return False
+    if found["missing"] and not missing(settings) and importlib.util.find_spec("torch"):
+        return False  # int8 can be tried by now
+    int8 = found["precisions"].get("int8")
+    if limit > found["limit"] and int8 and int8["restored_layers"]:
+        return False  # fewer restored layers would do
+    if asked == "int8":
+        return not limit < int8["cost"] <= found["limit"]  # restoring more layers might do
+    return fastest_within(found, limit) == found["chosen"]
 
 
 def find(settings, name, engine):
@@ -78,9 +109,10 @@ def find(settings, name, engine):
     """
     weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
     labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
-    calibration = calibration_sha256(settings) if settings.precision == "int8" else None
+    calibration = calibration_id(settings) if settings.precision in ("int8", "auto") else None
     installed = installed_versions("openvino", "torch", "torchvision")
     folders = sorted((settings.model_dir / "bundles").glob("*/manifest.json"), key=os.path.getmtime, reverse=True)
+    fitting = []
     for path in folders:
         manifest = read(path.parent)
         if (manifest and manifest.name == name and manifest.engine == engine
@@ -89,8 +121,8 @@ def find(settings, name, engine):
                 and manifest.weights.get("preprocessing") == settings.preprocessing
                 and is_precision(manifest, settings, calibration)
                 and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
-            return path.parent
-    return None
+            fitting.append((manifest.quantization is None, path.parent))
+    return min(fitting, key=lambda each: each[0])[1] if fitting else None  # a measured one before an unmeasured
 
 
 @contextlib.contextmanager
@@ -126,7 +158,7 @@ def prune(model_dir):
     newest = {}
     for path in sorted(root.glob("*/manifest.json"), key=os.path.getmtime, reverse=True):
         manifest = read(path.parent)
-        kind = manifest and (manifest.name, manifest.engine, manifest.quantization is not None)
+        kind = manifest and (manifest.name, manifest.engine, (manifest.quantization or {}).get("asked"))
         newest.setdefault(kind, []).append(path)
         if len(newest[kind]) > KEPT:
             with contextlib.suppress(OSError), open(path) as held:

@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from app.engine.preprocess import self_test_input
-from app.prepare import bundles, features
+from app.prepare import features
 
 
 def export(network, engine, folder, settings):
@@ -30,10 +30,10 @@ def export(network, engine, folder, settings):
     with torch.inference_mode():
         model = openvino.convert_model(module, example_input=torch.zeros(1, 3, crop, crop), input=[1, 3, crop, crop])
     quantization = None
-    if settings.precision == "int8":
-        from app.prepare import quantize
-        model, agreement = quantize.quantized(model, network.preprocessing, settings)
-        quantization = {"calibration_sha256": bundles.calibration_sha256(settings), "agreement": agreement}
-        reference = quantize.outputs(model, test_input)[0].tolist()
+    if settings.precision in ("int8", "auto"):
+        from app.prepare import costs, precision
+        model, quantization = precision.choose(model, network, settings)
+        if quantization["chosen"] == "int8":
+            reference = costs.outputs(costs.compiled(model), test_input)[0].tolist()
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
     return ["model.xml", "model.bin", *further], reference, quantization, found

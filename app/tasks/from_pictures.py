@@ -178,7 +178,8 @@ class FromPictures(Task):
                 "input_size": [size, size], "preprocessing": manifest.preprocessing, "num_classes": len(self.labels),
                 "total_parameters": manifest.total_parameters,
                 "weights": {"source": manifest.weights["source"], "sha256": manifest.weights["sha256"]},
-                "quantization": manifest.quantization,
+                "quantization": manifest.quantization and {**manifest.quantization,
+                                                           "limit": self.settings.accuracy_limit},
                 "features": {name: manifest.features[name] for name in ("kind", "size", "reason")}}
 
     def hung_seconds(self):

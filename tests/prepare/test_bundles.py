@@ -45,7 +45,7 @@ def test_of_each_model_and_engine_the_newest_are_kept(tmp_path, write):
         write(f"model-{i}", age=i)
     write("another-model", age=100, name="resnet50")
     write("another-engine", age=100, engine="torch")
-    write("int8", age=100, quantization={"calibration_sha256": "0", "agreement": {}})
+    write("int8", age=100, quantization={"asked": "int8"})
     bundles.prune(tmp_path)
     assert names(tmp_path) == ["another-engine", "another-model", "int8",
                                *(f"model-{i}" for i in range(bundles.KEPT))]

@@ -1,0 +1,183 @@
+"""PRECISION=int8 and PRECISION=auto: makes what is asked for, measures its cost on held-out pictures and its speed, and
+chooses. The result is a manifest's `quantization`.
+"""
+import logging
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from app.config import StartError
+from app.prepare import bundles, costs
+
+INSTALL = "pip install -r app/prepare/requirements-int8.txt"
+AT_ONCE = 32
+FEWEST_MEASURED, MEASURING_S = 100, 600  # processor time; once it is up, a slow network has been measured on fewer
+
+log = logging.getLogger(__name__)
+
+
+class QuantizeError(StartError):
+    """Why there is no int8 network; the message is one line."""
+
+
+def check(settings, engine):
+    """Raises StartError, before any slow step, if what PRECISION asks for cannot be made."""
+    if settings.precision == "int8" and engine != "openvino":
+        raise QuantizeError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
+    if settings.precision == "int8" and (packages := bundles.missing(settings)):
+        raise QuantizeError(f"PRECISION is int8, which needs {' and '.join(packages)} to prepare the model: {INSTALL}")
+    if settings.calibration_dir and engine == "openvino":
+        bundles.calibration_files(settings)
+
+
+def choose(model, network, settings):
+    """(the openvino.Model to serve; the manifest's `quantization`).
+
+    model: of a loaded Network, at fp32. Raises StartError.
+    """
+    progress = Progress()
+    try:
+        return chosen(model, network, settings, progress)
+    finally:
+        progress.close()
+
+
+def chosen(model, network, settings, progress):
+    import openvino
+    native_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    absent, asked, limit = bundles.missing(settings), settings.precision, settings.accuracy_limit
+    said = {"asked": asked, "limit": limit, "chosen": "fp32", "missing": absent, "pictures": None, "precisions": {},
+            "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+            "calibration": bundles.calibration_id(settings)}
+    if absent:
+        log.warning("PRECISION=auto cannot try int8: %s is not installed; %s", " and ".join(absent), INSTALL)
+    tried = {"fp32": (model, "fp32")}
+    if asked == "auto" and native_bf16 and "scikit-image" not in absent:
+        tried["bf16"] = (model, "bf16")
+    if len(tried) == 1 and absent:
+        return model, said
+    from app.prepare.samples import Samples
+    samples, classifies, layers = Samples(network, settings), network.task == "classification", {}
+    if not absent:
+        try:
+            int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
+            tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
+        except (RuntimeError, ValueError, KeyError, TypeError) as e:  # NNCF's, for a network that it cannot quantize
+            reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
+            if asked == "int8":
+                raise QuantizeError(f"NNCF cannot quantize {network.arguments['name']}: {reason}") from e
+            log.warning("PRECISION=auto goes on without int8, as NNCF cannot quantize %s: %s",
+                        network.arguments["name"], reason)
+    measured, count = differences(tried, samples, classifies, progress)
+    progress("measuring the speed", 0, 1)
+    speeds = costs.speeds({name: costs.compiled(*each, streams=1) for name, each in tried.items()},
+                          next(samples.take("held_out")))
+    for name in tried:
+        said["precisions"][name] = {**rounded_numbers(measured[name]), "images_per_second": round(speeds[name], 1),
+                                    **(layers if name == "int8" else {})}
+    said["pictures"] = {**samples.about, "held_out": count}
+    said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)
+    log.info("%s: %s", network.arguments["name"], sentence(said))
+    if said["precisions"][said["chosen"]]["cost"] > limit:
+        log.warning("%s: int8 costs %.4f, which is more than ACCURACY_LIMIT %g, with %d layers restored; it is served, "
+                    "as PRECISION=int8 asks for it", network.arguments["name"], said["precisions"]["int8"]["cost"],
+                    limit, len(layers["restored_layers"]))
+    return tried[said["chosen"]][0], said
+
+
+def make_int8(model, samples, limit, classifies, progress):
+    """See quantize.within."""
+    from app.prepare import quantize
+    calibrating = gathered(samples, "calibration", progress)
+    progress("calibrating the int8 network", 0, 1)
+    int8 = quantize.quantize(model, calibrating)
+    del calibrating
+    return quantize.within(int8, model, gathered(samples, "choosing", progress), limit, classifies, progress)
+
+
+def gathered(samples, group, progress):
+    progress(f"reading the pictures for {group}", 0, 1)
+    return list(samples.take(group))
+
+
+def differences(tried, samples, classifies, progress):
+    """({precision: its costs.cost}, number of inputs), on the held-out pictures. A few at a time, as all of them might
+    not fit into memory."""
+    from app.prepare.samples import COUNTS
+    networks = {name: costs.compiled(*each) for name, each in tried.items()}
+    found, end, batch, count = {name: [] for name in tried}, time.process_time() + MEASURING_S, [], 0
+    for one in samples.take("held_out"):
+        batch.append(one)
+        count += 1
+        if len(batch) == AT_ONCE:
+            for name, network in networks.items():
+                found[name].append(costs.outputs(network, batch))
+            batch = []
+            progress("measuring on held-out pictures", count, COUNTS["held_out"])
+            if time.process_time() > end and count >= FEWEST_MEASURED:
+                break
+    if batch:
+        for name, network in networks.items():
+            found[name].append(costs.outputs(network, batch))
+    found = {name: np.concatenate(each) for name, each in found.items()}
+    return {name: costs.cost(found["fp32"], each, classifies) for name, each in found.items()}, count
+
+
+def rounded_numbers(numbers):
+    return {name: round(value, 5) for name, value in numbers.items()}
+
+
+def sentence(said):
+    """What the log says of a choice."""
+    parts = []
+    for name, one in said["precisions"].items():
+        cost = f"changes {one['changed']} of {said['pictures']['held_out']} top classes" if "changed" in one else \
+            f"changes a score by {one['cost']:.4f} on average"
+        parts.append(f"{name} {one['images_per_second']:g} images/s" + (f", {cost}" if name != "fp32" else ""))
+    return f"PRECISION={said['asked']} serves {said['chosen']} ({'; '.join(parts)}; ACCURACY_LIMIT {said['limit']:g})"
+
+
+def table(said):
+    """Lines for people: what was measured, and what was chosen."""
+    if not said["precisions"]:
+        return [f"precision: {said['chosen']}; nothing else could be tried, as {' and '.join(said['missing'])} "
+                f"{'is' if len(said['missing']) == 1 else 'are'} not installed: {INSTALL}"]
+    classifies = "changed" in said["precisions"]["fp32"]
+    what = "best probability" if classifies else "score"
+    lines = [f"{'precision':<10}{'top-1 changed' if classifies else '':>15}{'mean change':>13}{'largest':>9}"
+             f"{'images/s':>10}"]
+    for name, one in said["precisions"].items():
+        share = f"{one['changed']} ({100 * one['cost']:.1f} %)" if classifies else ""
+        lines.append(f"{name:<10}{share:>15}{one['mean_change']:>13.4f}{one['max_change']:>9.3f}"
+                     f"{one['images_per_second']:>10.1f}{'  chosen' if name == said['chosen'] else ''}"
+                     + (f", {len(one['restored_layers'])} of "
+                        f"{one['int8_layers'] + len(one['restored_layers'])} layers at fp32" if name == "int8" else ""))
+    held, files = said["pictures"]["held_out"], said["pictures"]["files"]["held_out"]
+    lines.append(f"changes of the {what} against fp32 on {held} held-out views of {files} files "
+                 f"({said['pictures']['source']}); images/s on one core; ACCURACY_LIMIT {said['limit']:g}")
+    return lines
+
+
+class Progress:
+    """A bar on a terminal, else a log line per step."""
+
+    def __init__(self):
+        self.step, self.bar = None, None
+
+    def __call__(self, step, done, total):
+        if step != self.step:
+            self.close()
+            self.step = step
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total, desc=step, leave=False)
+            else:
+                log.info("%s", step)
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
