@@ -30,8 +30,8 @@ FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries,
 MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
 # How curl, requests and browsers begin a form of one file: its boundary, field, file name and type.
-PLAIN_FORM = re.compile(rb'--([^\r\n]+)\r\nContent-Disposition: form-data; name="(\w+)"; filename="([\w. -]+)"\r\n'
-                        rb'Content-Type: ([\w./+-]+)\r\n\r\n')
+PLAIN_FORM = re.compile(rb'--([ -~]{1,99})\r\nContent-Disposition: form-data; name="(\w{1,99})"; '
+                        rb'filename="([\w. -]{1,255})"\r\nContent-Type: ([\w./+-]{1,99})\r\n\r\n')
 
 
 class FormParser(FormDataParser):
@@ -39,8 +39,8 @@ class FormParser(FormDataParser):
     taken apart here."""
 
     def parse(self, stream, mimetype, content_length, options=None):
-        body, boundary = stream.getvalue() if isinstance(stream, io.BytesIO) else b"", (options or {}).get("boundary")
-        head, last = PLAIN_FORM.match(body), f"\r\n--{boundary}--\r\n".encode()
+        body = stream.getvalue() if mimetype == "multipart/form-data" and isinstance(stream, io.BytesIO) else b""
+        head, last = PLAIN_FORM.match(body), f"\r\n--{(options or {}).get('boundary', '')}--\r\n".encode()
         if not head or head[1] != last[4:-4] or not body.endswith(last) \
                 or body.find(last[2:-4], head.end()) != len(body) - len(last) + 2:
             return super().parse(stream, mimetype, content_length, options)

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import io
 import json
+import random
 import re
 import socket
 import time
@@ -15,6 +16,7 @@ import pytest
 import requests
 from conftest import encoded, photo, post
 from urllib3 import encode_multipart_formdata
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
 from app import create_app
@@ -345,14 +347,53 @@ PLAIN = (b'--B\r\nContent-Disposition: form-data; name="file"; filename="a b-1.j
     (b"\r\n\r\n\xff\xd8--\r\n--C--\r\n\r\n--B--", b"\r\n\r\n--B--"), (b"\r\n\r\n\xff", b"\r\n\xff"),
     (b"\r\n\r\n", b"\n\n")])
 def test_the_short_way_through_a_plain_form_ends_where_werkzeugs_does(old, new):
-    def parsed(parser, body, boundary):
-        _, form, files = parser(MemoryRequest({})._get_file_stream).parse(
-            io.BytesIO(body), "multipart/form-data", len(body), {"boundary": boundary} if boundary is not None else {})
-        return form.to_dict(flat=False), [(name, file.name, file.filename, file.content_type, file.read())
-                                          for name, file in files.items(multi=True)]
     for body in (PLAIN.replace(old, new, 1), PLAIN.replace(old, new)):
         for boundary in ("B", "B ", "C", "", None, "ä", "."):
             assert parsed(FormParser, body, boundary) == parsed(FormDataParser, body, boundary)
+
+
+def parsed(parser, body, boundary, mimetype="multipart/form-data"):
+    """What is found in a form by a FormDataParser; the error if it is too large."""
+    stream = io.BytesIO(body)
+    try:
+        _, form, files = parser(MemoryRequest({})._get_file_stream, max_form_memory_size=500_000).parse(
+            stream, mimetype, len(body), {"boundary": boundary} if boundary is not None else {})
+    except RequestEntityTooLarge as e:
+        return e.code
+    return stream.read(), form.to_dict(flat=False), [(name, file.name, file.filename, file.content_type, file.read())
+                                                     for name, file in files.items(multi=True)]
+
+
+@pytest.mark.parametrize(("boundary", "mimetype"), [
+    (None, "multipart/form-data"), ("ä", "multipart/form-data"), ("é-1", "multipart/form-data"),
+    ("a" * 71, "multipart/form-data"), ("(.*)+?", "multipart/form-data"), ("b--", "multipart/form-data"),
+    ("--", "multipart/form-data"), ("a\r\nb", "multipart/form-data"), ("B", "image/jpeg"),
+    ("B", "application/x-www-form-urlencoded"), ("B", "text/plain"), ("B", "multipart/mixed")])
+def test_odd_boundaries_and_types_end_where_werkzeugs_do(boundary, mimetype):
+    for name in {boundary or "None", boundary or ""}:
+        for encoding in ("utf-8", "latin-1"):
+            body = PLAIN.replace(b"--B", f"--{name}".encode(encoding))
+            assert parsed(FormParser, body, boundary, mimetype) == parsed(FormDataParser, body, boundary, mimetype)
+
+
+def test_a_head_that_werkzeug_refuses_is_refused():
+    body = PLAIN.replace(b"a b-1", bytes(b"a" * 600_000))
+    assert parsed(FormParser, body, "B") == parsed(FormDataParser, body, "B") == 413
+
+
+def test_mutated_forms_end_where_werkzeugs_do():
+    order, pieces, outcomes = random.Random(0), (
+        b"\r\n", b"\n", b"\r", b"--", b"--B", b"--B--", b"\r\n--B\r\n", b"\r\n--B--\r\n", b'"', b";", b" ", b"\t",
+        b"\0", b"\\", b"\xc3\xa4", b"filename*=utf-8''x", b"Content-Type: text/plain\r\n", b"\r\n\r\n", b":", PLAIN), set()
+    for _ in range(3000):
+        body = bytearray(PLAIN)
+        for _ in range(order.randint(1, 3)):
+            start = order.choice([0, order.randrange(len(body) + 1), body.find(b"\r\n", order.randrange(len(body)))])
+            body[start:start + order.choice([0, 0, 1, 2, 9])] = order.choice(pieces) if order.random() < 0.8 else b""
+        body = bytes(body)
+        assert parsed(FormParser, body, "B") == parsed(FormDataParser, body, "B"), body
+        outcomes.add(len(parsed(FormParser, body, "B")[2]))
+    assert outcomes >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
