@@ -110,10 +110,10 @@ def in_order(slots, calls, ending, most=None, is_guess=False):
             if ahead and ahead[0].ended.is_set():
                 yield ahead.popleft().outcome.get()
             elif has_more and len(ahead) < most and len(unbegun) <= offers.idle_cores():
-                call = next(calls, None)
-                has_more = call is not None
-                if has_more:
-                    piece = Piece(call, ending)
+                found = Outcome(next, calls, None)
+                has_more = found.result is not None
+                if has_more or found.error is not None:  # which is raised after the values of the calls before
+                    piece = Piece(found.result or found.get, ending)
                     ahead.append(piece)
                     unbegun.append(piece)
                     offers.add(piece)
@@ -130,3 +130,4 @@ def in_order(slots, calls, ending, most=None, is_guess=False):
         for piece in ahead:
             if not offers.withdraw(piece) and not is_guess:
                 piece.ended.wait()
+                piece.outcome.error = None  # nobody gets it, see Outcome.get

@@ -31,13 +31,12 @@ class Outcome:
     def get(self):
         """Return the call's value or raise its exception; works once. The exception is dropped then, as its traceback
         would keep the frames, and with them the request's file, until the next garbage collection."""
-        error, self.error = self.error, None
-        if error is None:
-            return self.result
         try:
-            raise error
+            if self.error is not None:
+                raise self.error
+            return self.result
         finally:
-            del error
+            self.error = None
 
 
 class Job:
@@ -131,6 +130,7 @@ class Slots:
             if job.started and not job.outcome.ready():
                 job.outcome.wait(SLACK_S)
             if not job.outcome.ready():
+                job.outcome.rawlink(lambda late: vars(late.value).clear())  # nobody will get it
                 raise DeadlineExceeded("work" if job.started else "queue")
             return job.outcome.get().get()
         finally:
@@ -167,5 +167,4 @@ class Slots:
 
 def in_native_thread(call, *arguments):
     """call(*arguments) in one of gevent's native threads: for blocking calls (Redis) and computation without a slot."""
-    run = contextvars.copy_context().run
-    return gevent.get_hub().threadpool.apply(Outcome, (run, call, *arguments)).get()
+    return gevent.get_hub().threadpool.apply(Outcome, (contextvars.copy_context().run, call, *arguments)).get()

@@ -98,6 +98,7 @@ def timed_frames(data, settings, call, count, at_s):
             if frame is None:
                 return
             yield frame
+            del frame  # before the next is decoded
     finally:
         found.close()
 

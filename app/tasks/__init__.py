@@ -23,7 +23,7 @@ class Place:
 @dataclass(frozen=True)
 class Call:
     """One request for an answer. stages: counters.Stages, which get the timings; field: where the input was found, for
-    messages; see: called with (frame's number, RGB PIL image) for each picture right before preprocessing."""
+    messages; see: called with (frame's number, RGB PIL image) right before preprocessing, in any order and thread."""
     deadline: Any
     stages: Any
     field: str = "file"

@@ -80,7 +80,6 @@ def of_frames(task, data, options, call, infers, completes):
     def work(frame, size, is_only):
         one = Views([], [], [], None, True)
         task.look_at(one, frame, size, options, of_frame)
-        del frame
         if infers and one.counted:
             task.infer(one, options, of_frame, is_only and slots.is_alone())
             one.inputs = []
@@ -90,7 +89,8 @@ def of_frames(task, data, options, call, infers, completes):
     with contextlib.closing(task.read_frames(data, True, options, call)) as frames:
         first = next(frames)
         is_only = options["frames"] == 1 or options["at"] is not None
-        calls = (functools.partial(work, *frame, is_only) for frame in itertools.chain([first], frames))
+        calls = map(lambda found: functools.partial(work, *found, is_only),
+                    itertools.chain(iter([first]), frames))  # iter lets go of it, a list would not
         most = max(1, MOST_PIXELS // (first[1][0] * first[1][1]))
         del first
         yield from pieces.in_order(slots, calls, ending, most)

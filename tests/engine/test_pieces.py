@@ -1,8 +1,11 @@
 """Idle slots take pieces of a call, but no request waits for them, and nothing depends on them."""
+import contextlib
 import contextvars
 import functools
+import gc
 import threading
 import time
+import weakref
 
 import gevent
 import pytest
@@ -113,6 +116,49 @@ def test_a_failure_ends_the_others():
     assert len(ended) <= 2
     wait_until(lambda: not slots.helping and not slots.running)
     assert not slots.offers.pieces
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_a_failure_of_the_iterable_comes_after_the_values_before_it(cores):
+    slots, found = Slots(3, 0, cores), []
+
+    def calls():
+        for i in range(5):
+            yield lambda i=i: time.sleep(0.01) or i
+        raise ServiceError(400, "INVALID_VIDEO", "no")
+
+    with pytest.raises(ServiceError, match="no"):
+        run(slots, lambda: [found.append(i) for i in pieces.in_order(slots, calls(), pieces.Ending(Deadline(10)))])
+    assert found == list(range(5))
+
+
+class Large:
+    """Stands for a frame's picture."""
+
+
+def test_what_failed_pieces_worked_on_is_freed_at_once():
+    slots, large = Slots(3, 0, cores=3), weakref.WeakSet()
+
+    def fail(one):
+        time.sleep(0.01)
+        raise ServiceError(400, "INVALID_VIDEO", "no")
+
+    def offering():
+        def calls():
+            for _ in range(9):
+                one = Large()
+                large.add(one)
+                yield functools.partial(fail, one)
+                del one
+        return all_of(slots, calls())
+    gc.disable()
+    try:
+        with contextlib.suppress(ServiceError):
+            run(slots, offering)
+        wait_until(lambda: not slots.running and not slots.helping)
+        assert not large
+    finally:
+        gc.enable()
 
 
 def test_a_piece_that_hangs_costs_the_caller_its_deadline_and_is_noticed():

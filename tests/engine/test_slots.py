@@ -1,7 +1,9 @@
 """Slots are native threads, their callers greenlets: order, bounds, deadlines, and what comes back to the caller."""
 import contextvars
+import gc
 import threading
 import time
+import weakref
 
 import gevent
 import pytest
@@ -191,6 +193,24 @@ def test_exceptions_reach_the_caller_and_the_slot_comes_back():
         assert e.value is exception
         wait_until(lambda: not slots.running)
     assert slots.run(lambda: 1, Deadline(10), Stages()) == 1
+
+
+def test_what_a_late_call_worked_on_is_freed_although_nobody_takes_its_error():
+    slots, begun, large = Slots(1, 0), [], weakref.WeakSet()
+
+    def late():
+        one = Stages()  # such as a request's file
+        large.add(one)
+        begun.append(True)
+        time.sleep(0.05 + SLACK_S + 0.1)
+        raise ServiceError(400, "INVALID_IMAGE", f"no {one}")
+    gc.disable()
+    try:
+        assert isinstance(spawn(slots, late, 0.05).get(), DeadlineExceeded)
+        assert begun
+        wait_until(lambda: not slots.running and not large)
+    finally:
+        gc.enable()
 
 
 def test_a_caller_that_is_killed_leaves_the_queue(busy):

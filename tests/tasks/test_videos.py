@@ -2,6 +2,7 @@
 stays behind."""
 import threading
 import time
+import weakref
 
 import gevent
 import numpy as np
@@ -108,24 +109,23 @@ def test_a_deadline_ends_all_frames(answer):
 
 
 def test_few_frames_are_in_memory_at_once(answer, clip, monkeypatch):
-    alive, most, lock = [0], [0], threading.Lock()
+    alive, most = [], [0]
     frames = video.timed_frames
 
     def counted(*arguments):
         for frame in frames(*arguments):
-            with lock:
-                alive[0] += 1
-                most[0] = max(most[0], alive[0])
+            alive.append(weakref.ref(frame.image))
+            most[0] = max(most[0], sum(image() is not None for image in alive))
             yield frame
+            del frame
 
     def see(*_):
         time.sleep(0.02)
-        with lock:
-            alive[0] -= 1
     monkeypatch.setattr(video, "timed_frames", counted)
     monkeypatch.setattr("app.tasks.videos.MOST_PIXELS", 2 * 360 * 300)
     answer(clip, 3, see=see, frames="12", method="middle")
-    assert most[0] <= 3  # two that are worked on, and one that has just been decoded
+    assert len(alive) == 12
+    assert most[0] <= 2
 
 
 def test_the_face_is_the_same_with_idle_slots():
