@@ -107,6 +107,8 @@ def hold_all(ready):
 
 
 def when_ready(server):
+    from app.server import refusals  # noqa: F401  for workers, which may lack memory or descriptors when they need it
+
     def outcome(process):
         ready = outcome_of(process)
         for model in ready:

@@ -34,7 +34,8 @@ def master(most=None):
     import app.prepare
     import app.server.lifecycle
     import app.server.log_config
-    import app.server.machine  # noqa: F401
+    import app.server.machine
+    import app.server.refusals  # noqa: F401
     from app.config import Settings
     from app.engine.bundle import Prepared
     from app.server import board, shared_memory

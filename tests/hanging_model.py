@@ -1,10 +1,15 @@
-"""A real OpenVINO model that hangs: it loops for ever, uncancellable, when it is shown a white picture."""
+"""A real OpenVINO model that hangs: it loops for ever, uncancellable, when it is shown a white picture. And other
+applications, for Gunicorn, that get into trouble."""
+import contextlib
 import dataclasses
+import os
+import resource
 import shutil
 
 import numpy as np
 
 from app import create_app, model_loader
+from app.config import StartError
 from app.engine import bundle
 from app.engine.preprocess import Preprocessing, self_test_input
 from app.prepare import bundles
@@ -58,3 +63,15 @@ def create_impatient():
     """The application, for Gunicorn; a worker in which an inference hangs is replaced after two seconds."""
     model_loader.HUNG_AFTER_S = 2
     return create_app()
+
+
+def create_without_reserve():
+    """The application; a worker that cannot load it can open no file any more."""
+    try:
+        return create_app()
+    except StartError:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                os.dup(0)
+        raise

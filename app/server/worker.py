@@ -255,6 +255,7 @@ class Fair:
         self.client, self.gave_way, self.held = client, time.monotonic(), b""
 
     def __getattr__(self, name):
+        self.sendall(b"")  # sendfile and others must not overtake what waits
         return getattr(self.client, name)
 
     def give_way(self):

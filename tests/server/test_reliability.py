@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import gevent.socket
 import pytest
 import requests
 from conftest import ROOT, Service, encoded, free_port, need
@@ -29,7 +30,7 @@ from traffic import CAT, Load, descriptors, health_status, open_request, wait_un
 
 from app.engine.bundle import Prepared
 from app.server import board, counters, machine
-from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Worker
+from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Fair, Worker
 
 # A model of one's own that starts in half the time, for tests in which it does not matter what is inferred.
 LIGHT = {"MODEL_NAME": "tests.own_tasks:Long"}
@@ -170,7 +171,8 @@ def test_everything_in_dev_shm_removed_costs_nothing(start_service):
 
 def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, model_dir, app, tmp_path):
     copy_model_dir(model_dir, tmp_path)
-    service = start_service(MODEL_DIR=str(tmp_path), WORKERS="2").wait_ready()
+    service = start_service("tests.hanging_model:create_without_reserve()", MODEL_DIR=str(tmp_path),
+                            WORKERS="2").wait_ready()
     wait_until(lambda: workers_ready(service.url) == 2, 30)
     killed, other = service.workers()
     shutil.rmtree(tmp_path / "bundles")
@@ -467,6 +469,26 @@ def test_more_workers_than_planned_are_counted(start_service):
     for workers in (2, 3):  # equal signals at once are one
         service.process.send_signal(signal.SIGTTIN)
         wait_until(lambda workers=workers: workers_ready(service.url) == workers, 30)
+
+
+def test_the_headers_that_wait_for_a_body_are_overtaken_by_nothing(tmp_path):
+    headers = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+    (tmp_path / "file.json").write_bytes(b"{}")
+    ours, its = gevent.socket.socketpair()
+    with ours, its, (tmp_path / "file.json").open("rb") as file:
+        its.settimeout(5)
+        fair = Fair(ours)
+        fair.sendall(headers)
+        assert fair.held == headers
+        fair.sendall(b"{}")
+        assert its.recv(1000) == headers + b"{}"  # one system call
+        fair.sendall(headers)
+        fair.sendfile(file)
+        found = its.recv(1000)
+        assert found + (its.recv(2) if len(found) == len(headers) else b"") == headers + b"{}"
+        fair.sendall(headers)  # of HEAD
+        fair.sendall(b"")
+        assert its.recv(1000) == headers
 
 
 def test_what_of_gunicorn_is_overridden_is_there_in_the_installed_release():
