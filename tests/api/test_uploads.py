@@ -384,7 +384,8 @@ def test_a_head_that_werkzeug_refuses_is_refused():
 def test_mutated_forms_end_where_werkzeugs_do():
     order, pieces, outcomes = random.Random(0), (
         b"\r\n", b"\n", b"\r", b"--", b"--B", b"--B--", b"\r\n--B\r\n", b"\r\n--B--\r\n", b'"', b";", b" ", b"\t",
-        b"\0", b"\\", b"\xc3\xa4", b"filename*=utf-8''x", b"Content-Type: text/plain\r\n", b"\r\n\r\n", b":", PLAIN), set()
+        b"\0", b"\\", b"\xc3\xa4", b"filename*=utf-8''x", b"Content-Type: text/plain\r\n", b"\r\n\r\n", b":",
+        PLAIN), set()
     for _ in range(3000):
         body = bytearray(PLAIN)
         for _ in range(order.randint(1, 3)):
