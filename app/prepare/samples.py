@@ -16,8 +16,8 @@ from app.prepare import bundles
 # Enough for ranges to settle; to choose layers by; and to tell a cost of 0.01 from one of 0.02 (standard error 0.003).
 COUNTS = {"calibration": 100, "choosing": 300, "held_out": 1000}
 # motorcycle_left and motorcycle_right show the same scene, from two sides.
-PHOTOGRAPHS = {"calibration": ("motorcycle_left", "motorcycle_right", "coins", "hubble_deep_field"),
-               "choosing": ("rocket", "camera"),
+PHOTOGRAPHS = {"calibration": ("motorcycle_left", "motorcycle_right", "camera", "hubble_deep_field"),
+               "choosing": ("rocket", "coins", "clock_motion"),
                "held_out": ("astronaut", "chelsea", "coffee")}
 SMALLEST_CROP = 0.4  # of the shorter side: less seldom shows anything
 BRIGHTNESS = (0.7, 1.3)
