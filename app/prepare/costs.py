@@ -19,17 +19,25 @@ def compiled(model, precision="fp32", streams=CORES):
 
 
 def outputs(network, batch):
-    """The first output of a compiled network for each of (N, 3, H, W): float32 (N, K)."""
-    import openvino
-    found = [None] * len(batch)
+    """The first output of a compiled network for each of (N, 3, H, W): float32 (N, K).
 
-    def keep(request, i):
-        found[i] = request.get_output_tensor(0).data[0].copy()
-    queue = openvino.AsyncInferQueue(network, CORES)
-    queue.set_callback(keep)
+    Not with an AsyncInferQueue: a network that is released while one of its threads still has to take Python's lock,
+    for a callback, waits for that thread for good.
+    """
+    import openvino
+    requests, found, inputs = [network.create_infer_request() for _ in range(CORES)], [], {}
+
+    def finish(request):
+        request.wait()
+        found.append(request.get_output_tensor(0).data[0].copy())
     for i, one in enumerate(batch):
-        queue.start_async({0: one[None]}, i)
-    queue.wait_all()
+        if i >= CORES:
+            finish(requests[i % CORES])
+        inputs[i % CORES] = np.ascontiguousarray(one[None])  # read in place
+        requests[i % CORES].set_input_tensor(0, openvino.Tensor(inputs[i % CORES], shared_memory=True))
+        requests[i % CORES].start_async()
+    for i in range(max(0, len(batch) - CORES), len(batch)):
+        finish(requests[i % CORES])
     return np.stack(found)
 
 

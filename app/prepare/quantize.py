@@ -39,11 +39,18 @@ def layers_of(model):
     """{name: operation} of those with an input that is rounded to 8 bits: convolutions, products, additions…"""
     return {op.get_friendly_name(): op for op in model.get_ordered_ops()
             if op.get_type_name() not in ("FakeQuantize", "Result")
-            and any(is_rounded(op.input_value(i)) for i in range(op.get_input_size()))}
+            and any(is_rounded(op.input_value(i)) for i in range(op.get_input_size()))
+            or op.get_type_name() in WEIGHTED and is_dequantized(op.input_value(1).get_node())}
 
 
 def is_rounded(value):
     return value.get_node().get_type_name() == "FakeQuantize"
+
+
+def is_dequantized(node):
+    """Whether it makes weights of 8-bit ones: of Constant → Convert → Multiply, the last."""
+    return node.get_type_name() == "Multiply" and node.input_value(0).get_node().get_type_name() in (
+        "Convert", "Subtract")
 
 
 def restored(int8, model, names):

@@ -1,5 +1,6 @@
 """The pictures that calibrate and judge a network of lower precision: files of CALIBRATION_DIR, or by default crops of
-scikit-image's photographs. Three groups, none of whose files is in another one.
+scikit-image's photographs. Three groups, none of whose files is in another one; but of the photographs, which are few,
+those to choose layers by are other crops of those to measure on, never the same ones.
 """
 import importlib.util
 import itertools
@@ -16,8 +17,8 @@ from app.prepare import bundles
 # Enough for ranges to settle; to choose layers by; and to tell a cost of 0.01 from one of 0.02 (standard error 0.003).
 COUNTS = {"calibration": 100, "choosing": 300, "held_out": 1000}
 # motorcycle_left and motorcycle_right show the same scene, from two sides.
-PHOTOGRAPHS = {"calibration": ("motorcycle_left", "motorcycle_right", "coins", "hubble_deep_field"),
-               "choosing": ("rocket", "camera"),
+PHOTOGRAPHS = {"calibration": ("motorcycle_left", "motorcycle_right", "camera", "hubble_deep_field"),
+               "choosing": ("astronaut", "chelsea", "coffee"),
                "held_out": ("astronaut", "chelsea", "coffee")}
 SMALLEST_CROP = 0.4  # of the shorter side: less seldom shows anything
 BRIGHTNESS = (0.7, 1.3)
@@ -64,16 +65,17 @@ class Samples:
         """Each file as it is, then as many crops of each as it takes."""
         wanted, files = COUNTS[group], self.files[group]
         each = -(-wanted // (len(files) * self.views))
-        return itertools.islice((tensor for i, path in enumerate(files[:wanted]) for tensor in self.of(path, i, each)),
-                                wanted)
+        of_all = (tensor for i, path in enumerate(files[:wanted]) for tensor in self.of(path, group, i, each))
+        return itertools.islice(of_all, wanted)
 
     views = property(lambda self: 2 if self.network.task == "big_five_regression" else 1)
 
-    def of(self, path, seed, count):
-        """Yield the inputs that the task makes of a picture and of count - 1 crops of it."""
-        image, random = self.read(path), np.random.default_rng(seed)
+    def of(self, path, group, number, count):
+        """Yield the inputs that the task makes of a picture and of crops of it, `count` pictures in all."""
+        image, random = self.read(path), np.random.default_rng([list(COUNTS).index(group), number])
+        is_elsewhere = group == "choosing" and path in self.files["held_out"]  # as it is
         for i in range(count):
-            yield from self.seen(image if i == 0 else crop(image, random))
+            yield from self.seen(image if i == 0 and not is_elsewhere else crop(image, random))
 
     def seen(self, image):
         """What the network sees of a picture: [float32 (3, crop, crop)]."""

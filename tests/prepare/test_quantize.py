@@ -160,17 +160,19 @@ def test_what_is_measured_on_was_neither_calibrated_with_nor_chosen_by(settings,
     found = samples.Samples(network, settings)
     groups = [set(found.files[group]) for group in samples.COUNTS]
     assert all(groups)
-    assert not any(a & b for a, b in itertools.combinations(groups, 2))
+    assert not groups[0] & (groups[1] | groups[2])
+    assert not of_users or not groups[1] & groups[2]  # of the photographs, other crops
     taken = {group: [one.tobytes() for one in found.take(group)] for group in samples.COUNTS}
     assert {group: len(each) for group, each in taken.items()} == samples.COUNTS
     assert len(set(itertools.chain(*taken.values()))) == sum(samples.COUNTS.values())
     assert [one.tobytes() for one in found.take("choosing")] == taken["choosing"]  # the same again
 
 
-def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings):
+def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, monkeypatch):
     pytest.importorskip("nncf")
     found = made(dataclasses.replace(ocean_settings, precision="int8", accuracy_limit=1.0)).quantization["precisions"]
     limit = found["int8"]["mean_change"] * 0.95
+    monkeypatch.setattr(quantize, "AIM", 0)  # as many as may be: six pictures to choose by are too few for a limit
     assert not found["int8"]["restored_layers"]
     strict = dataclasses.replace(ocean_settings, precision="int8", accuracy_limit=limit)
     assert bundles.find(strict, "ocean", "openvino") is None  # it would cost too much
@@ -211,6 +213,7 @@ def test_a_limit_of_nothing_leads_auto_to_fp32(settings, monkeypatch):
 def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monkeypatch, caplog):
     auto = dataclasses.replace(ocean_settings, precision="auto", accuracy_limit=1.0)
     monkeypatch.setitem(sys.modules, "nncf", None)
+    caplog.set_level("WARNING")
     said = made(auto).quantization
     assert said["missing"] == ["nncf"]
     assert said["chosen"] in ("fp32", "bf16")
