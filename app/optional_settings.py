@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from app import config
-from app.config import SettingsError, integer, listed, path, seconds, setting, yes_or_no
+from app.config import SettingsError, integer, listed, number, path, setting, yes_or_no
 from app.setting_formats import byte_size
 
 DAY_S = 86_400
@@ -96,7 +96,7 @@ class OptionalSettings:
                                                             "redis://127.0.0.1:6379/0"), None, secret=True)
     database_url: str | None = setting(database, None, secret=True)
     storage_url: str | None = setting(storage, None)
-    job_timeout: float = setting(seconds(1, DAY_S), 600.0)
+    job_timeout: float = setting(number(1, DAY_S), 600.0)
     jobs_ttl: int = setting(integer(1, 366 * DAY_S), DAY_S)
     max_jobs: int = setting(integer(1, 1_000_000), 1000)
     max_jobs_storage: int = setting(byte_size, 10 * 2**30)
