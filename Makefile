@@ -21,6 +21,10 @@ $(VENV)/tracing-installed: $(VENV)/installed app/tracing/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r app/tracing/requirements.txt
 	@touch $@
 
+$(VENV)/int8-installed: $(VENV)/installed app/prepare/requirements-int8.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r app/prepare/requirements-int8.txt
+	@touch $@
+
 # Those packages, if the environment or .env turns one of these parts on.
 ON := on On ON true True TRUE yes Yes YES 1
 OPTIONAL := $(if $(filter $(ON),$(JOBS) $(HISTORY))$(strip $(INPUT_URLS))$(shell grep -siE \
@@ -29,14 +33,17 @@ TRACING := $(if $(filter-out none,$(OTEL_TRACES_EXPORTER))$(strip $(OTEL_EXPORTE
 	$(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT))$(shell grep -sE '^ *(export +)?(OTEL_TRACES_EXPORTER *= *.?(otlp|console)|OTEL_EXPORTER_OTLP_(TRACES_)?ENDPOINT *= *.?[a-z])' \
 	.env),$(VENV)/tracing-installed)
 
+INT8 := $(if $(strip $(filter int8 INT8 auto AUTO,$(foreach name,$(filter PRECISION %__PRECISION,$(.VARIABLES)),$($(name)))) \
+	$(shell grep -siE '^ *(export +)?([A-Z0-9_]+__)?PRECISION *= *.?(int8|auto)' .env)),$(VENV)/int8-installed)
+
 $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requirements.txt app/tracing/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-run: $(VENV)/installed $(OPTIONAL) $(TRACING)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
+run: $(VENV)/installed $(OPTIONAL) $(TRACING) $(INT8)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
 
-worker: $(VENV)/jobs-installed $(TRACING)  ## Run the jobs that a service with JOBS=on accepts
+worker: $(VENV)/jobs-installed $(TRACING) $(INT8)  ## Run the jobs that a service with JOBS=on accepts
 	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
 
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
@@ -76,10 +83,6 @@ $(VENV)-audit/installed: tests/requirements-audit.txt $(VENV)/installed
 audit: $(VENV)-audit/installed $(VENV)/tests-installed $(RIVALS:%=$(VENV)-rival-%/installed)  ## Look up all packages, those of the tests and the benchmark too, in PyPI's list of vulnerabilities
 	@$(VENV)-audit/bin/python tests/audit.py $(BIN)/python $(RIVALS:%=$(VENV)-rival-%/bin/python) $(if $(ARGS),-- $(ARGS))
 
-$(VENV)/int8-installed: app/prepare/requirements-int8.txt $(VENV)/tests-installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
-
 bench: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Benchmark against the limit and the alternatives (35 minutes, on an idle machine)
 	@$(BIN)/python -m bench $(ARGS)
 
@@ -89,7 +92,7 @@ bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Ru
 bench-jobs: $(VENV)/tests-installed  ## Benchmark jobs: 1, 2 and 4 workers, with and without servers (6 minutes)
 	@$(BIN)/python -m bench.jobs $(ARGS)
 
-bench-scale: $(VENV)/tests-installed  ## Measure several instances behind HAProxy, and write bench/scale.md (5 minutes)
+bench-scale: $(VENV)/tests-installed  ## Measure several instances behind HAProxy, if it is installed, and write bench/scale.md (5 minutes)
 	@$(BIN)/python -m bench.scale $(ARGS)
 
 exam: $(VENV)/tests-installed  ## Run the reliability exam (at most 15 minutes, on an idle machine); ARGS="--quick --only 2,3"

@@ -114,7 +114,9 @@ def test_credentials_in_the_file_reach_the_programs_for_s3(tmp_path, monkeypatch
     (EXAMPLE.read_text(), (), False), ("JOBS=off\nHISTORY=no\nINPUT_URLS=\n", ("JOBS=off", "HISTORY=0"), False),
     ("JOBS=on\n", (), "jobs"), ("export HISTORY=\"True\"\n", (), "jobs"),
     ("INPUT_URLS=https://example.org/\n", (), "jobs"),
-    ("", ("JOBS=on",), "jobs"), ("", ("HISTORY=1",), "jobs"), ("", ("INPUT_URLS=s3://bucket",), "jobs")])
+    ("", ("JOBS=on",), "jobs"), ("", ("HISTORY=1",), "jobs"), ("", ("INPUT_URLS=s3://bucket",), "jobs"),
+    ("PRECISION=auto\n", (), "int8"), ("", ("PRECISION=int8",), "int8"), ("", ("CATS__2__PRECISION=int8",), "int8"),
+    ("CATS__PRECISION=int8\n", (), "int8"), ("PRECISION=bf16\n", ("PRECISION=fp32",), False)])
 def test_make_run_installs_optional_packages_only_if_a_part_is_on(tmp_path, text, arguments, installs):
     (tmp_path / ".env").write_text(text)
     for name in ("Makefile", "requirements.txt", "app"):
@@ -124,8 +126,9 @@ def test_make_run_installs_optional_packages_only_if_a_part_is_on(tmp_path, text
     done = subprocess.run([need("make"), "--dry-run", "run", *arguments], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, check=True)
     assert "-r requirements.txt" in done.stdout
-    for part in ("jobs", "tracing"):
-        assert (f"app/{part}/requirements.txt" in done.stdout) == (part == installs)
+    for part, file in (("jobs", "jobs/requirements"), ("tracing", "tracing/requirements"),
+                       ("int8", "prepare/requirements-int8")):
+        assert (f"app/{file}.txt" in done.stdout) == (part == installs)
 
 
 def test_values_are_parsed():

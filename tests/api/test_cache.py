@@ -100,7 +100,11 @@ def test_the_same_file_and_options_hit(cached, url):
     assert x_cache(as_json) == "hit"
 
 
-def test_another_file_other_options_or_another_model_miss(cached, url, app, monkeypatch):
+@pytest.mark.parametrize("other", [
+    lambda manifest: {"weights": {**manifest.weights, "sha256": "0" * 64}},
+    lambda manifest: {"quantization": {"chosen": "int8"}, "files": {"model.bin": "0" * 64}}],  # calibrated anew
+    ids=["weights", "int8"])
+def test_another_file_other_options_or_another_model_miss(cached, url, app, monkeypatch, other):
     client = cached(url)
     post(client, CAT)
     assert x_cache(post(client, CAT, top_k=1)) == "miss"
@@ -108,11 +112,11 @@ def test_another_file_other_options_or_another_model_miss(cached, url, app, monk
     assert x_cache(post(client, CAT + b"\0")) == "miss"
     assert x_cache(post(client, CAT)) == "hit"
     loader = app.extensions["model"]
-    other, manifest = copy.copy(loader.current), loader.current.task.manifest
-    other.task = copy.copy(other.task)
-    other.task.manifest = dataclasses.replace(manifest, weights={**manifest.weights, "sha256": "0" * 64})
-    other.__dict__.pop("identity", None)
-    monkeypatch.setattr(loader, "current", other)
+    model, manifest = copy.copy(loader.current), loader.current.task.manifest
+    model.task = copy.copy(model.task)
+    model.task.manifest = dataclasses.replace(manifest, **other(manifest))
+    model.__dict__.pop("identity", None)
+    monkeypatch.setattr(loader, "current", model)
     assert x_cache(post(client, CAT)) == "miss"
 
 
