@@ -120,7 +120,11 @@ def make_one(settings, engine, key):
     except OSError as e:
         raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which is preparing a model in MODEL_DIR %s", settings.model_dir)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if found := find(settings, engine, key):  # another process made it meanwhile
             return found
         if importlib.util.find_spec("torch") is None:
@@ -141,7 +145,7 @@ def make_one(settings, engine, key):
 
 
 def make_bundle(settings, name, engine):
-    if settings.precision in ("int8", "auto"):
+    if settings.precision in bundles.MEASURED:
         from app.prepare import precision
         precision.check(settings, engine)
     log.info("preparing %s: getting the weights", name)
@@ -154,11 +158,13 @@ def make_bundle(settings, name, engine):
     network = networks.with_preprocessing(network, settings.preprocessing)
     digest, labels_digest = bundles.sha256(path), bundles.users_sha256("LABELS_PATH", settings.labels_path)
     of_preprocessing = hashlib.sha256((settings.preprocessing or "").encode()).hexdigest()
-    folder_name = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []),
-                            *([of_preprocessing[:6]] if settings.preprocessing else []), engine,
-                            *([settings.precision] if quantization_of(settings, engine) else [])])
+    folder_name = pattern = "-".join([name, digest[:12], *([labels_digest[:6]] if labels_digest else []),
+                                      *([of_preprocessing[:6]] if settings.preprocessing else []), engine])
+    if is_measured(settings, engine):  # models of one service may differ in their limits and pictures only
+        folder_name, pattern = (f"{folder_name}-{settings.precision}-{of_limit}"
+                                for of_limit in (bundles.limit_id(settings), "*"))
     log.info("preparing %s: exporting it for %s", name, engine)
-    with bundles.writing(settings.model_dir, folder_name) as folder:
+    with bundles.writing(settings.model_dir, folder_name, pattern) as folder:
         try:
             files, answer, quantization, features = export(network, engine, folder, settings)
         except (RuntimeError, AssertionError) as e:  # torch's and OpenVINO's, such as for a picture that is too small
@@ -179,9 +185,9 @@ def make_bundle(settings, name, engine):
     return settings.model_dir / "bundles" / folder_name
 
 
-def quantization_of(settings, engine):
-    """Whether the precision of a bundle is chosen by measuring."""
-    return engine == "openvino" and settings.precision in ("int8", "auto")
+def is_measured(settings, engine):
+    """Whether what the precision of a bundle costs is measured."""
+    return engine == "openvino" and settings.precision in bundles.MEASURED
 
 
 def weights_file(settings, name):

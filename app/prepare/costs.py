@@ -6,7 +6,7 @@ import numpy as np
 
 from app.engine.preprocess import softmax
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())  # memory each
 ROUNDS, ROUND_S = 5, 0.2
 
 
@@ -19,25 +19,17 @@ def compiled(model, precision="fp32", streams=CORES):
 
 
 def outputs(network, batch):
-    """The first output of a compiled network for each of (N, 3, H, W): float32 (N, K).
-
-    Not with an AsyncInferQueue: a network that is released while one of its threads still has to take Python's lock,
-    for a callback, waits for that thread for good.
+    """The first output of a compiled network for each of (N, 3, H, W): float32 (N, K). Without AsyncInferQueue: a
+    thread that has made its last callback may wait for the GIL while the network is freed, which waits for the thread.
     """
-    import openvino
-    requests, found, inputs = [network.create_infer_request() for _ in range(CORES)], [], {}
-
-    def finish(request):
-        request.wait()
-        found.append(request.get_output_tensor(0).data[0].copy())
-    for i, one in enumerate(batch):
-        if i >= CORES:
-            finish(requests[i % CORES])
-        inputs[i % CORES] = np.ascontiguousarray(one[None])  # read in place
-        requests[i % CORES].set_input_tensor(0, openvino.Tensor(inputs[i % CORES], shared_memory=True))
-        requests[i % CORES].start_async()
-    for i in range(max(0, len(batch) - CORES), len(batch)):
-        finish(requests[i % CORES])
+    requests, found = [network.create_infer_request() for _ in range(min(CORES, len(batch)))], []
+    for i in range(len(batch) + len(requests)):
+        request = requests[i % len(requests)]
+        if i >= len(requests):
+            request.wait()
+            found.append(request.get_output_tensor(0).data[0].copy())
+        if i < len(batch):
+            request.start_async({0: batch[i][None]})
     return np.stack(found)
 
 
@@ -63,16 +55,16 @@ def cost(reference, other, classifies):
             "max_change": float(changes.max())}
 
 
-def speeds(networks, one):
-    """{name: images per second on one core} of {name: network compiled with streams=1}, measured in turn."""
-    requests = {name: network.create_infer_request() for name, network in networks.items()}
-    found = {name: [] for name in networks}
+def speeds(models, one):
+    """{name: images per second of one core's time} of {name: (openvino.Model, precision)}, measured in turn."""
+    requests = {name: compiled(*each, streams=1).create_infer_request() for name, each in models.items()}
+    found = {name: [] for name in models}
     for request in requests.values():
         request.infer({0: one[None]})
     for _ in range(ROUNDS):
         for name, request in requests.items():
-            count, start = 0, time.perf_counter()
-            while (taken := time.perf_counter() - start) < ROUND_S or count < 2:
+            count, start = 0, time.process_time()
+            while (taken := time.process_time() - start) < ROUND_S or count < 2:
                 request.infer({0: one[None]})
                 count += 1
             found[name].append(count / taken)

@@ -1,9 +1,9 @@
 """PRECISION=int8 and PRECISION=auto: makes what is asked for, measures its cost on held-out pictures and its speed, and
 chooses. The result is a manifest's `quantization`.
 """
+import itertools
 import logging
 import sys
-import time
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +13,9 @@ from app.prepare import bundles, costs
 
 INSTALL = "pip install -r app/prepare/requirements-int8.txt"
 AT_ONCE = 32
-FEWEST_MEASURED, MEASURING_S = 100, 600  # processor time; once it is up, a slow network has been measured on fewer
+CHOOSING_S, MEASURING_S = 600, 600  # processor time for which slow networks see fewer pictures,
+FEWEST = 100                        # but at least so many
+EVALUATIONS = 10                    # of the pictures to choose layers by: without and with half, a quarter… restored
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def chosen(model, network, settings, progress):
     native_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     absent, asked, limit = bundles.missing(settings), settings.precision, settings.accuracy_limit
     said = {"asked": asked, "limit": limit, "chosen": "fp32", "missing": absent, "pictures": None, "precisions": {},
-            "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+            "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"), "vnni": bundles.has_vnni(),
             "calibration": bundles.calibration_id(settings)}
     if absent:
         log.warning("PRECISION=auto cannot try int8: %s is not installed; %s", " and ".join(absent), INSTALL)
@@ -59,24 +61,25 @@ def chosen(model, network, settings, progress):
     if len(tried) == 1 and absent:
         return model, said
     from app.prepare.samples import Samples
+    progress("looking at the pictures", 0, 1)
     samples, classifies, layers = Samples(network, settings), network.task == "classification", {}
     if not absent:
         try:
             int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
             tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
-        except (RuntimeError, ValueError, KeyError, TypeError) as e:  # NNCF's, for a network that it cannot quantize
+        except Exception as e:  # NNCF raises many types of errors for what it cannot quantize
             reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
             if asked == "int8":
                 raise QuantizeError(f"NNCF cannot quantize {network.arguments['name']}: {reason}") from e
             log.warning("PRECISION=auto goes on without int8, as NNCF cannot quantize %s: %s",
                         network.arguments["name"], reason)
-    measured, count = differences(tried, samples, classifies, progress)
     progress("measuring the speed", 0, 1)
-    speeds = costs.speeds({name: costs.compiled(*each, streams=1) for name, each in tried.items()},
-                          next(samples.take("held_out")))
+    speeds = costs.speeds(tried, next(samples.take("held_out", 1)))
+    count = affordable("held_out", MEASURING_S, sum(1 / speed for speed in speeds.values()))
+    measured = differences(tried, samples, count, classifies, progress)
     for name in tried:
-        said["precisions"][name] = {**rounded_numbers(measured[name]), "images_per_second": round(speeds[name], 1),
-                                    **(layers if name == "int8" else {})}
+        said["precisions"][name] = {**rounded_numbers(measured[name]), **(layers if name == "int8" else {}),
+                                    "images_per_second": float(f"{speeds[name]:.3g}")}
     said["pictures"] = {**samples.about, "held_out": count}
     said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)
     log.info("%s: %s", network.arguments["name"], sentence(said))
@@ -90,39 +93,39 @@ def chosen(model, network, settings, progress):
 def make_int8(model, samples, limit, classifies, progress):
     """See quantize.within."""
     from app.prepare import quantize
-    calibrating = gathered(samples, "calibration", progress)
+    from app.prepare.samples import COUNTS
+    calibrating = gathered(samples, "calibration", COUNTS["calibration"], progress)
     progress("calibrating the int8 network", 0, 1)
     int8 = quantize.quantize(model, calibrating)
+    speed, = costs.speeds({"fp32": (model, "fp32")}, calibrating[0]).values()
     del calibrating
-    return quantize.within(int8, model, gathered(samples, "choosing", progress), limit, classifies, progress)
+    choosing = gathered(samples, "choosing", affordable("choosing", CHOOSING_S, EVALUATIONS / speed), progress)
+    return quantize.within(int8, model, choosing, limit, classifies, progress)
 
 
-def gathered(samples, group, progress):
-    progress(f"reading the pictures for {group}", 0, 1)
-    return list(samples.take(group))
-
-
-def differences(tried, samples, classifies, progress):
-    """({precision: its costs.cost}, number of inputs), on the held-out pictures. A few at a time, as all of them might
-    not fit into memory."""
+def affordable(group, processor_s, each_s):
+    """How many inputs of a group there is time for, if each takes each_s of one core."""
     from app.prepare.samples import COUNTS
-    networks = {name: costs.compiled(*each) for name, each in tried.items()}
-    found, end, batch, count = {name: [] for name in tried}, time.process_time() + MEASURING_S, [], 0
-    for one in samples.take("held_out"):
-        batch.append(one)
-        count += 1
-        if len(batch) == AT_ONCE:
-            for name, network in networks.items():
-                found[name].append(costs.outputs(network, batch))
-            batch = []
-            progress("measuring on held-out pictures", count, COUNTS["held_out"])
-            if time.process_time() > end and count >= FEWEST_MEASURED:
-                break
-    if batch:
+    return min(COUNTS[group], max(FEWEST, int(processor_s / each_s)))
+
+
+def gathered(samples, group, number, progress):
+    progress(f"reading the pictures for {group}", 0, 1)
+    return list(samples.take(group, number))
+
+
+def differences(tried, samples, count, classifies, progress):
+    """{precision: its costs.cost} on so many held-out inputs. A few at a time, as all of them might not fit into
+    memory."""
+    networks, inputs = {name: costs.compiled(*each) for name, each in tried.items()}, samples.take("held_out", count)
+    found, done = {name: [] for name in tried}, 0
+    while batch := list(itertools.islice(inputs, AT_ONCE)):
         for name, network in networks.items():
             found[name].append(costs.outputs(network, batch))
+        done += len(batch)
+        progress("measuring on held-out pictures", done, count)
     found = {name: np.concatenate(each) for name, each in found.items()}
-    return {name: costs.cost(found["fp32"], each, classifies) for name, each in found.items()}, count
+    return {name: costs.cost(found["fp32"], each, classifies) for name, each in found.items()}
 
 
 def rounded_numbers(numbers):
@@ -151,7 +154,7 @@ def table(said):
     for name, one in said["precisions"].items():
         share = f"{one['changed']} ({100 * one['cost']:.1f} %)" if classifies else ""
         lines.append(f"{name:<10}{share:>15}{one['mean_change']:>13.4f}{one['max_change']:>9.3f}"
-                     f"{one['images_per_second']:>10.1f}{'  chosen' if name == said['chosen'] else ''}"
+                     f"{one['images_per_second']:>10g}{'  chosen' if name == said['chosen'] else ''}"
                      + (f", {len(one['restored_layers'])} of "
                         f"{one['int8_layers'] + len(one['restored_layers'])} layers at fp32" if name == "int8" else ""))
     held, files = said["pictures"]["held_out"], said["pictures"]["files"]["held_out"]

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from app.prepare import costs
+from app.prepare import bundles, costs
 
 AIM = 0.7            # of the limit, on the pictures that layers are chosen by: others will cost a little more or less
 MOST_RESTORED = 0.5  # of the layers
@@ -24,11 +24,13 @@ WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 def quantize(model, calibrating):
     """The int8 openvino.Model of an fp32 one with one input (1, 3, H, W). calibrating: [(3, H, W) float32]."""
     import nncf
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+    from nncf.quantization import advanced_parameters as advanced
     nncf.set_log_level("ERROR")
     attends = {op.get_type_name() for op in model.get_ordered_ops()} & {"Softmax", "ScaledDotProductAttention"}
     # Smoothing would move scales from activations to weights, which could then not be restored one by one.
-    plain = AdvancedQuantizationParameters(smooth_quant_alphas=AdvancedSmoothQuantParameters(-1, -1))
+    plain = advanced.AdvancedQuantizationParameters(
+        overflow_fix=advanced.OverflowFix.FIRST_LAYER if bundles.has_vnni() else advanced.OverflowFix.ENABLE,
+        smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(-1, -1))
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return nncf.quantize(model, nncf.Dataset([one[None] for one in calibrating]), subset_size=len(calibrating),
                              preset=nncf.QuantizationPreset.PERFORMANCE, advanced_parameters=plain,

@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 
 class Samples:
-    """take(group): at most COUNTS[group] inputs, float32 (3, crop, crop) each, always the same ones.
+    """take(group, number of inputs, at most COUNTS[group]): float32 (3, crop, crop) each, always the same ones.
 
-    about: {"source", "files": {group: number}}, for the manifest.
+    about: {"source", "files": {group: the number of those that were taken last}}, for the manifest.
     """
 
     def __init__(self, network, settings):
@@ -46,27 +46,32 @@ class Samples:
         self.about = {"source": source, "files": {group: len(files) for group, files in self.files.items()}}
 
     def readable(self, paths):
-        """Those of the paths that are pictures. Raises StartError if they are too few."""
-        found = []
+        """Those of the paths that are pictures, one of equal ones. Raises StartError if they are too few."""
+        found = {}
         for path in paths:
             try:
-                self.read(path, self.network.preprocessing.resize)
-                found.append(path)
+                if path.stat().st_size > self.settings.max_file_size:
+                    raise OSError("it is larger than MAX_FILE_SIZE")
+                digest = bundles.sha256(path)
+                if digest not in found:
+                    self.read(path, self.network.preprocessing.resize)
+                    found[digest] = path
             except (ServiceError, OSError) as e:
                 log.warning("not used for calibration: %s: %s", path, e)
         bundles.check_number(self.settings, len(found))
-        return found
+        return list(found.values())
 
     def read(self, path, side=None):
         picture = pictures.read_image(path.read_bytes(), self.settings.max_image_pixels, side)
         return picture.image.convert("RGB")
 
-    def take(self, group):
-        """Each file as it is, then as many crops of each as it takes."""
-        wanted, files = COUNTS[group], self.files[group]
-        each = -(-wanted // (len(files) * self.views))
-        of_all = (tensor for i, path in enumerate(files[:wanted]) for tensor in self.of(path, group, i, each))
-        return itertools.islice(of_all, wanted)
+    def take(self, group, wanted):
+        """Evenly spread files as they are, each followed by as many crops of it as it takes."""
+        files, needed = self.files[group], -(-wanted // self.views)
+        number = self.about["files"][group] = min(len(files), needed)
+        files = [files[i * len(files) // number] for i in range(number)]
+        return itertools.islice((tensor for i, path in enumerate(files) for tensor in self.of(
+            path, group, i, needed // number + (i < needed % number))), wanted)
 
     views = property(lambda self: 2 if self.network.task == "big_five_regression" else 1)
 
@@ -91,7 +96,8 @@ def crop(image, random):
     height = min(image.size) * random.uniform(SMALLEST_CROP, 1)
     width = min(image.width, height * random.uniform(1, 4 / 3))
     left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
-    part = image.crop(tuple(int(edge) for edge in (left, top, left + width, top + height)))
+    left, top, right, bottom = (int(edge) for edge in (left, top, left + width, top + height))
+    part = image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
     if random.random() < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return ImageEnhance.Brightness(part).enhance(random.uniform(*BRIGHTNESS))

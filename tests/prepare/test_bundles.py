@@ -92,6 +92,16 @@ def test_a_bundle_appears_when_it_is_whole(tmp_path, write):
     assert (names(tmp_path), bundle.read(tmp_path / "bundles/model").labels) == (["model"], ["a", "b"])
 
 
+def test_a_bundle_for_another_limit_inherits_the_temperature(tmp_path, write):
+    for name, age in (("model-int8-a", 10), ("model-int8-b", 5), ("model", 0), ("model-auto-a", 0)):
+        path = write(name, age=0) / "calibration.json"
+        path.write_text(name)
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    with bundles.writing(tmp_path, "model-int8-c", "model-int8-*") as folder:
+        bundles.save_manifest(folder, MANIFEST)
+    assert (tmp_path / "bundles/model-int8-c/calibration.json").read_text() == "model-int8-b"
+
+
 def test_the_newest_bundle_that_fits_is_found(tmp_path, write):
     settings = Settings.parse({"MODEL_NAME": "resnet18", "MODEL_DIR": str(tmp_path)})
     assert bundles.find(settings, "resnet18", "openvino") is None

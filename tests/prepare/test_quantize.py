@@ -1,5 +1,6 @@
 """PRECISION=int8 and auto: their cost is measured on other pictures than they were calibrated with, and kept within
 ACCURACY_LIMIT; they are served without what made them."""
+import copy
 import dataclasses
 import itertools
 import json
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, encoded, photo, post
+from PIL import Image
 
 from app import create_app, load_model
 from app.config import Settings, StartError
@@ -92,7 +94,7 @@ def test_int8_weights_take_a_quarter(int8_settings, app, settings):
 def test_int8_is_made_once_for_the_same_pictures(int8_settings, tmp_path):
     def found(**changed):
         return bundles.find(dataclasses.replace(int8_settings, **changed), "efficientnet_lite0", "openvino")
-    assert found().name.endswith("-openvino-int8")
+    assert found().name.startswith("efficientnet_lite0-579344248a93-openvino-int8-")
     assert found(calibration_dir=write_pictures(tmp_path, ("rocket", "coffee"))) is None
     assert found(calibration_dir=None) == found(calibration_dir=tmp_path / "none") == found()  # baked into an image
 
@@ -109,6 +111,16 @@ def test_a_wrong_int8_network_fails_its_self_test(int8_settings):
     task.manifest = dataclasses.replace(task.manifest, self_test={"outputs": outputs[1:] + outputs[:1]})
     with pytest.raises(ModelError, match="fails its self-test: the outputs are off"):
         model.self_test()
+
+
+def test_answers_of_another_int8_network_are_not_taken_for_this_ones(int8_settings, int8, app):
+    def identity(loader, digest):
+        task = copy.copy(loader.current.task)
+        task.manifest = dataclasses.replace(task.manifest, files=task.manifest.files | {"model.bin": digest})
+        return task.identity()
+    assert identity(int8, "0") != identity(int8, "1")
+    fp32 = app.extensions["model"]
+    assert identity(fp32, "0") == identity(fp32, "1")  # another export of the same
 
 
 def test_int8_explains_and_embeds(int8, int8_settings, client):
@@ -138,7 +150,7 @@ def test_an_int8_network_is_served_without_what_made_it(int8_settings):
 
 
 @pytest.mark.parametrize(("variables", "message"), [
-    ({"CALIBRATION_DIR": "/nowhere"}, "CALIBRATION_DIR /nowhere has 0 pictures; at least 10 are needed"),
+    ({"CALIBRATION_DIR": "/nowhere"}, "CALIBRATION_DIR /nowhere has 0 pictures that can be used; at least 10 are"),
     ({"ENGINE": "torch"}, "PRECISION is int8, which needs ENGINE=openvino"),
     ({"without": "nncf"}, "PRECISION is int8, which needs nncf to prepare the model: pip install -r app/prepare/"),
     ({"without": "skimage"}, "PRECISION is int8, which needs scikit-image to prepare the model: pip install -r ")])
@@ -162,10 +174,53 @@ def test_what_is_measured_on_was_neither_calibrated_with_nor_chosen_by(settings,
     assert all(groups)
     assert not groups[0] & (groups[1] | groups[2])
     assert not of_users or not groups[1] & groups[2]  # of the photographs, other crops
-    taken = {group: [one.tobytes() for one in found.take(group)] for group in samples.COUNTS}
+    taken = {group: [one.tobytes() for one in found.take(group, number)] for group, number in samples.COUNTS.items()}
     assert {group: len(each) for group, each in taken.items()} == samples.COUNTS
     assert len(set(itertools.chain(*taken.values()))) == sum(samples.COUNTS.values())
-    assert [one.tobytes() for one in found.take("choosing")] == taken["choosing"]  # the same again
+    assert [one.tobytes() for one in found.take("choosing", 6)] == taken["choosing"]  # the same again
+
+
+def test_fewer_pictures_than_files_are_spread_over_them(settings, tmp_path):
+    folder = write_pictures(tmp_path, ("chelsea", "coffee", "rocket", "camera"))
+    network = networks.Network(None, "classification", {}, [], networks.LITE0_PREPROCESSING, "")
+    found = samples.Samples(network, dataclasses.replace(settings, calibration_dir=folder))
+    seen, found.read = [], lambda path, read=found.read: seen.append(path) or read(path)
+    assert len(found.files["held_out"]) == 10
+    assert len(list(found.take("held_out", 5))) == 5
+    assert seen == found.files["held_out"][::2]
+    assert found.about["files"]["held_out"] == 5
+
+
+def test_of_a_folder_only_pictures_count_and_each_once(settings, tmp_path, caplog):
+    folder = write_pictures(tmp_path)
+    for path in list(folder.glob("*.png")):
+        path.with_suffix(".json").write_text("{}")
+    (folder / ".thumbnails").mkdir()
+    (folder / "below").mkdir()
+    (folder / "below/again").symlink_to(folder)
+    picture = (folder / "chelsea0.png").read_bytes()
+    for name in (".thumbnails/chelsea0.png", ".chelsea0.png", "below/a copy.PNG"):
+        (folder / name).write_bytes(picture)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "huge.png").write_bytes(picture + bytes(settings.max_file_size))
+    settings = dataclasses.replace(settings, calibration_dir=folder)
+    files = bundles.calibration_files(settings)
+    assert {path.name for path in files} == {f"{name}{i}.png" for name in PHOTOS for i in range(5)} | {
+        "a copy.PNG", "huge.png"}
+    network = networks.Network(None, "classification", {}, [], networks.LITE0_PREPROCESSING, "")
+    used = [path for group in samples.Samples(network, settings).files.values() for path in group]
+    assert len(used) == 10
+    assert len({path.read_bytes() for path in used}) == 10
+    assert [r.message for r in caplog.records] == [
+        f"not used for calibration: {folder}/huge.png: it is larger than MAX_FILE_SIZE"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2)])
+def test_a_tiny_picture_has_crops(size):
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        part = samples.crop(Image.new("RGB", size), random)
+        assert 1 <= min(part.size) <= max(part.size) <= max(size)
 
 
 def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, monkeypatch):
@@ -183,6 +238,9 @@ def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, mo
         "cost": 0, "mean_change": 0, "max_change": 0, "images_per_second": 0}
     assert "changes a score by" in precision.sentence(said)
     assert load_model(strict).current.info()["precision"] == "int8"
+    # The one for another limit is still there: two models of a service may differ in nothing else.
+    still = bundles.find(dataclasses.replace(strict, accuracy_limit=1.0), "ocean", "openvino")
+    assert not bundle.read(still).quantization["precisions"]["int8"]["restored_layers"]
 
 
 def test_all_layers_restored_is_fp32_again(app, settings):
@@ -225,6 +283,32 @@ def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monk
         assert bundles.find(auto, "ocean", "openvino") is None  # it can be tried by now
 
 
+def test_auto_goes_on_where_nncf_fails(ocean_settings, monkeypatch, caplog):
+    nncf = pytest.importorskip("nncf")
+
+    def fail(*arguments, **options):
+        raise nncf.InternalError("no such operation")
+    monkeypatch.setattr(nncf, "quantize", fail)
+    monkeypatch.setattr(nncf, "set_log_level", lambda level: None)  # pytest's own handler is among those that it sets
+    auto = dataclasses.replace(ocean_settings, precision="auto", accuracy_limit=0.5)
+    caplog.set_level("WARNING")
+    said = made(auto).quantization
+    assert "int8" not in said["precisions"]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "PRECISION=auto goes on without int8, as NNCF cannot quantize ocean: InternalError: no such operation"]
+    with pytest.raises(StartError, match="^NNCF cannot quantize ocean: InternalError: no such operation$"):
+        make(dataclasses.replace(auto, precision="int8", accuracy_limit=1e-9), "openvino")
+
+
+def test_a_network_that_openvino_converts_wrongly_is_not_measured():
+    from app.prepare import export
+    right = np.array([0.5, -2.0, 1.0], np.float32)
+    export.check(right + 1e-4, right)
+    for wrong in (right[::-1], right + 0.1, right * np.nan):
+        with pytest.raises(StartError, match="does not calculate this network as torch does"):
+            export.check(wrong, right)
+
+
 def test_an_image_without_torch_serves_auto_from_the_unmeasured_fp32_bundle(settings, app, monkeypatch):
     auto = dataclasses.replace(settings, precision="auto", accuracy_limit=0.5)
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -250,6 +334,17 @@ def test_a_limit_that_changes_the_choice_has_the_bundle_made_again(settings, ask
     manifest = dataclasses.replace(manifest, engine="openvino")
     now = dataclasses.replace(settings, precision=asked, accuracy_limit=limit)
     assert bundles.is_precision(manifest, now, None) is fits
+
+
+@pytest.mark.parametrize(("there", "here", "chosen", "fits"), [
+    (True, False, "int8", False), (True, False, "bf16", True), (False, False, "int8", True),
+    (False, True, "int8", True), (True, True, "int8", True)])
+def test_int8_of_a_processor_with_vnni_is_made_again_without(settings, monkeypatch, there, here, chosen, fits):
+    monkeypatch.setattr(bundles, "has_vnni", lambda: here)
+    manifest = bundle.Manifest(*[None] * 12, quantization={**SAID, "vnni": there, "chosen": chosen})
+    auto = dataclasses.replace(settings, precision="auto", accuracy_limit=0.03 if chosen == "int8" else 0.01)
+    manifest.quantization["limit"] = auto.accuracy_limit
+    assert bundles.is_precision(dataclasses.replace(manifest, engine="openvino"), auto, None) is fits
 
 
 @pytest.mark.parametrize(("limit", "chosen"), [(0, "fp32"), (0.008, "bf16"), (0.02, "bf16"), (0.03, "int8")])
