@@ -120,7 +120,11 @@ def make_one(settings, engine, key):
     except OSError as e:
         raise PrepareError(f"MODEL_DIR {settings.model_dir} cannot be written: {e.strerror}") from e
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that prepares a model in MODEL_DIR %s", settings.model_dir)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if found := find(settings, engine, key):  # another process made it meanwhile
             return found
         if importlib.util.find_spec("torch") is None:

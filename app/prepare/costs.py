@@ -20,16 +20,22 @@ def compiled(model, precision="fp32", streams=CORES):
 
 def outputs(network, batch):
     """The first output of a compiled network for each of (N, 3, H, W): float32 (N, K)."""
+    # No AsyncInferQueue: its threads need Python's lock for a callback that has ended, and a network that is released
+    # meanwhile, with the lock, waits for its threads forever (OpenVINO 2026.4.1).
     import openvino
-    found = [None] * len(batch)
+    requests, found = [network.create_infer_request() for _ in range(min(CORES, len(batch)))], []
 
-    def keep(request, i):
-        found[i] = request.get_output_tensor(0).data[0].copy()
-    queue = openvino.AsyncInferQueue(network, CORES)
-    queue.set_callback(keep)
+    def end():
+        request = requests[len(found) % len(requests)]
+        request.wait()
+        found.append(request.get_output_tensor(0).data[0].copy())
     for i, one in enumerate(batch):
-        queue.start_async({0: one[None]}, i)
-    queue.wait_all()
+        if i >= len(requests):
+            end()
+        requests[i % len(requests)].set_input_tensor(openvino.Tensor(np.ascontiguousarray(one[None])))
+        requests[i % len(requests)].start_async()
+    while len(found) < len(batch):
+        end()
     return np.stack(found)
 
 

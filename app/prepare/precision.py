@@ -52,7 +52,7 @@ def chosen(model, network, settings, progress):
             "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"),
             "calibration": bundles.calibration_id(settings)}
     if absent:
-        log.warning("PRECISION=auto cannot try int8: %s is not installed; %s", " and ".join(absent), INSTALL)
+        log.warning("PRECISION=auto cannot try int8: %s; %s", not_installed(absent), INSTALL)
     tried = {"fp32": (model, "fp32")}
     if asked == "auto" and native_bf16 and "scikit-image" not in absent:
         tried["bf16"] = (model, "bf16")
@@ -74,6 +74,7 @@ def chosen(model, network, settings, progress):
     progress("measuring the speed", 0, 1)
     speeds = costs.speeds({name: costs.compiled(*each, streams=1) for name, each in tried.items()},
                           next(samples.take("held_out")))
+    progress.close()
     for name in tried:
         said["precisions"][name] = {**rounded_numbers(measured[name]), "images_per_second": round(speeds[name], 1),
                                     **(layers if name == "int8" else {})}
@@ -91,15 +92,18 @@ def make_int8(model, samples, limit, classifies, progress):
     """See quantize.within."""
     from app.prepare import quantize
     calibrating = gathered(samples, "calibration", progress)
-    progress("calibrating the int8 network", 0, 1)
-    int8 = quantize.quantize(model, calibrating)
+    int8 = quantize.quantize(model, calibrating, progress)
     del calibrating
     return quantize.within(int8, model, gathered(samples, "choosing", progress), limit, classifies, progress)
 
 
 def gathered(samples, group, progress):
-    progress(f"reading the pictures for {group}", 0, 1)
-    return list(samples.take(group))
+    from app.prepare.samples import COUNTS
+    found = []
+    for one in samples.take(group):
+        found.append(one)
+        progress(f"reading the pictures for {group}", len(found), COUNTS[group])
+    return found
 
 
 def differences(tried, samples, classifies, progress):
@@ -139,11 +143,15 @@ def sentence(said):
     return f"PRECISION={said['asked']} serves {said['chosen']} ({'; '.join(parts)}; ACCURACY_LIMIT {said['limit']:g})"
 
 
+def not_installed(packages):
+    return f"{' and '.join(packages)} {'is' if len(packages) == 1 else 'are'} not installed"
+
+
 def table(said):
     """Lines for people: what was measured, and what was chosen."""
     if not said["precisions"]:
-        return [f"precision: {said['chosen']}; nothing else could be tried, as {' and '.join(said['missing'])} "
-                f"{'is' if len(said['missing']) == 1 else 'are'} not installed: {INSTALL}"]
+        return [f"precision: {said['chosen']}; nothing else could be tried, as {not_installed(said['missing'])}: "
+                + INSTALL]
     classifies = "changed" in said["precisions"]["fp32"]
     what = "best probability" if classifies else "score"
     lines = [f"{'precision':<10}{'top-1 changed' if classifies else '':>15}{'mean change':>13}{'largest':>9}"
