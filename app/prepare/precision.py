@@ -54,7 +54,7 @@ def chosen(model, network, settings, progress):
             "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"), "vnni": bundles.has_vnni(),
             "calibration": bundles.calibration_id(settings)}
     if absent:
-        log.warning("PRECISION=auto cannot try int8: %s is not installed; %s", " and ".join(absent), INSTALL)
+        log.warning("PRECISION=auto cannot try int8: %s; %s", not_installed(absent), INSTALL)
     tried = {"fp32": (model, "fp32")}
     if asked == "auto" and native_bf16 and "scikit-image" not in absent:
         tried["bf16"] = (model, "bf16")
@@ -77,6 +77,7 @@ def chosen(model, network, settings, progress):
     speeds = costs.speeds(tried, next(samples.take("held_out", 1)))
     count = affordable("held_out", MEASURING_S, sum(1 / speed for speed in speeds.values()))
     measured = differences(tried, samples, count, classifies, progress)
+    progress.close()
     for name in tried:
         said["precisions"][name] = {**rounded_numbers(measured[name]), **(layers if name == "int8" else {}),
                                     "images_per_second": float(f"{speeds[name]:.3g}")}
@@ -95,8 +96,7 @@ def make_int8(model, samples, limit, classifies, progress):
     from app.prepare import quantize
     from app.prepare.samples import COUNTS
     calibrating = gathered(samples, "calibration", COUNTS["calibration"], progress)
-    progress("calibrating the int8 network", 0, 1)
-    int8 = quantize.quantize(model, calibrating)
+    int8 = quantize.quantize(model, calibrating, progress)
     speed, = costs.speeds({"fp32": (model, "fp32")}, calibrating[0]).values()
     del calibrating
     choosing = gathered(samples, "choosing", affordable("choosing", CHOOSING_S, EVALUATIONS / speed), progress)
@@ -110,8 +110,11 @@ def affordable(group, processor_s, each_s):
 
 
 def gathered(samples, group, number, progress):
-    progress(f"reading the pictures for {group}", 0, 1)
-    return list(samples.take(group, number))
+    found = []
+    for one in samples.take(group, number):
+        found.append(one)
+        progress(f"reading the pictures for {group}", len(found), number)
+    return found
 
 
 def differences(tried, samples, count, classifies, progress):
@@ -142,11 +145,15 @@ def sentence(said):
     return f"PRECISION={said['asked']} serves {said['chosen']} ({'; '.join(parts)}; ACCURACY_LIMIT {said['limit']:g})"
 
 
+def not_installed(packages):
+    return f"{' and '.join(packages)} {'is' if len(packages) == 1 else 'are'} not installed"
+
+
 def table(said):
     """Lines for people: what was measured, and what was chosen."""
     if not said["precisions"]:
-        return [f"precision: {said['chosen']}; nothing else could be tried, as {' and '.join(said['missing'])} "
-                f"{'is' if len(said['missing']) == 1 else 'are'} not installed: {INSTALL}"]
+        return [f"precision: {said['chosen']}; nothing else could be tried, as {not_installed(said['missing'])}: "
+                + INSTALL]
     classifies = "changed" in said["precisions"]["fp32"]
     what = "best probability" if classifies else "score"
     lines = [f"{'precision':<10}{'top-1 changed' if classifies else '':>15}{'mean change':>13}{'largest':>9}"

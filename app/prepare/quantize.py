@@ -6,6 +6,7 @@ Imports OpenVINO and NNCF; runs once, before the workers.
 """
 import contextlib
 import io
+import itertools
 import math
 import time
 
@@ -21,8 +22,9 @@ EXACT = 1e-3         # divergence of a network with all layers restored: roundin
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 
 
-def quantize(model, calibrating):
-    """The int8 openvino.Model of an fp32 one with one input (1, 3, H, W). calibrating: [(3, H, W) float32]."""
+def quantize(model, calibrating, progress):
+    """The int8 openvino.Model of an fp32 one with one input (1, 3, H, W). calibrating: [(3, H, W) float32]; progress:
+    called with (a sentence, done, total)."""
     import nncf
     from nncf.quantization import advanced_parameters as advanced
     nncf.set_log_level("ERROR")
@@ -31,8 +33,13 @@ def quantize(model, calibrating):
     plain = advanced.AdvancedQuantizationParameters(
         overflow_fix=advanced.OverflowFix.FIRST_LAYER if bundles.has_vnni() else advanced.OverflowFix.ENABLE,
         smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(-1, -1))
+    read = itertools.count(1)  # NNCF reads some of them again, for the biases
+
+    def batch(one):
+        progress("calibrating the int8 network", min(next(read), len(calibrating)), len(calibrating))
+        return one[None]
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(model, nncf.Dataset([one[None] for one in calibrating]), subset_size=len(calibrating),
+        return nncf.quantize(model, nncf.Dataset(calibrating, batch), subset_size=len(calibrating),
                              preset=nncf.QuantizationPreset.PERFORMANCE, advanced_parameters=plain,
                              model_type=nncf.ModelType.TRANSFORMER if attends else None)
 

@@ -248,7 +248,7 @@ def test_all_layers_restored_is_fp32_again(app, settings):
     import openvino
     fp32 = openvino.Core().read_model(bundles.find(settings, settings.model_name, "openvino") / "model.xml")
     one = np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32)
-    int8 = quantize.quantize(fp32, [*one])
+    int8 = quantize.quantize(fp32, [*one], lambda *progress: None)
     layers = quantize.layers_of(int8)
     a, b, c = (costs.outputs(costs.compiled(model), one)
                for model in (fp32, int8, quantize.restored(int8, fp32, layers)))
