@@ -61,6 +61,9 @@ def own(settings, key):
 def find(settings, engine, key):
     """Prepared if the verified bundle of MODEL_NAME exists, else None. Raises StartError."""
     folder = bundles.find(settings, settings.model_name, engine)
+    pictures = settings.calibration_dir
+    if folder and bundles.read(folder).quantization and pictures and not pictures.is_dir():
+        log.warning("CALIBRATION_DIR %s does not exist: %s is as it was prepared earlier", pictures, folder.name)
     try:
         return ready(folder, None, key) if folder and bundles.verify(folder) else None
     except bundles.BundleError as e:

@@ -18,7 +18,7 @@ from app.config import Settings, StartError
 from app.engine import bundle
 from app.errors import Deadline
 from app.model_loader import ModelError
-from app.prepare import bundles, costs, make, networks, precision, quantize, samples
+from app.prepare import bundles, costs, find, make, networks, precision, quantize, samples
 
 PHOTOS = ("chelsea", "coffee")
 
@@ -97,6 +97,15 @@ def test_int8_is_made_once_for_the_same_pictures(int8_settings, tmp_path):
     assert found().name.startswith("efficientnet_lite0-579344248a93-openvino-int8-")
     assert found(calibration_dir=write_pictures(tmp_path, ("rocket", "coffee"))) is None
     assert found(calibration_dir=None) == found(calibration_dir=tmp_path / "none") == found()  # baked into an image
+
+
+def test_a_calibration_dir_that_does_not_exist_is_said(int8_settings, tmp_path, caplog):
+    missing = dataclasses.replace(int8_settings, calibration_dir=tmp_path / "none")
+    assert find(missing, "openvino", "").folder
+    assert f"CALIBRATION_DIR {tmp_path}/none does not exist" in caplog.text
+    caplog.clear()
+    assert find(int8_settings, "openvino", "").folder
+    assert not caplog.text
 
 
 def test_other_precisions_do_not_get_the_int8_network(int8_settings, app):
