@@ -216,6 +216,7 @@ def prepared(task, tensor, options):
         from app.tasks import insight
         insight.check(task, options)
     shot = {"index": 0, "time_s": 0.0, "face_box": None, "face_detected": False}
+    tensor = tensor.copy()  # of the body, which is read-only; engines read writable arrays in place
     return Views(task.views(tensor, options), [shot], [shot], list(tensor.shape[:0:-1]), False)
 
 

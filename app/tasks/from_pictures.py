@@ -167,7 +167,7 @@ class FromPictures(Task):
         manifest = self.manifest
         return [manifest.name, manifest.task, manifest.labels, manifest.weights, manifest.network,
                 manifest.preprocessing, manifest.engine, manifest.versions, self.engine.precision,
-                self.device.partition(":")[0], self.engine.precision == "int8" and manifest.files]  # each is another
+                self.device.partition(":")[0], manifest.quantization and manifest.files]  # each int8 network is another
 
     def gauges(self):
         return self.manifest.engine, self.engine.precision, (self.manifest.weights["sha256"] or "")[:12]
