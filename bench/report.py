@@ -73,7 +73,7 @@ def table(head, rows):
 
 
 def markdown(outcome):
-    """Ready to be pasted into the README, headings included."""
+    """Ready to be pasted into docs/performance.md, headings included."""
     systems = list(outcome["results"])
     services = [system for system in systems if not system.startswith("limit")]
     versions = ", ".join(f"{name} {version}" for name, version in outcome["versions"].items())

@@ -65,6 +65,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def documentation():
+    """README.md and docs/, one after the other."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
+
+
 def photo(name):
     """One of scikit-image's photographs as a PIL image in its own mode: astronaut, chelsea, coffee, rocket, camera."""
     with Image.open(next(PHOTOS.glob(f"{name}.*"))) as image:

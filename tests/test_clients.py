@@ -1,4 +1,4 @@
-"""Those who call the service: Postman's collection and the README's examples, run against a running service."""
+"""Those who call the service: Postman's collection and the documentation's examples, run against a running service."""
 import json
 import os
 import re
@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, need
+from conftest import ROOT, documentation, need
 
-README = ROOT / "README.md"
 RUNNERS = {"console": "bash", "bash": "bash", "python": sys.executable, "javascript": "node"}
 
 
@@ -34,8 +33,8 @@ def test_postman_collection_has_every_endpoint(app):
 
 
 def examples():
-    """(language, code) of the fenced blocks of the README that follow a line <!-- run -->."""
-    return re.findall(r"^<!-- run -->\n```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    """(language, code) of the documentation's fenced blocks that follow a line <!-- run -->."""
+    return re.findall(r"^<!-- run -->\n```(\w+)\n(.*?)^```", documentation(), re.M | re.S)
 
 
 def script_of(language, code, url):
@@ -46,10 +45,10 @@ def script_of(language, code, url):
 
 
 @pytest.mark.parametrize("index", range(max(1, len(examples()))))
-def test_readme_example(index, service, tmp_path):
+def test_example_of_the_documentation(index, service, tmp_path):
     """Each example runs in a folder that has the photo it speaks of, prints the cat, and complains about nothing."""
     if not examples():
-        pytest.fail("the README has no block marked with <!-- run -->")
+        pytest.fail("the documentation has no block marked with <!-- run -->")
     language, code = examples()[index]
     (tmp_path / "tests/images").mkdir(parents=True)
     for name in ("cat.jpg", "photo.jpg", "tests/images/chelsea.jpg"):

@@ -1,4 +1,4 @@
-"""Settings are checked, frozen, and the same in code, .env.example and README."""
+"""Settings are checked, frozen, and the same in code, .env.example and docs/settings.md."""
 import dataclasses
 import os
 import re
@@ -38,8 +38,9 @@ def test_every_setting_of_the_example_file_has_a_sentence():
         assert comment[1].rstrip().endswith("."), name
 
 
-def test_readme_lists_every_setting_with_its_default():
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+def test_documentation_lists_every_setting_with_its_default():
+    text = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", text, re.M))
     assert sorted(rows) == sorted(NAMES)
     for name, default in dotenv_values(EXAMPLE).items():
         assert rows[name] == (f"`{default}`" if default else ""), name

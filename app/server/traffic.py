@@ -147,7 +147,7 @@ def of_running_service(pid, name):
     _, its_board, _ = running_service(pid)
     known = model_settings.versions(model["key"] for model in (its_board.published() or {"models": []})["models"])
     if not known:
-        raise StartError("no model of this service has versions: see MODELS in the README")
+        raise StartError("no model of this service has versions: see MODELS in docs/models.md")
     if name and name not in known:
         raise StartError(f"this service has no versions of {name}, only of {', '.join(known)}")
     return of(its_board), known

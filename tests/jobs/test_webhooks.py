@@ -9,7 +9,7 @@ import time
 import uuid
 
 import pytest
-from conftest import ROOT
+from conftest import documentation
 from hostile_server import HostileServer, repeatedly
 from sqlalchemy import insert, select, update
 
@@ -145,8 +145,8 @@ def test_messages_are_signed(receiver, secret, key):
     assert verified(receiver.requests[0], key) == {"event": "job.succeeded", "id": "d1", "job": body_of("j1")}
 
 
-def test_the_readmes_receiver_accepts_them_and_no_others(receiver):
-    code = re.search(r"<!-- verify -->\n```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
+def test_the_documentations_receiver_accepts_them_and_no_others(receiver):
+    code = re.search(r"<!-- verify -->\n```python\n(.*?)```", documentation(), re.S)[1]
     exec(code, readme := {})
     body = b'{"event": "job.failed"}'
     for secret in (SECRET, "whsec_" + base64.b64encode(bytes(32)).decode()):

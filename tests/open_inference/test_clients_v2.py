@@ -178,18 +178,18 @@ def test_tritons_further_errors(triton):
 
 
 def examples():
-    """The README's programs that follow a line <!-- run with the clients -->."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The documentation's programs that follow a line <!-- run with the clients -->."""
+    text = (ROOT / "docs/open-inference.md").read_text(encoding="utf-8")
     return re.findall(r"^<!-- run with the clients -->\n```python\n(.*?)^```", text, re.M | re.S)
 
 
-def test_readme_has_an_example_of_each_client():
+def test_documentation_has_an_example_of_each_client():
     assert len(examples()) == 2
     assert ["kserve" in one for one in examples()] == [False, True]
 
 
 @pytest.mark.parametrize("index", range(2))
-def test_readme_example(index, service, tmp_path):
+def test_documentation_example(index, service, tmp_path):
     (tmp_path / "cat.jpg").write_bytes(PICTURE.read_bytes())
     code = examples()[index]
     assert "127.0.0.1:5000" in code
