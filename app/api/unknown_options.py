@@ -24,7 +24,8 @@ def check(names):
     if unknown and has_input(tasks):
         from app.suggestions import did_you_mean
         name, known = min(unknown)[:40], sorted({*options, STREAM.name})
-        meant = did_you_mean(name, [*known, *KNOWN_NAMES]) or f"; there are {', '.join(known)}"
+        of_jobs = ["callback_url"] if "jobs" in current_app.extensions else []
+        meant = did_you_mean(name, [*known, *of_jobs, *KNOWN_NAMES]) or f"; there are {', '.join(known)}"
         raise ServiceError(400, "INVALID_PARAMETER", f"{ascii(name)[1:-1]} is not an option of any model{meant}")
 
 
