@@ -107,8 +107,8 @@ def test_json_in_json_out(serve):
     ({"numbers": "12"}, "INVALID_PARAMETER", "numbers must be a list of numbers"),
     ({"numbers": [1], "times": 11}, "INVALID_PARAMETER", "times must be an integer from 1 to 10, got 11"),
     ({"numbers": [1], "time": 2}, "INVALID_PARAMETER", "time is not an option of any model; did you mean times?"),
-    ({"numbers": [1], "unit": "m"}, "INVALID_PARAMETER", "unit is not an option of any model; there are as_text, stream, "
-                                                         "times"),
+    ({"numbers": [1], "unit": "m"}, "INVALID_PARAMETER",
+     "unit is not an option of any model; there are as_text, stream, times"),
     ({"number": [1]}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
     ({"numbers": [1], "times": [1]}, "INVALID_PARAMETER", "times must be a single value, got a list"),
     ({"instances": [[1], ["a"]]}, "INVALID_PARAMETER", "instances[1] must be a list of numbers"),
