@@ -96,4 +96,4 @@ def test_an_inherited_socket_is_not_taken_for_another_programs(tmp_path, model_d
     assert [line["message"] for line in lines if line["level"] == "WARNING"] == [
         "API_KEY in the environment is not a setting; did you mean API_KEYS?"]
     (starting,) = [line for line in lines if line["message"] == "starting"]
-    assert (starting["workers"], starting["streams"]) == (1, 1)
+    assert (starting["cores"], starting["workers"], starting["streams"]) == (1, 1, 1)
