@@ -1,15 +1,12 @@
 """Those who call the service: Postman's collection and the documentation's examples, run against a running service."""
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, documentation, need
-
-RUNNERS = {"console": "bash", "bash": "bash", "python": sys.executable, "javascript": "node"}
+from conftest import ROOT, need
 
 
 def test_postman_collection(service, tmp_path):
@@ -33,8 +30,11 @@ def test_postman_collection_has_every_endpoint(app):
 
 
 def examples():
-    """(language, code) of the documentation's fenced blocks that follow a line <!-- run -->."""
-    return re.findall(r"^<!-- run -->\n```(\w+)\n(.*?)^```", documentation(), re.M | re.S)
+    """(page, language, code, output or "") of the documentation's fenced blocks that follow a line <!-- run -->; the
+    output is that of a block of text right after it."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    block = re.compile(r"^<!-- run -->\n```(\w+)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.M | re.S)
+    return [(page.name, *found) for page in pages for found in block.findall(page.read_text(encoding="utf-8"))]
 
 
 def script_of(language, code, url):
@@ -44,27 +44,37 @@ def script_of(language, code, url):
     return code.replace("http://127.0.0.1:5000", url)
 
 
-@pytest.mark.parametrize("index", range(max(1, len(examples()))))
-def test_example_of_the_documentation(index, service, tmp_path):
-    """Each example runs in a folder that has the photo it speaks of, prints the cat, and complains about nothing."""
-    if not examples():
-        pytest.fail("the documentation has no block marked with <!-- run -->")
-    language, code = examples()[index]
+def runner_of(language, code):
+    """The command that runs the example: the Python of the system, unless the example needs a package."""
+    if language == "python":
+        return [sys.executable] if "import requests" in code else ["python3", "-I"]
+    return [need("node") if language == "javascript" else need("bash")]
+
+
+@pytest.mark.parametrize(("page", "language", "code", "output"), examples())
+def test_example_of_the_documentation(page, language, code, output, service, settings, tmp_path):
+    """Each example runs as printed where nothing is activated, in a folder that has the photo it speaks of. It prints
+    the cat, and complains about nothing."""
     (tmp_path / "tests/images").mkdir(parents=True)
     for name in ("cat.jpg", "photo.jpg", "tests/images/chelsea.jpg"):
         shutil.copy(ROOT / "tests/images/chelsea.jpg", tmp_path / name)
-    need({"javascript": "node"}.get(language, "bash"))
+    for name, target in (("app", ROOT / "app"), (".venv", sys.prefix)):
+        (tmp_path / name).symlink_to(target)
     need("curl")
     script = tmp_path / ("example.mjs" if language == "javascript" else "example")
     text = script_of(language, code, service.url)
-    assert service.url in text, "the example speaks to another address than http://127.0.0.1:5000"
-    script.write_text(("set -euo pipefail\n" if RUNNERS[language] == "bash" else "") + text, encoding="utf-8")
-    done = subprocess.run([RUNNERS[language], str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                          check=False, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert service.url in text or ".venv/bin/python -m app" in text, "speaks to another address than 127.0.0.1:5000"
+    script.write_text(("set -euo pipefail\n" if language == "console" else "") + text, encoding="utf-8")
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "LANG": "C.UTF-8", "DEVICE": "cpu",
+                   "MODEL_NAME": settings.model_name, "MODEL_DIR": str(settings.model_dir)}
+    done = subprocess.run([*runner_of(language, code), str(script)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "tiger cat" in done.stdout
     assert '"status":"error"' not in done.stdout.replace(": ", ":")
+    assert output in ("", done.stdout), f"{page} prints something else"
 
 
-def test_readme_has_an_example_for_each_client():
-    assert {"console", "python", "javascript"} <= {language for language, _ in examples()}
+def test_documentation_has_an_example_for_each_client():
+    assert {"console", "python", "javascript"} <= {language for _, language, _, _ in examples()}
+    assert {"console", "python"} <= {language for page, language, _, _ in examples() if page == "README.md"}

@@ -1,0 +1,243 @@
+"""The documentation and the code say the same: links, endpoints, error codes, commands, names and figures."""
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, need
+
+from app import create_app
+from app.config import Settings
+from bench import report
+
+PAGES = sorted(ROOT / name for name in (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "bench/scale.md",
+    *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))))
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+ALL = "\n".join(TEXTS.values())
+FENCED = re.compile(r"^```\w*\n.*?^```$", re.M | re.S)
+MEASURED = {"inference_time", "timings_ms", "request_id"}  # differ from one answer to the next
+
+
+# --- links ---
+
+def prose(text):
+    """A page without its code, in which a bracket is no link and a # no heading."""
+    return re.sub(r"`[^`\n]+`", lambda code: re.sub(r"[\[\]()]", " ", code[0]), FENCED.sub("", text))
+
+
+def anchors(text):
+    """The fragments of a page's headings, as GitHub makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(text), re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        assert anchor not in found, f"two headings of one page have the anchor {anchor}"
+        found.add(anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_of_a_page_lead_somewhere(page):
+    text = prose(TEXTS[page])
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"<img src=\"([^\"]+)\"", text)
+    broken = []
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        name, _, fragment = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if not path.exists() or (fragment and fragment not in anchors(path.read_text(encoding="utf-8"))):
+            broken.append(target)
+    assert broken == []
+
+
+def test_files_that_are_named_exist():
+    is_path = re.compile(r"(app|bench|deploy|docs|examples|tests)(/[\w.-]+)*/([\w.-]+\.(py|js|md|conf|ya?ml|json))?")
+    named = {name for name in code_of(ALL) if is_path.fullmatch(name)}
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_readme_leads_to_every_page_of_docs():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", TEXTS["README.md"]))
+    assert linked == {page for page in TEXTS if page.startswith("docs/")}
+
+
+# --- what the service has ---
+
+@pytest.fixture(scope="module")
+def everything(app, tmp_path_factory):
+    """The application with all of its optional endpoints."""
+    variables = {"JOBS": "on", "HISTORY": "on", "DATA_DIR": str(tmp_path_factory.mktemp("data"))}
+    return create_app(Settings.parse(variables), app.extensions["model"])
+
+
+def test_every_endpoint_is_documented(everything):
+    pages = "\n".join(TEXTS[f"docs/{name}.md"] for name in ("api", "jobs", "open-inference"))
+    paths = {re.sub(r"<\w+>", lambda name: name[0][1:-1].removeprefix("job_").upper(), rule.rule)
+             for rule in everything.url_map.iter_rules() if "filename" not in rule.arguments}
+    paths -= {"/docs/NAME"}  # Swagger UI's files
+    assert len(paths) > 25
+    assert [path for path in sorted(paths) if f"`{path}`" not in pages] == []
+
+
+def error_codes():
+    """What the code calls its errors: {code: a place that has it}. Found are calls and pairs that have a status next to
+    a name in capitals, `Refused("…")`, `{"error": "…"}` and the lists of openapi.py."""
+    found = {}
+    for path in sorted((ROOT / "app").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            values = []
+            if isinstance(node, (ast.Call, ast.Tuple)):
+                values = node.args if isinstance(node, ast.Call) else node.elts
+                name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+                first = getattr(values[0], "value", None) if values else None
+                if name != "Refused" and not (isinstance(first, int) and 400 <= first < 600):
+                    values = []
+            elif isinstance(node, ast.Dict):
+                values = [value for key, value in zip(node.keys, node.values, strict=True)
+                          if getattr(key, "value", None) == "error"]
+            elif isinstance(node, ast.List) and path.name == "openapi.py":
+                values = node.elts
+            for value in values:
+                text = getattr(value, "value", None)
+                if isinstance(text, str) and re.fullmatch(r"[A-Z]+(_[A-Z]+)+", text):
+                    found[text] = path.relative_to(ROOT).as_posix()
+    return found
+
+
+def test_every_error_code_is_documented():
+    codes = error_codes()
+    assert len(codes) > 30
+    table = "\n".join(re.findall(r"^\| (?:\d|`[A-Z]+_).*$", TEXTS["docs/api.md"] + TEXTS["docs/jobs.md"], re.M))
+    assert {code: place for code, place in codes.items() if f"`{code}`" not in table} == {}
+
+
+def test_every_documented_error_code_exists():
+    table = re.findall(r"^\| \d{3}.*$", TEXTS["docs/api.md"], re.M)
+    assert len(table) > 8
+    documented = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", " ".join(table)))
+    settings = {*Settings.__dataclass_fields__}
+    assert {code for code in documented if code.lower() not in settings} - set(error_codes()) <= {"API_KEYS"}
+
+
+def code_of(text):
+    """A page's code: inline, and the commands of its console blocks."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", text, re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", FENCED.sub("", text)) + [
+        line[2:] for block in blocks for line in block.splitlines() if line.startswith(("$ ", "> "))]
+
+
+def test_every_command_is_documented():
+    shown = subprocess.run([sys.executable, "-m", "app", "--help"], cwd=ROOT, capture_output=True, text=True,
+                           timeout=60, check=True).stdout
+    commands = set(re.search(r"\{([\w,-]+)\}", shown)[1].split(","))
+    assert {"predict", "prepare", "reload"} <= commands
+    named = {name for code in code_of(ALL) for name in re.findall(r"python -m app ([a-z]+)", code)}
+    assert named == commands
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    named = {target for code in code_of(ALL) for target in re.findall(r"(?:^|\w=\S* |&& )make ([a-z][\w-]*)", code)}
+    assert {"run", "test"} <= named
+    assert named - targets == set()
+
+
+def test_what_is_written_in_capitals_exists():
+    """Settings, error codes and variables of the build, so that none outlives its removal."""
+    folders = ("app", "bench", "deploy", "examples", "tests/fuzz", ".github")
+    sources = [ROOT / name for name in ("Makefile", "Dockerfile", "compose.yaml", "gunicorn.conf.py", ".env.example")]
+    sources += [path for folder in folders for path in (ROOT / folder).rglob("*")
+                if path.suffix in (".py", ".yml", ".yaml", ".js", ".conf", ".service", ".cfg", ".json")]
+    known = set(re.findall(r"[A-Za-z]+(?:_[A-Za-z]+)+", "\n".join(p.read_text(encoding="utf-8") for p in sources)))
+    known = {name.upper() for name in known}
+    named = {name for code in code_of(re.sub(r"\b(?:OTEL|AWS)_\w*", "", prose(ALL)))
+             for name in re.findall(r"(?<![\w*])[A-Z]+(?:_[A-Z]+)+\b(?!\*)", code)}
+    assert len(named) > 50
+    assert sorted(named - known) == []
+
+
+def rows(text):
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_readme_says_what_other_pages_say():
+    """Its settings have their defaults, and its model is that of examples/README.md, which a test runs."""
+    pattern = re.compile(r"\| (`[A-Z_]+`) \| (.*?) \|")
+    said, known = (dict(pattern.match(row).groups() for row in rows(TEXTS[page]) if pattern.match(row))
+                   for page in ("README.md", "docs/settings.md"))
+    assert len(said) == 10
+    assert said.items() <= known.items()
+    model, original = (re.search(r"^```python\n(import cv2.*?)^```", TEXTS[page], re.M | re.S)[1]
+                       for page in ("README.md", "examples/README.md"))
+    assert model == original
+
+
+def test_no_example_needs_a_newer_curl_than_debian_and_ubuntu_have():
+    """--json came with 7.82; Ubuntu 22.04 has 7.81."""
+    assert re.findall(r"curl[^\n]* --json.*", ALL) == []
+
+
+# --- what it prints ---
+
+def answers_shown(page):
+    """(command, JSON) of a page's console blocks with one curl command that a block of JSON follows."""
+    pairs = re.findall(r"^```console\n\$ (curl [^\n]*)\n```\n+```json\n(.*?)^```", TEXTS[page], re.M | re.S)
+    return [(command, json.loads(shown)) for command, shown in pairs if "chelsea.jpg" in command
+            and "/jobs" not in command and "/history" not in command]
+
+
+def assert_like(shown, real, place="answer"):
+    """An answer is like the one that is shown, which may leave out what … stands for, and whose times differ."""
+    if shown == "…":
+        return
+    if isinstance(shown, dict):
+        assert shown.keys() - {"…"} <= real.keys(), place
+        assert "…" in shown or shown.keys() == real.keys(), place
+        for name in shown.keys() - {"…"} - MEASURED:
+            assert_like(shown[name], real[name], f"{place}.{name}")
+        if isinstance(shown.get("timings_ms"), dict):
+            assert "…" in shown["timings_ms"] or shown["timings_ms"].keys() == real["timings_ms"].keys(), place
+    elif isinstance(shown, list):
+        is_cut = shown[-1:] == ["…"]
+        assert len(real) >= len(shown) if is_cut else len(real) == len(shown), place
+        for index, one in enumerate(shown[:-1] if is_cut else shown):
+            assert_like(one, real[index], f"{place}[{index}]")
+    elif isinstance(shown, float):
+        assert real == pytest.approx(shown, abs=1e-3), place
+    elif isinstance(shown, str) and shown.endswith("…"):
+        assert real.startswith(shown[:-1]), place
+    else:
+        assert real == shown, place
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if answers_shown(page)])
+def test_answers_are_like_those_shown(page, service):
+    for command, shown in answers_shown(page):
+        arguments = shlex.split(command.replace("http://127.0.0.1:5000", service.url))
+        real = subprocess.run([need("curl"), "-s", *arguments[1:]], cwd=ROOT, capture_output=True, timeout=60,
+                              check=True).stdout
+        assert_like(shown, json.loads(real), page)
+
+
+def test_the_api_page_shows_a_whole_answer():
+    (whole,) = [shown for _, shown in answers_shown("docs/api.md") if "…" not in json.dumps(shown, ensure_ascii=False)]
+    assert len(whole["predictions"]) == 5
+
+
+# --- what was measured ---
+
+def test_figures_are_those_of_the_benchmark():
+    outcome = json.loads((ROOT / "bench/results.json").read_text())
+    measured = {"| " + " | ".join(report.throughput_row(outcome, system)) + " |"
+                for system in outcome["results"] if system != report.LIGHT}
+    assert len(measured) > 10
+    assert measured - set(rows(TEXTS["docs/performance.md"])) == set()
+    of_readme = [row for row in rows(TEXTS["README.md"]) if re.search(r"\(\d\.\d\d\)", row)]
+    assert len(of_readme) >= 4
+    assert set(of_readme) - measured == set()
