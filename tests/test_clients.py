@@ -37,6 +37,7 @@ def examples():
     return [(page.name, *found) for page in pages for found in block.findall(page.read_text(encoding="utf-8"))]
 
 
+
 def script_of(language, code, url):
     """The example as a file's text, speaking to url; of a console block the commands after its prompts."""
     if language == "console":
@@ -51,7 +52,8 @@ def runner_of(language, code):
     return [need("node") if language == "javascript" else need("bash")]
 
 
-@pytest.mark.parametrize(("page", "language", "code", "output"), examples())
+@pytest.mark.parametrize(("page", "language", "code", "output"), examples(),
+                         ids=[f"{page} {language}" for page, language, _, _ in examples()])
 def test_example_of_the_documentation(page, language, code, output, service, settings, tmp_path):
     """Each example runs as printed where nothing is activated, in a folder that has the photo it speaks of. It prints
     the cat, and complains about nothing."""

@@ -73,7 +73,7 @@ ERRORS = {
             "Too many predictions: 60 per 1 minute are allowed, and each file of a batch counts; try again later."),
     "500": ("A bug in the service.", ["INTERNAL_ERROR"],
             "The service failed; its log has the reason under the request ID."),
-    "503": ("Temporarily unavailable.", ["OVERLOADED", "OUT_OF_MEMORY", "MODEL_UNAVAILABLE"],
+    "503": ("Temporarily unavailable.", ["OVERLOADED", "OUT_OF_MEMORY", "MODEL_UNAVAILABLE", "SHUTTING_DOWN"],
             "The service is at its limit; try again later."),
     "504": ("Not answered in time.", ["DEADLINE_EXCEEDED"],
             "The time allowed for this request ran out (during queue)."),
