@@ -1,13 +1,20 @@
 """Those who call the service: Postman's collection and the documentation's examples, run against a running service."""
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, need
+from servers import free_port
 
+BARE_PATH = "/usr/local/bin:/usr/bin:/bin"  # as of a fresh shell on Debian
 
 def test_postman_collection(service, tmp_path):
     report = tmp_path / "newman.json"
@@ -67,7 +74,7 @@ def test_example_of_the_documentation(page, language, code, output, service, set
     text = script_of(language, code, service.url)
     assert service.url in text or ".venv/bin/python -m app" in text, "speaks to another address than 127.0.0.1:5000"
     script.write_text(("set -euo pipefail\n" if language == "console" else "") + text, encoding="utf-8")
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "LANG": "C.UTF-8", "DEVICE": "cpu",
+    environment = {"PATH": BARE_PATH, "HOME": str(tmp_path), "LANG": "C.UTF-8", "DEVICE": "cpu",
                    "MODEL_NAME": settings.model_name, "MODEL_DIR": str(settings.model_dir)}
     done = subprocess.run([*runner_of(language, code), str(script)], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60, check=False, env=environment)
@@ -75,6 +82,44 @@ def test_example_of_the_documentation(page, language, code, output, service, set
     assert "tiger cat" in done.stdout
     assert '"status":"error"' not in done.stdout.replace(": ", ":")
     assert output in ("", done.stdout), f"{page} prints something else"
+
+
+def test_readme_starts_and_stops_the_service(tmp_path, settings, app):
+    """`make run PORT=8080` and Ctrl-C, with nothing activated, in a folder whose packages are installed already."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n$ make run\n" in text
+    for path in ROOT.iterdir():
+        if not path.name.startswith((".venv", ".env", ".git")) and path.name not in ("data", "models"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != "installed":
+            (tmp_path / ".venv" / path.name).symlink_to(path)
+    (tmp_path / ".venv/installed").touch()
+    environment = {"PATH": BARE_PATH, "HOME": str(tmp_path), "HOST": "127.0.0.1", "DEVICE": "cpu", "PIP_NO_INDEX": "1",
+                   "MODEL_NAME": settings.model_name, "MODEL_DIR": str(settings.model_dir)}
+    need("make")
+    port = str(free_port())
+    (command,) = re.findall(r"`(make run PORT=8080)`", text)
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command.replace("8080", port).split(), cwd=tmp_path, stdout=log, stderr=log,
+                                   env=environment, start_new_session=True)
+    try:
+        until = time.monotonic() + 60
+        while "serving" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        shown = subprocess.run([need("curl"), "-sF", f"file=@{ROOT}/tests/images/chelsea.jpg",
+                                f"http://127.0.0.1:{port}/predict"], capture_output=True, text=True, timeout=60).stdout
+        assert "tiger cat" in shown
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_documentation_has_an_example_for_each_client():
