@@ -11,6 +11,8 @@ from conftest import ROOT, need
 
 from app import create_app
 from app.config import Settings
+from app.history import recorder
+from app.server import counters
 from bench import report
 
 PAGES = sorted(ROOT / name for name in (
@@ -145,6 +147,14 @@ def test_every_make_target_that_is_named_exists():
     named = {target for code in code_of(ALL) for target in re.findall(r"(?:^|\w=\S* |&& )make ([a-z][\w-]*)", code)}
     assert {"run", "test"} <= named
     assert named - targets == set()
+
+
+def test_metrics_that_are_named_exist():
+    named = set(re.findall(r"model_server_(\w+)", ALL))
+    assert len(named) > 15
+    measures = counters.MEASURES | recorder.MEASURES
+    known = {name + "_total" if measure.kind == "counter" else name for name, measure in measures.items()}
+    assert named - known == set()
 
 
 def test_what_is_written_in_capitals_exists():
