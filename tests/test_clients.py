@@ -1,8 +1,10 @@
-"""Those who call the service: Postman's collection and the documentation's examples, run against a running service."""
+"""Those who call the service: Postman's collection and the documentation's examples, run against a running service.
+The answers that README.md and docs/api.md show are like the real ones."""
 import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from conftest import ROOT, need
 from servers import free_port
 
+MEASURED = {"inference_time", "timings_ms", "request_id"}  # differ from one answer to the next
 BARE_PATH = "/usr/local/bin:/usr/bin:/bin"  # as of a fresh shell on Debian
 
 def test_postman_collection(service, tmp_path):
@@ -125,3 +128,51 @@ def test_readme_starts_and_stops_the_service(tmp_path, settings, app):
 def test_documentation_has_an_example_for_each_client():
     assert {"console", "python", "javascript"} <= {language for _, language, _, _ in examples()}
     assert {"console", "python"} <= {language for page, language, _, _ in examples() if page == "README.md"}
+
+
+def answers_shown(page):
+    """(command, JSON) of a page's console blocks with one curl command that a block of JSON follows."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    pairs = re.findall(r"^```console\n\$ (curl [^\n]*)\n```\n+```json\n(.*?)^```", text, re.M | re.S)
+    return [(command, json.loads(shown)) for command, shown in pairs if "chelsea.jpg" in command
+            and "/jobs" not in command and "/history" not in command]
+
+
+def assert_like(shown, real, place="answer"):
+    """An answer is like the one that is shown, which may leave out what … stands for, and whose times differ."""
+    if shown == "…":
+        return
+    if isinstance(shown, dict):
+        assert shown.keys() - {"…"} <= real.keys(), place
+        assert "…" in shown or shown.keys() == real.keys(), place
+        for name in shown.keys() - {"…"} - MEASURED:
+            assert_like(shown[name], real[name], f"{place}.{name}")
+        if isinstance(shown.get("timings_ms"), dict):
+            assert "…" in shown["timings_ms"] or shown["timings_ms"].keys() == real["timings_ms"].keys(), place
+    elif isinstance(shown, list):
+        is_cut = shown[-1:] == ["…"]
+        assert len(real) >= len(shown) if is_cut else len(real) == len(shown), place
+        for index, one in enumerate(shown[:-1] if is_cut else shown):
+            assert_like(one, real[index], f"{place}[{index}]")
+    elif isinstance(shown, float):
+        assert real == pytest.approx(shown, abs=1e-3), place
+    elif isinstance(shown, str) and shown.endswith("…"):
+        assert real.startswith(shown[:-1]), place
+    else:
+        assert real == shown, place
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
+def test_answers_are_like_those_shown(page, service):
+    examples_shown = answers_shown(page)
+    assert examples_shown
+    for command, shown in examples_shown:
+        arguments = shlex.split(command.replace("http://127.0.0.1:5000", service.url))
+        real = subprocess.run([need("curl"), "-s", *arguments[1:]], cwd=ROOT, capture_output=True, timeout=60,
+                              check=True).stdout
+        assert_like(shown, json.loads(real), page)
+
+
+def test_the_api_page_shows_a_whole_answer():
+    (whole,) = [shown for _, shown in answers_shown("docs/api.md") if "…" not in json.dumps(shown, ensure_ascii=False)]
+    assert len(whole["predictions"]) == 5
