@@ -1,4 +1,4 @@
-"""What somebody who misspelt a name probably meant. Imports difflib: import this module only where something is wrong."""
+"""What somebody who misspelt a name probably meant. Import it only where something is wrong, as it imports difflib."""
 import difflib
 
 
@@ -10,7 +10,7 @@ def plain(word):
 def nearest(word, known):
     """The name in `known` that is most like the word, or None if none is near."""
     by_plain = {plain(name): name for name in sorted(known, reverse=True)}
-    found = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.75)
+    found = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.76)
     return by_plain[found[0]] if found else None
 
 
