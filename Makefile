@@ -50,6 +50,9 @@ worker: $(VENV)/jobs-installed $(TRACING) $(INT8)  ## Run the jobs that a servic
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)
 
+smoke:  ## Check a running service, as after a deployment: URL=https://example.org/ KEY=… (port 5000 of this machine by default)
+	@$(PYTHON) -m app smoke '$(or $(URL),http://127.0.0.1:$(or $(PORT),5000))' $(if $(KEY),--key '$(KEY)')
+
 $(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/installed
 	$(BIN)/python -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
@@ -133,5 +136,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-deploy fuzz docker-build
+.PHONY: help run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-deploy fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

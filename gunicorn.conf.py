@@ -99,7 +99,8 @@ def on_starting(server):
     except StartError as e:
         sys.exit(f"error: {e}")
     shared_memory.create(2 * plan.workers + 64)  # SIGTTIN adds more
-    board.own.write(plan=dataclasses.asdict(plan))
+    address = server.cfg.address[0]
+    board.own.write(plan=dataclasses.asdict(plan), port=address[1] if isinstance(address, tuple) else None)
     try:
         if settings.models:
             from app.server import traffic

@@ -107,9 +107,9 @@ def swapped(region, generation):
     return False if region.integers[FAILED_AT] >= generation else None
 
 
-def reload_and_wait(pid=None):
+def reload_and_wait(pid=None, port=None):
     """Ask the running service to reload, and wait for the outcome. Returns (worked, a one-line message)."""
-    master, its_board, regions = running_service(pid)
+    master, its_board, regions = running_service(pid, port)
     ticket = its_board.draw_ticket()
     os.kill(master, signal.SIGHUP)
     while not (outcomes := [one for one in its_board.read().get("reloads", []) if one["covers"] >= ticket]):
@@ -129,5 +129,5 @@ def reload_and_wait(pid=None):
     serving = by_worker.count(True)
     if serving == len(by_worker):
         return True, f"reloaded: {serving} worker{'s' if serving > 1 else ''} serve{'' if serving > 1 else 's'} {name}"
-    return False, (f"reload failed: {serving} of {len(by_worker)} workers serve {name}, the others keep the old model; "
-                   "the log says why")
+    return False, (f"reload failed: {serving} of {len(by_worker)} worker{'s' * (len(by_worker) > 1)} "
+                   f"{'serves' if serving == 1 else 'serve'} {name}, the others keep the old model; the log says why")
