@@ -30,7 +30,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv --without-pip /opt/venv
 ARG WITH_JOBS=
 ARG WITH_TRACING=
-COPY deploy/locks /locks
+COPY deploy/locks/cpu.txt deploy/locks/jobs.txt deploy/locks/tracing.txt /locks/
 RUN pip install --require-hashes -r /locks/cpu.txt \
         ${WITH_JOBS:+-r /locks/jobs.txt} ${WITH_TRACING:+-r /locks/tracing.txt}
 
@@ -42,6 +42,7 @@ RUN python3 /slim.py /opt/venv cpu
 # without TORCH_INDEX, gigabytes more are downloaded to convert the model, and `full` cannot be built.
 FROM packages AS packages-torch
 ARG TORCH_INDEX=
+COPY deploy/locks/torch.txt /locks/
 COPY requirements.txt /
 RUN pip install --require-hashes -r /locks/torch.txt \
     && grep -E '^torch(vision)?==' /requirements.txt >/torch.txt \
@@ -54,6 +55,7 @@ RUN /opt/venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda and 
     && python3 /slim.py /opt/venv full
 
 FROM packages AS packages-gpu
+COPY deploy/locks/gpu.txt /locks/
 COPY deploy/slim.py /
 RUN pip install --require-hashes -r /locks/gpu.txt && python3 /slim.py /opt/venv full
 
@@ -66,10 +68,12 @@ COPY app/server/__init__.py app/server/counters.py app/server/log_config.py app/
      app/server/text_logs.py /app/server/
 COPY app/tasks/__init__.py app/tasks/options.py /app/tasks/
 COPY app/engine /app/engine
+COPY app/media /app/media
 COPY app/prepare /app/prepare
 
 FROM packages-torch AS export
 ARG PRECISION=
+COPY deploy/locks/int8.txt /locks/
 RUN case "$PRECISION" in int8|auto) pip install --require-hashes -r /locks/int8.txt ;; esac
 WORKDIR /app
 COPY --from=converter /app app
@@ -78,11 +82,8 @@ ARG MODEL_PATH=
 ARG LABELS_PATH=
 ARG PREPROCESSING=
 ARG WEIGHTS_MIRROR=
-# Of a checkpoint, the image keeps its SHA-256 and the labels; models/ has the model itself.
-RUN --mount=type=bind,from=checkpoint,target=/checkpoint \
-    DEVICE=cpu /opt/venv/bin/python -m app prepare && rm -rf models/weights && chmod -R g=u models \
-    && mkdir /kept && if [ "$MODEL_PATH" ]; then sha256sum "$MODEL_PATH" >"/kept/${MODEL_PATH##*/}.sha256"; fi \
-    && if [ "$LABELS_PATH" ]; then cp "$LABELS_PATH" /kept; fi
+COPY deploy/convert.sh /
+RUN --mount=type=bind,from=checkpoint,target=/checkpoint sh /convert.sh openvino
 
 FROM packages-gpu AS export-gpu
 WORKDIR /app
@@ -92,8 +93,8 @@ ARG MODEL_PATH=
 ARG LABELS_PATH=
 ARG PREPROCESSING=
 ARG WEIGHTS_MIRROR=
-RUN --mount=type=bind,from=checkpoint,target=/checkpoint \
-    DEVICE=cpu ENGINE=torch /opt/venv/bin/python -m app prepare && rm -rf models/weights && chmod -R g=u models
+COPY deploy/convert.sh /
+RUN --mount=type=bind,from=checkpoint,target=/checkpoint sh /convert.sh torch openvino
 
 # Compiled, as a user who may not write to /app would compile it again with each start.
 FROM ${BASE_IMAGE} AS application
@@ -103,17 +104,15 @@ RUN python3 -m compileall -q --invalidation-mode unchecked-hash /app/app
 # --- the images: packages, models, configuration and application, from what changes least to what changes most ---
 FROM base AS gpu
 COPY --from=packages-gpu /opt/venv /opt/venv
-COPY --from=export --chown=10001:0 /app/models models
 COPY --from=export-gpu --chown=10001:0 /app/models models
-COPY --from=export /kept /checkpoint
+COPY --from=export-gpu /kept /checkpoint
 COPY gunicorn.conf.py .
 COPY --from=application /app/app app
 USER 10001:10001
 ARG MODEL_NAME=resnet50
 ARG MODEL_PATH=
 ARG LABELS_PATH=
-ARG PREPROCESSING=
-ENV MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH PREPROCESSING=$PREPROCESSING
+ENV SERVICE_DEFAULTS="MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH"
 ARG VERSION=
 ARG REVISION=
 ARG CREATED=
@@ -131,10 +130,8 @@ USER 10001:10001
 ARG MODEL_NAME=resnet50
 ARG MODEL_PATH=
 ARG LABELS_PATH=
-ARG PREPROCESSING=
 ARG PRECISION=
-ENV MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH PREPROCESSING=$PREPROCESSING \
-    PRECISION=$PRECISION
+ENV SERVICE_DEFAULTS="MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH PRECISION=$PRECISION"
 ARG VERSION=
 ARG REVISION=
 ARG CREATED=
@@ -152,10 +149,8 @@ USER 10001:10001
 ARG MODEL_NAME=resnet50
 ARG MODEL_PATH=
 ARG LABELS_PATH=
-ARG PREPROCESSING=
 ARG PRECISION=
-ENV MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH PREPROCESSING=$PREPROCESSING \
-    PRECISION=$PRECISION
+ENV SERVICE_DEFAULTS="MODEL_NAME=$MODEL_NAME MODEL_PATH=$MODEL_PATH LABELS_PATH=$LABELS_PATH PRECISION=$PRECISION"
 ARG VERSION=
 ARG REVISION=
 ARG CREATED=

