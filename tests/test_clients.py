@@ -75,7 +75,7 @@ def test_example_of_the_documentation(page, language, code, output, service, set
     need("curl")
     script = tmp_path / ("example.mjs" if language == "javascript" else "example")
     text = script_of(language, code, service.url)
-    assert service.url in text or ".venv/bin/python -m app" in text, "speaks to another address than 127.0.0.1:5000"
+    assert service.url in text or " -m app " in text, "speaks to another address than 127.0.0.1:5000"
     script.write_text(("set -euo pipefail\n" if language == "console" else "") + text, encoding="utf-8")
     environment = {"PATH": BARE_PATH, "HOME": str(tmp_path), "LANG": "C.UTF-8", "DEVICE": "cpu",
                    "MODEL_NAME": settings.model_name, "MODEL_DIR": str(settings.model_dir)}
