@@ -185,7 +185,15 @@ def test_a_video_is_answered(browser, clip):
     assert find(browser, ".card figcaption").text == "clip.webm · 320 × 240"
     assert "-F frames=3" in find(browser, ".card code").get_attribute("textContent")
     shown = json.loads(find(browser, ".card .json").get_attribute("textContent"))
-    assert [frame["index"] for frame in shown["metadata"]["frames"]] == [3, 10, 16]
+    frames = shown["metadata"]["frames"]
+    assert [frame["index"] for frame in frames] == [3, 10, 16]
+    assert find(browser, ".frames p").text == "The answer is the mean over 3 frames, at"
+    buttons = find_all(browser, ".frames button")
+    assert [button.text for button in buttons] == [f"{frame['time_s']:.1f} s" for frame in frames]
+    buttons[1].click()
+    wait(browser, lambda: browser.execute_script(
+        "return document.querySelector('.card video').currentTime") == pytest.approx(frames[1]["time_s"], abs=0.01))
+    assert [button.get_attribute("aria-pressed") for button in buttons] == ["false", "true", "false"]
     wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').videoWidth") == 320)
 
 
@@ -407,6 +415,9 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
         f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}".replace("-", "−")
         for trait, score in predictions.items()]
     assert find(browser, "#model").text.startswith("Big Five traits · ")
+    about = find(browser, "#about.notice").text
+    assert "not what the person is like. Do not use them for decisions about people." in about
+    assert about in (ROOT / "docs/ocean.md").read_text(encoding="utf-8").replace("\n> ", " ")
     assert find(browser, "figcaption").text == "portrait.png · 512 × 400 · face found"
     x, y, width, height = metadata["frames"][0]["face_box"]
     box, img = find(browser, ".picture rect.box").rect, find(browser, ".picture img").rect
@@ -490,6 +501,19 @@ def test_options_of_the_ocean_model_are_sent(ocean_browser, ocean_service):
     assert (shown["metadata"]["method"], shown["metadata"]["tta"]) == ("middle", False)
     assert find(browser, "figcaption").text == "chelsea.jpg · 451 × 300"
     assert not find_all(browser, ".picture rect.box")
+
+
+def test_what_failed_is_answered_with_other_options(ocean_browser):
+    browser = ocean_browser
+    wait(browser, lambda: find_all(browser, "[name=method]"))
+    find(browser, "[name=method] [value=face]").click()
+    send_file(browser, CAT)
+    assert "No face was found" in find(browser, ".card .error").text
+    assert find(browser, "#count").text == "1 result, 1 failed"
+    find(browser, "[name=method] [value=middle]").click()
+    find(browser, "#apply").click()
+    wait(browser, lambda: len(find_all(browser, ".card .bars li")) == 5)
+    assert not find(browser, ".card .failed").is_displayed()
 
 
 @pytest.fixture(scope="module")

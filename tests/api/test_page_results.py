@@ -327,7 +327,7 @@ def test_what_failed_is_tried_again(browser, tmp_path):
     fill(browser, "[name=top_k]", "99")
     send_file(browser, CAT)
     assert "top_k must be an integer from 1 to 10" in find(browser, ".card .error").text
-    assert find(browser, "#count").text == "1 result, 1 without an answer"
+    assert find(browser, "#count").text == "1 result, 1 failed"
     find(browser, ".card .again").click()
     wait(browser, lambda: not find_all(browser, ".card.waiting"))
     assert find(browser, ".card h2").text == "No answer"

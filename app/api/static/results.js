@@ -90,7 +90,7 @@ function inWords() {
   const failed = jobs.filter(({state}) => state === "failed" || state === "refused").length;
   const ended = jobs.filter(isEnded).length;
   const all = ended === jobs.length ? plural(ended, "result") : `${ended.toLocaleString("en")} of ${plural(jobs.length, "result")}`;
-  return failed ? `${all}, ${failed.toLocaleString("en")} without an answer` : all;
+  return failed ? `${all}, ${failed.toLocaleString("en")} failed` : all;
 }
 
 /* How many there are, and what can be done with them. Also when other options are chosen. */

@@ -43,16 +43,17 @@ export function python({file, input, options, url, key}, mediaType) {
   const query = asJson ? "" : String(new URLSearchParams(options));
   const headers = {"Content-Type": asJson ? "application/json" : "application/octet-stream",
                    ...(key ? {Authorization: `Bearer ${key}`} : {})};
+  const needsFiles = asJson && Object.values(values).some(value => value instanceof File);
   return [
-    ...(Object.values(values).some(value => value instanceof File) && asJson ? ["import base64"] : []),
+    ...(needsFiles ? ["import base64"] : []),
     ...(asJson || !mediaType ? ["import json"] : []),
-    "import urllib.request",
+    "from urllib.request import Request, urlopen",
     "",
-    ...(asJson ? [`data = json.dumps(${literal(values, language)}).encode()`]
-      : [`with open(${inPython(file.name)}, "rb") as file:`, "    data = file.read()"]),
-    `request = urllib.request.Request(${inPython(url + (query && `?${query}`))}, data, {`,
-    `${Object.entries(headers).map(([name, value]) => `    ${inPython(name)}: ${inPython(value)}`).join(",\n")}})`,
-    "with urllib.request.urlopen(request) as response:",
+    `url = ${inPython(url + (query && `?${query}`))}`,
+    `headers = ${literal(headers, language)}`,
+    ...(asJson ? [`request = Request(url, json.dumps(${literal(values, language)}).encode(), headers)`]
+      : [`with open(${inPython(file.name)}, "rb") as file:`, "    request = Request(url, file.read(), headers)"]),
+    "with urlopen(request) as response:",
     ...(mediaType ? [`    with open(${inPython(fileName(mediaType))}, "wb") as answer:`, "        answer.write(response.read())"]
       : ["    print(json.dumps(json.load(response), indent=2))"]),
   ].join("\n");
@@ -67,13 +68,14 @@ export function javascript({file, input, options, url, key}, mediaType) {
     ([name, value]) => `body.append(${inJavaScript(name)}, ${value instanceof File ? asBlob(value) : inJavaScript(String(value))});`);
   const names = [...(!file && hasFiles(options) ? ["readFile"] : []), ...(mediaType ? ["writeFile"] : [])];
   return [
-    "// with Node 20 or later: node predict.mjs",
+    "// Node 20 or later: node predict.mjs",
     ...(file ? ['import {openAsBlob} from "node:fs";'] : []),
     ...(names.length ? [`import {${names.join(", ")}} from "node:fs/promises";`] : []),
-    ...(file || names.length ? [""] : []),
+    "",
+    `const url = ${inJavaScript(url)};`,
+    `const headers = ${literal(headers, language)};`,
     ...(file ? ["const body = new FormData();", ...fields] : [`const body = JSON.stringify(${literal(values, language)});`]),
-    `const response = await fetch(${inJavaScript(url)}, {method: "POST", body`
-      + `${Object.keys(headers).length ? `, headers: ${literal(headers, language)}` : ""}});`,
+    'const response = await fetch(url, {method: "POST", headers, body});',
     ...(mediaType ? [`await writeFile(${inJavaScript(fileName(mediaType))}, Buffer.from(await response.arrayBuffer()));`]
       : ["console.log(JSON.stringify(await response.json(), null, 2));"]),
   ].join("\n");
