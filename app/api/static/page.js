@@ -19,6 +19,8 @@ const isTouched = matchMedia("(pointer: coarse)");
 let service = {model: {name: "", task: "", takes: [], options: []}};
 let isListed = false;
 let isFromHere = false;  // whether what is dragged is a part of this page
+let tellDescribed;
+const described = new Promise(resolve => { tellDescribed = resolve; });
 
 const complain = text => { $("#problem").textContent = text; };
 
@@ -39,6 +41,7 @@ async function describe() {
   complain("");
   showKeyIsUsed();
   if (!isSame) showModel(body.model);
+  tellDescribed();
   if (!isListed) listModels().catch(() => {});  // without a list there is no choice
 }
 
@@ -121,13 +124,15 @@ function predictUrl() {
   return String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
 }
 
-const jobOf = described => ({...described, url: predictUrl(), model: service.model});
+const jobOf = sent => ({...sent, url: predictUrl(), model: service.model});
 
-function take(files) {
+async function take(list) {
+  const files = [...list];
   if ($("#drop").hidden || !files.length) return;  // dropped or pasted where no file is wanted
   $("#viewfinder").hidden || closeCamera();
-  complain("");
-  add([...files].map(file => {
+  complain(service.config ? "" : `${plural(files.length, "file")} will be sent as soon as the service answers.`);
+  await described;
+  add(files.map(file => {
     const words = refusal(file, service.config);
     return jobOf({name: file.name, file, options: chosenOptions(file.type.startsWith("video/")),
                   problem: words ? new Error(words) : undefined});
@@ -172,6 +177,7 @@ function takeText() {
 }
 
 async function takeSample() {
+  await described;
   const name = SAMPLES.get(service.model.task) || "astronaut.jpg";
   $("#sample").disabled = true;  // while the service is away
   for (;;) {
