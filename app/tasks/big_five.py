@@ -6,6 +6,10 @@ from app.media import faces
 from app.tasks.from_pictures import FromPictures
 from app.tasks.options import AT, FRAMES, INSIGHT, METHOD, TTA
 
+# From the model card in docs/ocean.md. The page shows it above all answers.
+DESCRIPTION = ("Apparent traits: how a stranger might rate this face in this shot, not what the person is like. "
+               "Do not use them for decisions about people.")
+
 
 class BigFive(FromPictures):
     kind = "big_five_regression"
@@ -39,4 +43,4 @@ class BigFive(FromPictures):
                 "spread": self.predictions(scores.reshape(-1, scores.shape[-1]).std(axis=0), options)}
 
     def info(self):
-        return {**super().info(), "backbone": self.network["backbone"], "traits": self.labels}
+        return {**super().info(), "description": DESCRIPTION, "backbone": self.network["backbone"], "traits": self.labels}
