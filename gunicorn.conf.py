@@ -156,11 +156,14 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
-        task = worker.wsgi.extensions["model"].current.task
+        loader = worker.wsgi.extensions["model"]
+        task = loader.current.task
         there = [path for path in ("tests/images/chelsea.jpg", "app/api/static/cat.jpg") if os.path.exists(path)]
         file = there[0] if there and "picture" in task.takes else "your-file"
         sample = f"-F file=@{file}" if task.is_file else task.curl_sample()
-        worker.log.info("serving", extra={"url": url, "try": f"curl {sample} {url}/predict"})
+        instead = "; ".join(f" {model.name} instead of {name} (its weights could not be downloaded)"
+                            for model in loader.models() for name in model.instead.values())
+        worker.log.info(f"serving{instead}", extra={"url": url, "try": f"curl {sample} {url}/predict"})
 
 
 def child_exit(server, worker):

@@ -245,8 +245,8 @@ def test_nothing_is_noticed_in_the_environments_of_shells_and_pods():
         "OLDPWD", "LANG", "LC_ALL", "LS_COLORS", "USER", "LOGNAME", "MAIL", "HISTSIZE", "HISTFILE", "EDITOR", "PAGER",
         "DISPLAY", "SSH_TTY", "XDG_RUNTIME_DIR", "INVOCATION_ID", "LISTEN_FDS", "JOURNAL_STREAM", "NOTIFY_SOCKET",
         "JOB_NAME", "BUILD_ID", "CI", "PYTHONPATH", "VIRTUAL_ENV", "http_proxy", "NO_PROXY", "K_SERVICE", "POD_IP",
-        "NODE_NAME", "MODEL_ID", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "AWS_REGION", "DEBUG",
-        "TOKEN", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_HEADERS",
+        "NODE_NAME", "MODEL_ID", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "AWS_REGION",
+        "DEBUG", "TOKEN", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_HEADERS",
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "SERVICE_DEFAULTS"), "1")
     assert setting_names.misspelt({**links, **shell, **dict.fromkeys(NAMES, "1")}) == []
 
