@@ -44,7 +44,7 @@ if soft != resource.RLIM_INFINITY and soft < descriptors:
 worker_connections = max(64, min(16_384, descriptors - 256))
 backlog = 2048
 timeout = 15            # seconds without a heartbeat
-graceful_timeout = math.ceil(settings.request_timeout) + 5
+graceful_timeout = math.ceil(settings.request_timeout) + 5  # of a worker that is replaced; see lifecycle.py
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 control_socket_disable = True
@@ -107,7 +107,8 @@ def hold_all(ready):
 
 
 def when_ready(server):
-    from app.server import refusals  # noqa: F401  for workers, which may lack memory or descriptors when they need it
+    # For workers, which may lack memory or descriptors when they need these.
+    from app.server import model_swap, refusals, stopping  # noqa: F401
 
     def outcome(process):
         ready = outcome_of(process)
@@ -117,7 +118,7 @@ def when_ready(server):
         held.append(hold_all(ready))
         del held[:-2]  # keep the previous ones while workers still load
         return ready
-    lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
+    lifecycle.install(server, settings, lambda: start_making(settings, "--check"), outcome)
 
 
 def ssl_context(conf, default_ssl_context_factory):

@@ -14,12 +14,12 @@ from gunicorn.arbiter import Arbiter
 
 from app.errors import ServiceError
 from app.server import counters, logs
-from app.server.worker import IDLE_STOP_S
 
 log = logging.getLogger("app.request")
 
 LINGER_S = 5             # for a client to send the rest and get its answer before the connection is closed,
 LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
+IDLE_STOP_S = 0.2        # the same when the worker stops, and for requests on their way on kept connections
 RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
