@@ -11,7 +11,7 @@ from app.config import Settings, StartError
 from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle, shared_memory
+from app.server import board, counters, lifecycle, shared_memory, stderr_lines
 from app.server.log_config import logging_config
 from app.server.logs import flush
 from app.server.machine import plan as plan_of
@@ -22,6 +22,8 @@ for descriptor in (0, 1, 2):  # one that is closed would become a socket, and lo
     except OSError:
         os.open(os.devnull, os.O_RDWR)
 
+if stderr_lines.is_wanted():
+    stderr_lines.capture()
 try:
     settings = Settings.load()
     plan = plan_of(settings)
@@ -152,6 +154,10 @@ def post_worker_init(worker):
 
 def child_exit(server, worker):
     shared_memory.end_worker(worker.region)
+
+
+def pre_exec(server):
+    stderr_lines.release()
 
 
 def on_exit(server):

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 
-from app.server import board
+from app.server import board, stderr_lines
 from app.server.counters import FAILED_AT, GENERATION_AT
 from app.server.shared_memory import running_service
 
@@ -26,7 +26,7 @@ def install(arbiter, settings, start_preparing, outcome_of):
     start_preparing() starts the process that prepares and checks the models; outcome_of(process), called when it has
     ended, returns the list of Prepared or raises StartError.
     """
-    stop, reap, own = arbiter.handle_term, arbiter.handle_chld, board.own
+    stop, reap, look_after, own = arbiter.handle_term, arbiter.handle_chld, arbiter.murder_workers, board.own
     reload = {"process": None, "covers": 0, "again": False}
 
     def handle_term():
@@ -71,12 +71,17 @@ def install(arbiter, settings, start_preparing, outcome_of):
         if reload["again"]:
             handle_hup()
 
+    def murder_workers():  # called about once a second
+        stderr_lines.read()
+        look_after()
+
     def end_reload(covers, worked, message, generation=None):
         log.log(logging.INFO if worked else logging.ERROR, message)
         own.add_outcome(covers, worked, message, generation)
 
     arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
     arbiter.handle_chld = arbiter.handle_cld = handle_chld
+    arbiter.murder_workers = murder_workers
 
 
 def titles(models):

@@ -1,8 +1,14 @@
 """How logging is set up: by the Gunicorn master, before it forks, and by `python -m app prepare`."""
+import logging
+
+from app.handing_down import log_descriptors
+from app.server import logs
 
 
 def logging_config(settings):
-    """A logging.config dictionary for the service and Gunicorn."""
+    """A logging.config dictionary for the service and Gunicorn. From now on, Python's warnings are logged too."""
+    logging.captureWarnings(True)
+    logs.descriptor = (log_descriptors() or [2])[0]
     if settings.log_format == "json":
         formatter = {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": "%(levelname)s %(name)s %(message)s",
                      "timestamp": True, "rename_fields": {"levelname": "level", "name": "logger"}}

@@ -26,7 +26,8 @@ from app.server import board, counters, logs
 
 GUNICORN = {
     GeventWorker: ("patch", "load_wsgi", "timeout_ctx", "handle", "handle_request", "handle_error", "run"),
-    Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "signal", "WORKERS", "WORKER_BOOT_ERROR"),
+    Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "murder_workers", "signal", "WORKERS",
+              "WORKER_BOOT_ERROR"),
 }
 
 HEADERS_WITHIN_S = 10    # from the connection to the end of the first request's headers
@@ -218,7 +219,8 @@ class Worker(GeventWorker):
             return  # the application adds the headers that a browser needs to read the refusal
         from app.server import refusals  # with the first one
         with gevent.Timeout(refusals.LINGER_S, False):
-            sock.sendall(refusals.overloaded(req, headers, slots.overloaded()))
+            sock.sendall(refusals.overloaded(req, headers, slots.overloaded(),
+                                             self.wsgi.extensions["settings"].trusted_proxies))
         refusals.linger(self, sock)
         raise StopIteration
 
