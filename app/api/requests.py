@@ -51,8 +51,7 @@ def ended(status, bytes_out):
              "duration_ms": round(1000 * seconds, 2), "client": request.remote_addr,
              "bytes_in": request.headers.get("Content-Length", 0, int), "bytes_out": bytes_out,
              **({"model": model.label} if model else {}),
-             **({"error": error} if error else {}),
-             **({"timings_ms": timings} if timings else {})}
+             **({"error": error} if error else {}), **({"timings_ms": timings} if timings else {})}
     probe = request.blueprint in ("health", "v2_health") and status == 200
     log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)
 

@@ -24,17 +24,18 @@ RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is resta
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 
-def overloaded(req, headers, error, trusted_proxies):
+def overloaded(worker, req, headers, error):
     """The HTTP response, as bytes, for a prediction that the full queue refuses. req: Gunicorn's; headers: {name in
-    capitals: value}; error: slots.overloaded(); trusted_proxies: as in the settings."""
+    capitals: value}; error: slots.overloaded()."""
     started, request_id = time.monotonic(), logs.id_for(headers.get("X-REQUEST-ID"))
     endpoint = endpoint_of(req.path)
     counters.count_answer(endpoint, req.method, error.status, error.code)
     answer, length = answer_in_one_shape(error, request_id), headers.get("CONTENT-LENGTH", "0")
+    client = client_of(req, headers, worker.wsgi.extensions["settings"].trusted_proxies)
     log.info("request", extra={
         "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
         "duration_ms": round(1000 * (time.monotonic() - started), 2),
-        "client": client_of(req, headers, trusted_proxies), "bytes_in": int(length) if length.isdecimal() else 0,
+        "client": client, "bytes_in": int(length) if length.isdecimal() else 0,
         "bytes_out": len(answer.partition(b"\r\n\r\n")[2]), "error": error.code})
     return answer
 

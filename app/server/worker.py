@@ -182,8 +182,7 @@ class Worker(GeventWorker):
         sock.give_way()
         gevent.getcurrent().has_answered = True
         logs.request_id.set(None)
-        # A request that is refused before its body is read ends its connection, and the answer says so. Asked with the
-        # headers; what they have said is kept.
+        # A stop, or a body that was not read, ends the connection. Asked for the headers; what they say holds.
         may_close = req.should_close
         req.should_close = functools.cache(lambda: may_close() or self.is_stopping() or is_unread(req.body))
         self.refuse_if_full(req, sock)
@@ -219,8 +218,7 @@ class Worker(GeventWorker):
             return  # the application adds the headers that a browser needs to read the refusal
         from app.server import refusals  # with the first one
         with gevent.Timeout(refusals.LINGER_S, False):
-            sock.sendall(refusals.overloaded(req, headers, slots.overloaded(),
-                                             self.wsgi.extensions["settings"].trusted_proxies))
+            sock.sendall(refusals.overloaded(self, req, headers, slots.overloaded()))
         refusals.linger(self, sock)
         raise StopIteration
 
