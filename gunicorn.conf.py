@@ -120,7 +120,7 @@ def when_ready(server):
         held.append(hold_all(ready))
         del held[:-2]  # keep the previous ones while workers still load
         return ready
-    lifecycle.install(server, settings, lambda: start_making(settings, "--check"), outcome)
+    lifecycle.install(server, settings, lambda: start_making(settings, "--check", "--beside"), outcome)
 
 
 def ssl_context(conf, default_ssl_context_factory):

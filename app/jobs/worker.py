@@ -171,7 +171,7 @@ class Supervisor:
         if self.reload and self.preparing is None:
             self.reload = False
             log.info("reloading: preparing the model")
-            self.preparing = start_making(self.settings, "--check")
+            self.preparing = start_making(self.settings, "--check", "--beside")
         if self.preparing and self.preparing.poll() is not None:
             try:
                 self.publish(outcome_of(self.preparing))
