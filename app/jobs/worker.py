@@ -254,13 +254,17 @@ def serve(host, port, supervisor):
 
 
 def main():
-    if stderr_lines.is_wanted():
-        stderr_lines.capture()
     try:
         settings = Settings.load()
         if not (settings.optional and settings.optional.jobs):
             raise StartError("the worker runs jobs: set JOBS=on, as for the service")
-        logging.config.dictConfig(logging_config(settings))
+    except StartError as e:
+        stderr_lines.refuse(e)
+        return 1
+    if settings.log_format == "json":
+        stderr_lines.capture()
+    logging.config.dictConfig(logging_config(settings))
+    try:
         return Supervisor(settings).run()
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)

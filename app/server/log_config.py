@@ -10,8 +10,7 @@ def logging_config(settings):
     logging.captureWarnings(True)
     logs.descriptor = (log_descriptors() or [2])[0]
     if settings.log_format == "json":
-        formatter = {"()": "pythonjsonlogger.json.JsonFormatter", "fmt": "%(levelname)s %(name)s %(message)s",
-                     "timestamp": True, "rename_fields": {"levelname": "level", "name": "logger"}}
+        formatter = {"()": "app.server.log_config.json_formatter"}
     else:
         formatter = {"()": "app.server.text_logs.TextFormatter"}
     return {"version": 1, "disable_existing_loggers": False,
@@ -23,3 +22,9 @@ def logging_config(settings):
             "loggers": {"gunicorn.error": {"level": settings.log_level, "handlers": [], "propagate": True},
                         "gunicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
                         "PIL": {"level": "WARNING"}}}
+
+
+def json_formatter():
+    from pythonjsonlogger.json import JsonFormatter
+    return JsonFormatter("%(levelname)s %(name)s %(message)s", timestamp=True,
+                         rename_fields={"levelname": "level", "name": "logger"})

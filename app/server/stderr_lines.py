@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 
 from app.handing_down import LOG_DESCRIPTOR
-from app.server.log_config import logging_config
+from app.server.log_config import json_formatter, logging_config
 
 PIPE_BYTES = 2**20       # as large as an unprivileged process may make it
 LINE_CHARS = 2000        # of a line; the rest is cut off
@@ -34,6 +34,13 @@ def is_wanted():
     with contextlib.suppress(OSError, ValueError):
         found += IN_FILE.findall(Path(".env").read_text())
     return os.environ.get("LOG_FORMAT", ["", *found][-1]).strip().lower() != "text"
+
+
+def refuse(error):
+    """Say why this process, which captures nothing yet, does not start."""
+    text = f"error: {error}"
+    print(json_formatter().format(logging.makeLogRecord({"levelname": "ERROR", "name": "stderr", "msg": text}))
+          if is_wanted() else text, file=sys.stderr)
 
 
 def capture():

@@ -330,6 +330,7 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
         connection, _ = silent.accept()  # the download has begun, and gets nothing
         with connection:
             (preparing,) = service.workers()
+            assert os.getpriority(os.PRIO_PROCESS, preparing) == os.nice(0)  # nobody is served yet
             service.process.send_signal(signal.SIGTERM)
             assert service.process.wait(30) != 0
             assert not Path(f"/proc/{preparing}").exists()
