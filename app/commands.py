@@ -70,6 +70,8 @@ def parsed(argv):
 def of_prepare(command):
     command.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
     command.add_argument("--check", action="store_true", help="also load the model and check its output")
+    command.add_argument("--beside", action="store_true",
+                         help="give way to a service that runs on this machine: low priority, half of the cores")
 
 
 def of_reload(command):
@@ -298,10 +300,15 @@ def lines_of(done):
 
 def make_and_check(arguments):
     from app import chosen_model, model_settings
+    from app.config import Settings
     from app.prepare import make, naming
     from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
-    settings = chosen_model.load()
+    from app.server.machine import usable_cores
+    if arguments.beside:
+        from app.prepare import priority
+        priority.give_way(usable_cores())
+    settings = Settings.load()  # without FALLBACK: whoever builds an image must learn that the model is not in it
     if not arguments.json:
         settings = dataclasses.replace(settings, log_format="text")
     logging.config.dictConfig(logging_config(settings))
