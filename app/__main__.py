@@ -38,10 +38,10 @@ def go_on_in_venv(package):
     python = os.path.join(venv, "bin", "python")
     if os.access(python, os.X_OK) and not os.path.samefile(venv, sys.prefix):
         os.execv(python, [python, *sys.orig_argv[1:]])
-    is_of_jobs = sys.argv[1:2] in (["worker"], ["migrate"])
-    print(f"error: {package} is not installed for {sys.executable}: run make {'worker' if is_of_jobs else 'run'} first, "
-          f"or install what is missing with pip install -r requirements.txt{' -r app/jobs/requirements.txt' * is_of_jobs}",
-          file=sys.stderr)
+    target, further = ("worker", " -r app/jobs/requirements.txt") if sys.argv[1:2] in (["worker"], ["migrate"]) else (
+        "run", "")
+    print(f"error: {package} is not installed for {sys.executable}: run make {target} first, or install what is "
+          f"missing with pip install -r requirements.txt{further}", file=sys.stderr)
     return 1
 
 

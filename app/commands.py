@@ -6,9 +6,21 @@ import logging.config
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 PROG = "python3 -m app"
+
+
+class Command(NamedTuple):
+    """add_options(its parser); run(arguments) returns the exit code, raises StartError or ServiceError; examples: what
+    follows the command's name."""
+    help: str
+    add_options: Callable
+    run: Callable
+    examples: list
+    description: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,16 +35,10 @@ class Parser(argparse.ArgumentParser):
 def main():
     """Run the command of sys.argv. Returns the exit code."""
     arguments = parsed(sys.argv[1:])
-    if arguments.command == "smoke":
-        from app import smoke
-        return smoke.main(arguments)
-    if arguments.command == "health":
-        from app import healthcheck
-        return healthcheck.main(arguments.url)
     from app.config import StartError
     from app.errors import ServiceError
     try:
-        return COMMANDS[arguments.command][2](arguments)
+        return COMMANDS[arguments.command].run(arguments)
     except (StartError, ServiceError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -42,13 +48,13 @@ def parsed(argv):
     parser = Parser(prog=PROG, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog=f"{PROG} COMMAND --help shows the options of a command, and examples.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, (help, add_arguments, _, description, *examples) in COMMANDS.items():
+    for name, about in COMMANDS.items():
         command = commands.add_parser(
-            name, help=help, description=description or f"{help[0].upper()}{help[1:]}.",
+            name, help=about.help, description=about.description or f"{about.help[0].upper()}{about.help[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n".join(["examples:", *(f"  {PROG} {name} {example}".rstrip() for example in examples)]))
+            epilog="\n".join(["examples:", *(f"  {PROG} {name} {example}".rstrip() for example in about.examples)]))
         if name in argv:  # the others need neither the packages nor code of the user's
-            add_arguments(command)
+            about.add_options(command)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         from app.suggestions import did_you_mean
@@ -64,6 +70,8 @@ def parsed(argv):
 def of_prepare(command):
     command.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
     command.add_argument("--check", action="store_true", help="also load the model and check its output")
+    command.add_argument("--beside", action="store_true",
+                         help="give way to a service that runs on this machine: low priority, half of the cores")
 
 
 def of_reload(command):
@@ -193,14 +201,21 @@ def declared_options():
 
 # --- the commands ---
 
+def run_health(arguments):
+    from app import healthcheck
+    return healthcheck.main(arguments.url)
+
+
+def run_smoke(arguments):
+    from app import smoke
+    return smoke.main(arguments.url, arguments.key, arguments.timeout)
+
+
 def run_reload(arguments):
-    from app.config import StartError
     from app.server.lifecycle import reload_and_wait
     worked, message = reload_and_wait(arguments.pid, arguments.port)
-    if not worked:
-        raise StartError(message)
-    print(message)
-    return 0
+    print(message, file=sys.stdout if worked else sys.stderr)
+    return 0 if worked else 1
 
 
 def run_traffic(arguments):
@@ -285,10 +300,15 @@ def lines_of(done):
 
 def make_and_check(arguments):
     from app import chosen_model, model_settings
+    from app.config import Settings
     from app.prepare import make, naming
     from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
-    settings = chosen_model.load()
+    from app.server.machine import usable_cores
+    if arguments.beside:
+        from app.prepare import priority
+        priority.give_way(usable_cores())
+    settings = Settings.load()  # without FALLBACK: whoever builds an image must learn that the model is not in it
     if not arguments.json:
         settings = dataclasses.replace(settings, log_format="text")
     logging.config.dictConfig(logging_config(settings))
@@ -309,32 +329,35 @@ def make_and_check(arguments):
     return made
 
 
-COMMANDS = {  # help, the function that adds its options, the one that runs it, a longer description, examples
-    "predict": ("predict files and folders, without a server", of_predict, run_answering, None,
-                "photo.jpg", "photos/ --csv --output photos.csv", "clip.mp4 --frames 5 --json",
-                "photos/ --model resnet50 --top-k 1"),
-    "evaluate": ("compare predictions with labels", of_evaluate, run_answering,
-                 "Prints the top-1 and top-5 accuracy of a classifier, or 1 - MAE for each trait. Can calibrate a "
-                 "classifier,\nand write a report.",
-                 "--labels labels.csv photos/", "--labels labels.csv photos/ --csv -o rows.csv",
-                 "--labels labels.csv photos/ --report report.html", "--labels labels.csv photos/ --calibrate"),
-    "embed": ("write the embeddings of files and folders to a file", of_embed, run_answering, None,
-              "photos/ --out photos.npz"),
-    "similar": ("find the files that are most like a picture", of_similar, run_answering,
-                "By the cosine similarity of their embeddings.", "cat.jpg photos/ --top 5", "cat.jpg photos.npz --json"),
-    "prepare": ("prepare the model before the service starts: download, convert", of_prepare, run_prepare, None,
-                "", "--check"),
-    "health": ("check whether the service at HOST and PORT is ready", of_health, None,
-               "The exit code is 0 if it is. Never uses a proxy.",
-               "", "https://127.0.0.1:8443", "unix:/run/service.sock"),
-    "smoke": ("check a running service after a deployment", of_smoke, None,
-              "Asks for its health, a prediction whose answer is known, its metrics and more; the exit code is 0 if "
-              "all is well.\nNever uses a proxy.",
-              "http://127.0.0.1:5000", "https://example.org/vision --key KEY"),
-    "reload": ("reload the running service's model without downtime", of_reload, run_reload, None, "", "--port 5001"),
-    "traffic": ("show or switch which version of a model answers", of_traffic, run_traffic,
-                "Without SPLIT and --shadow it shows what holds.", "", "cats 1:90,2:10", "cats --shadow 3"),
-    "worker": ("run jobs (JOBS=on), on this machine or another one", of_none, run_worker, None, ""),
-    "migrate": ("make or migrate the tables of jobs and history before the service starts", of_none, run_migrate, None,
-                ""),
+COMMANDS = {
+    "predict": Command("predict files and folders, without a server", of_predict, run_answering,
+                       ["photo.jpg", "photos/ --csv --output photos.csv", "clip.mp4 --frames 5 --json",
+                        "photos/ --model resnet50 --top-k 1"]),
+    "evaluate": Command("compare predictions with labels", of_evaluate, run_answering,
+                        ["--labels labels.csv photos/", "--labels labels.csv photos/ --csv -o rows.csv",
+                         "--labels labels.csv photos/ --report report.html",
+                         "--labels labels.csv photos/ --calibrate"],
+                        "Prints the top-1 and top-5 accuracy of a classifier, or 1 - MAE for each trait. Can\n"
+                        "calibrate a classifier, and write a report."),
+    "embed": Command("write the embeddings of files and folders to a file", of_embed, run_answering,
+                     ["photos/ --out photos.npz"]),
+    "similar": Command("find the files that are most like a picture", of_similar, run_answering,
+                       ["cat.jpg photos/ --top 5", "cat.jpg photos.npz --json"],
+                       "By the cosine similarity of their embeddings."),
+    "prepare": Command("prepare the model before the service starts: download, convert", of_prepare, run_prepare,
+                       ["", "--check"]),
+    "health": Command("check whether the service at HOST and PORT is ready", of_health, run_health,
+                      ["", "https://127.0.0.1:8443", "unix:/run/service.sock"],
+                      "The exit code is 0 if it is. Never uses a proxy."),
+    "smoke": Command("check a running service after a deployment", of_smoke, run_smoke,
+                     ["http://127.0.0.1:5000", "https://example.org/vision --key KEY"],
+                     "Asks for its health, a prediction whose answer is known, its metrics and more. The exit code is\n"
+                     "0 if all is well. Never uses a proxy."),
+    "reload": Command("reload the running service's model without downtime", of_reload, run_reload,
+                      ["", "--port 5001"]),
+    "traffic": Command("show or switch which version of a model answers", of_traffic, run_traffic,
+                       ["", "cats 1:90,2:10", "cats --shadow 3"], "Without SPLIT and --shadow it shows what holds."),
+    "worker": Command("run jobs (JOBS=on), on this machine or another one", of_none, run_worker, [""]),
+    "migrate": Command("make or migrate the tables of jobs and history before the service starts", of_none,
+                       run_migrate, [""]),
 }

@@ -23,7 +23,7 @@ def url_of_settings():
     variables = os.environ
     if not {"HOST", "PORT"} <= variables.keys() and os.path.exists(".env"):
         from dotenv import dotenv_values
-        variables = {**dotenv_values(".env"), **os.environ}
+        variables = {**dotenv_values(".env", encoding="utf-8-sig"), **os.environ}
     host, port = ((variables.get(name) or "").strip() or default for name, default in (("HOST", ""), ("PORT", "5000")))
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"

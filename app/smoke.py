@@ -1,4 +1,4 @@
-"""`python3 -m app smoke URL`: checks a running service, as after a deployment. Needs Python's standard library alone."""
+"""`python3 -m app smoke URL`: checks a running service after a deployment. Needs Python's standard library alone."""
 import base64
 import http.client
 import io
@@ -252,29 +252,30 @@ def same(one, other):
     return one == other
 
 
-def main(arguments):
-    """Run all checks, a line each. Returns the exit code."""
-    started, failed, skipped, seen = time.monotonic(), 0, 0, {}
+def main(url, key=None, timeout_s=30):
+    """Run all checks and print a line for each. Returns the exit code."""
+    started, results, seen = time.monotonic(), [], {}
     try:
-        service = Service(arguments.url, arguments.key, arguments.timeout)
+        service = Service(url, key, timeout_s)
     except Useless as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    for number, (name, check) in enumerate(CHECKS.items(), 1):
+    for name, check in CHECKS.items():
         began, is_useless = time.monotonic(), False
         try:
             result, said = "ok", check(service, seen)
         except Skipped as e:
-            result, said, skipped = "skipped", e, skipped + 1
+            result, said = "skipped", e
         except Failed as e:
-            result, said, failed = "FAILED", e, failed + 1
-            is_useless = isinstance(e, Useless)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:  # of an answer with another content
-            result, said, failed = "FAILED", f"the answer is not as expected: {type(e).__name__} {e}", failed + 1
+            result, said, is_useless = "FAILED", e, isinstance(e, Useless)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:  # of another content than expected
+            result, said = "FAILED", f"the answer is not as expected: {type(e).__name__} {e}"
         print(f"{result:7}  {name:7}  {1000 * (time.monotonic() - began):5.0f} ms  {said}", flush=True)
+        results.append(result)
         if is_useless:
             break
-    print(f"{number - failed - skipped} ok, {failed} FAILED" + f", {skipped} skipped" * bool(skipped)
-          + f", {len(CHECKS) - number} not tried" * (number < len(CHECKS))
-          + f", {1000 * (time.monotonic() - started):.0f} ms in all")
-    return 1 if failed else 0
+    more = [(results.count("skipped"), "skipped"), (len(CHECKS) - len(results), "not tried")]
+    print(", ".join([f"{results.count('ok')} ok", f"{results.count('FAILED')} FAILED",
+                     *(f"{number} {what}" for number, what in more if number),
+                     f"{1000 * (time.monotonic() - started):.0f} ms in all"]))
+    return 1 if "FAILED" in results else 0

@@ -97,7 +97,7 @@ def test_smoke_of_ocean_behind_keys(ocean_settings, ocean_app, smoked):
 
 
 @pytest.mark.parametrize(("answer", "says"), [
-    (b"HTTP/1.0 404 Not Found\r\nContent-Type: text/html\r\n\r\n", "/health answers 404 text/html: this is not the URL of"),
+    (b"HTTP/1.0 404 No\r\nContent-Type: text/html\r\n\r\n", "/health answers 404 text/html: this is not the URL"),
     (b"HTTP/1.0 301 Moved\r\nLocation: https://example.org/\r\n\r\n", "it redirects to https://example.org/: use that"),
     (b"SSH-2.0-OpenSSH\r\n", "it speaks no HTTP (BadStatusLine): is this https?"),
     (b"", "it speaks no HTTP (RemoteDisconnected)"), (None, "connection refused")])

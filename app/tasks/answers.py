@@ -103,8 +103,9 @@ class Classes(Anything):
         return [f"{p['class']} {p['confidence']:.1%}" for p in predictions]
 
     def csv_titles(self, options):
-        further = range(2, 1 + min(options.get("top_k", TOP), len(self.labels)))
-        return ["class", "confidence", "class_id", *(f"{name}_{i}" for i in further for name in ("class", "confidence"))]
+        most = min(options.get("top_k", TOP), len(self.labels))
+        return ["class", "confidence", "class_id",
+                *(f"{name}_{i}" for i in range(2, most + 1) for name in ("class", "confidence"))]
 
     def csv_cells(self, answer):
         best, *others = answer["predictions"]
