@@ -164,7 +164,7 @@ def inputs(settings, tasks):
     """({media type: its schema} of a request for one prediction, the same of a batch, of PUT)."""
     plain, files = options(tasks)
     fields = {name: {**schema, "description": meaning} for name, (meaning, schema) in (plain | files).items()}
-    members = {name: or_null(schema) for name, schema in fields.items()}
+    members = {name: or_null(schema) for name, schema in (fields | {"model": {"type": "string"}}).items()}
     raw = {"schema": {"type": "string", "format": "binary"}}
     form, json_body, raws, several = {}, [], {}, []
     examples = {}
@@ -196,25 +196,24 @@ def inputs(settings, tasks):
                 examples["instances"] = {"value": {"instances": [task.example]}}
     most = 1 if all(task.is_file for task in tasks) else settings.max_batch_files
     one_of = [{"type": "object", "properties": {name: schema, **members}, "required": [name],
-               "not": {"required": ["instances"]}} if name else {"type": "object", "properties": members}
+               "additionalProperties": False} if name else {"type": "object", "properties": members}
               for name, schema in json_body]
-    instances = {"type": "object", "required": ["instances"], "properties": {
+    instances = {"type": "object", "required": ["instances"], "additionalProperties": False, "properties": {
         "instances": {"type": "array", "items": {"anyOf": several} if len(several) > 1 else several[0], "minItems": 1,
                       "maxItems": most}, **members}}
-    if most == 1:
-        instances["not"] = {"required": [json_body[0][0]]}
     content = {"application/json": {"schema": {"anyOf": [*one_of, instances]}, "examples": examples}, **raws}
     batch = {"application/json": {"schema": {**instances, "properties": {
         **instances["properties"], "instances": {**instances["properties"]["instances"],
                                                  "maxItems": settings.max_batch_files}}}}}
-    batch["application/json"]["schema"].pop("not", None)
     if form:
         required = {"required": list(form)} if len(tasks) == 1 else {}
-        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {**form, **fields}, **required}}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {**form, **fields},
+                                                      "additionalProperties": False, **required}}
     if "file" in form:
-        batch["multipart/form-data"] = {"schema": {"type": "object", "required": ["files"], "properties": {
-            "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
-                      "maxItems": settings.max_batch_files}, **fields}}}
+        batch["multipart/form-data"] = {"schema": {
+            "type": "object", "required": ["files"], "additionalProperties": False, "properties": {
+                "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
+                          "maxItems": settings.max_batch_files}, **fields}}}
         batch["application/json"]["example"] = {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}]}
     stream = {**STREAM.schema, "default": False, "description": STREAM.meaning}
     for schema in content["application/json"]["schema"]["anyOf"]:
