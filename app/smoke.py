@@ -229,6 +229,8 @@ def judge(model, answer):
     if isinstance(found, dict):
         if set(found) != set(model["traits"]) or not all(0 <= score <= 1 for score in found.values()):
             raise Failed(f"scores out of 0 to 1: {json.dumps(found)}")
+        if answer["metadata"]["face_detected"] is False and answer["metadata"]["method"] != "middle":
+            raise Failed("no face was found in the picture of one")
         return ", ".join(f"{trait} {score:.2f}" for trait, score in found.items())
     shares = [one["confidence"] for one in found]
     if shares != sorted(shares, reverse=True) or not 0 <= shares[-1] <= shares[0] <= 1 or sum(shares) > 1.001:

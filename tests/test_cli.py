@@ -359,10 +359,19 @@ def help_of(command, monkeypatch, capsys):
     return capsys.readouterr().out
 
 
+DOCUMENTATION = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+
+
+def documented():
+    """[the words after `python3 -m app`] of each command in docs/command-line.md."""
+    return [words.split() for words in re.findall(r"^\$ python3 -m app ([^#>\n]*)", DOCUMENTATION, re.MULTILINE)]
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with app/, as in a fresh clone, and a Python that has no packages."""
-    (tmp_path / "app").symlink_to(ROOT / "app")
+    for name in ("app", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
@@ -373,15 +382,24 @@ def checkout(tmp_path):
 
 
 def test_any_python_goes_on_in_the_virtual_environment(checkout, tmp_path, settings, app):
-    done = checkout("predict", TESTS / "images/chelsea.jpg")
+    example = documented()[0]
+    done = checkout(*example)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"error: \w+ is not installed for {tmp_path}/bare/bin/python3: run make run first, or install "
                         r"what is missing with pip install -r requirements.txt\n", done.stderr)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    done = checkout("predict", TESTS / "images/chelsea.jpg", "--top-k", "1", MODEL_NAME="efficientnet_lite0",
-                    MODEL_DIR=str(settings.model_dir), DEVICE="cpu")
+    done = checkout(*example, MODEL_NAME="efficientnet_lite0", MODEL_DIR=str(settings.model_dir), DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[1].endswith("chelsea.jpg  tiger cat 38.8%")
+    assert f"$ python3 -m app {' '.join(example)}\n{done.stdout}```" in DOCUMENTATION
+
+
+def test_documented_commands_exist(monkeypatch):
+    commands = documented()
+    assert {words[0] for words in commands} >= {"predict", "evaluate", "embed", "similar", "prepare", "health", "smoke",
+                                                "reload", "traffic"}
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", ["app", *words])
+        assert parsed(words).command == words[0]
 
 
 @pytest.fixture

@@ -134,10 +134,11 @@ CAT = [{"class": "tabby", "class_id": 281, "confidence": 0.9}, {"class": "x", "c
 @pytest.mark.parametrize(("model", "predictions", "says"), [
     (INFO, [{"class": "goldfish", "class_id": 1, "confidence": 0.9}], "the picture of a cat is called goldfish 0.900"),
     (INFO, CAT[::-1], "confidences that cannot be"), (INFO, [{**CAT[0], "confidence": 1.1}], "confidences that cannot"),
-    ({**INFO, "traits": ["a"]}, {"a": 1.2}, "scores out of 0 to 1"), ({**INFO, "traits": ["b"]}, {"a": 0.5}, "scores")])
+    ({**INFO, "traits": ["a"]}, {"a": 1.2}, "scores out of 0 to 1"), ({**INFO, "traits": ["b"]}, {"a": 0.5}, "scores"),
+    ({**INFO, "traits": ["a"]}, {"a": 0.5}, "no face was found")])
 def test_smoke_knows_the_answer(model, predictions, says):
     with pytest.raises(smoke.Failed, match=says):
-        smoke.judge(model, {"predictions": predictions})
+        smoke.judge(model, {"predictions": predictions, "metadata": {"face_detected": False, "method": "face+middle"}})
 
 
 def test_smoke_knows_a_right_answer():
