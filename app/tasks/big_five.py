@@ -43,4 +43,5 @@ class BigFive(FromPictures):
                 "spread": self.predictions(scores.reshape(-1, scores.shape[-1]).std(axis=0), options)}
 
     def info(self):
-        return {**super().info(), "description": DESCRIPTION, "backbone": self.network["backbone"], "traits": self.labels}
+        return {**super().info(), "description": DESCRIPTION, "backbone": self.network["backbone"],
+                "traits": self.labels}

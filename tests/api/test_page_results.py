@@ -292,13 +292,13 @@ def test_links_that_can_be_followed_are(browser, service):
 def test_a_folder_gives_its_pictures(browser, small, tmp_path):
     folder = tmp_path / "folder"
     (folder / "inner").mkdir(parents=True)
-    for name in ("10.png", "9.png", "inner/1.png", ".hidden.png", "notes.txt"):
+    for name in ("10.png", "9.png", "inner/1.png", ".hidden.png", "notes.txt", "of-a-phone.heic"):
         (folder / name).write_bytes(small.read_bytes())
     data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
         browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
-    wait(browser, lambda: len(find_all(browser, ".card:not(.waiting)")) == 3)
-    assert names_shown(browser) == ["9.png", "10.png", "1.png"]
+    wait(browser, lambda: len(find_all(browser, ".card:not(.waiting)")) == 4)
+    assert names_shown(browser) == ["9.png", "10.png", "1.png", "of-a-phone.heic"]
     assert find(browser, "#problem").text == "2 other files of the folder were left out."
 
 

@@ -3,15 +3,15 @@
 const MOST_OF_FOLDERS = 1000;
 const MEDIA = /^(image|video|audio)\//;
 
-/* {files, skipped}: what was dropped. Of folders, the pictures, videos and recordings that are in them; skipped: how
-   many others were. To be called while the event is handled, as the browser empties it then. */
-export async function dropped({items, files}, takes) {
+/* {files, skipped}: what was dropped. Of folders, what is wanted (a function of a file); skipped: how many others were in
+   them. To be called while the event is handled, as the browser empties it then. */
+export async function dropped({items, files}, isWanted) {
   const entries = [...items].filter(({kind}) => kind === "file").map(item => item.webkitGetAsEntry?.());
   if (!entries.some(entry => entry?.isDirectory)) return {files: [...files], skipped: 0};
   const alone = [...files].filter((_, i) => !entries[i]?.isDirectory);
   const found = [];
   for (const entry of entries) if (entry?.isDirectory) await walk(entry, found);
-  const wanted = found.filter(({name, type}) => !name.startsWith(".") && takes(type));
+  const wanted = found.filter(file => !file.name.startsWith(".") && isWanted(file));
   return {files: [...alone, ...wanted].slice(0, MOST_OF_FOLDERS),
           skipped: found.length - wanted.length + Math.max(0, alone.length + wanted.length - MOST_OF_FOLDERS)};
 }
@@ -35,11 +35,11 @@ async function walk(folder, found) {
 
 /* The address of a picture or file that was dropped or pasted as a link or a part of a page; null if there is none. */
 export function linkIn(data) {
-  const isAddress = text => /^(https?|data|blob|file):\S+$/i.test(text);
-  const html = data.getData("text/html");
-  const source = html && new DOMParser().parseFromString(html, "text/html").querySelector("img[src]")?.getAttribute("src");
-  const lines = `${data.getData("text/uri-list")}\n${data.getData("text/plain")}`.split(/\r?\n/).map(line => line.trim());
-  return [source, ...lines].find(text => text && isAddress(text)) ?? null;
+  const isAddress = line => /^(https?|data|blob|file):\S+$/i.test(line);
+  const page = new DOMParser().parseFromString(data.getData("text/html"), "text/html");
+  const text = `${data.getData("text/uri-list")}\n${data.getData("text/plain")}`;
+  const lines = text.split(/\r?\n/).map(line => line.trim());
+  return [page.querySelector("img[src]")?.getAttribute("src"), ...lines].find(line => line && isAddress(line)) ?? null;
 }
 
 /* The File behind a link, where the browser lets this page have it. Throws an Error that says why not. */
@@ -49,8 +49,8 @@ export async function linked(link) {
   if (protocol === "file:")
     throw new Error("Browsers keep pages from opening files by their path. Choose the file instead.");
   if (protocol === "blob:" || origin !== location.origin)
-    throw new Error(`This is a link to ${host ? `a file of ${host}` : "a file of another page"}, which this page may not `
-      + "fetch. Save the file and choose it here, or copy the picture itself and paste it.");
+    throw new Error(`This is a link to a file of ${host || "another page"}, which this page may not fetch. `
+      + "Save the file and choose it here, or copy the picture itself and paste it.");
   const response = await fetch(link).catch(() => null);
   const type = response?.headers.get("Content-Type") ?? "";
   if (!response?.ok || !MEDIA.test(type)) throw new Error("There is no picture behind this link.");

@@ -25,7 +25,7 @@ function show(words, isWrong) {
   $("#key-words").textContent = words;
   $("#key-words").classList.toggle("error", isWrong);
   $("#api-key").setAttribute("aria-invalid", String(isWrong));
-  $("#change-key").hidden = true;
+  $("#change-key").hidden = !key();
   if (wasHidden || isWrong) $("#api-key").focus();
 }
 
@@ -39,7 +39,7 @@ async function check(event) {
   event.preventDefault();
   const value = $("#api-key").value.trim();
   if (isChecking || !value) return $("#api-key").focus();
-  if (/[^\x21-\x7e]/.test(value)) return show("An API key has no spaces, and only letters, digits and signs of ASCII.", true);
+  if (/[^\x21-\x7e]/.test(value)) return show("An API key has only letters, digits and signs of ASCII, no spaces.", true);
   isChecking = true;
   setKey(value);
   try {
@@ -58,5 +58,7 @@ async function check(event) {
 export function setUpKey() {
   whenKeyIsNeeded(askForKey);
   $("#key-form").addEventListener("submit", check);
-  $("#change-key").addEventListener("click", () => show("Enter another API key. It is kept until this tab is closed.", false));
+  $("#change-key").addEventListener("click", () => {
+    $("#key-form").hidden ? show("Enter another API key.", false) : showKeyIsUsed();
+  });
 }

@@ -6,7 +6,7 @@ export function refusal({name, type, size}, config = {}) {
   if (!size) return `${name} is empty: it has 0 bytes. Choose one that has content.`;
   const kind = type.split("/")[0];
   const {max_file_size: most = Infinity, max_video_size: mostOfVideo = Infinity} = config;
-  const limit = kind === "video" ? mostOfVideo : kind === "image" || kind === "audio" ? most : Math.max(most, mostOfVideo);
+  const limit = kind === "video" ? mostOfVideo : ["image", "audio"].includes(kind) ? most : Math.max(most, mostOfVideo);
   if (size <= limit) return null;
   const what = {image: "picture", video: "video", audio: "recording"}[kind] || "file";
   return `This ${what} has ${megabytes(size, Math.ceil)}; at most ${megabytes(limit)} are allowed. It was not sent.`;

@@ -3,8 +3,8 @@ import {$, element} from "./dom.js";
 
 const LABELS = new Map([["top_k", "Classes"], ["method", "Crop"], ["tta", "Average with mirror image"],
                         ["frames", "Frames of a video"], ["explain", "Show where it looked"]]);
-const MEANINGS = new Map([["explain", "Lays colours over the picture: the brighter, the more that part adds to the score of "
-  + "the first class, or of a trait. The list then chooses another one."]]);  // for those who see it
+const MEANINGS = new Map([["explain", "Lays colours over the picture: the brighter, the more that part adds to the score "
+  + "of the first class, or of a trait. The list then chooses another one."]]);  // for those who see it
 const HIDDEN = ["embedding", "normalize", "explain_class"];  // numbers for programs; the last is what a click chooses
 
 let fields = [];  // {name, label, read}: what is chosen for an option, undefined if nothing

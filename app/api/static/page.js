@@ -5,7 +5,7 @@ import {dropped, linkIn, linked} from "./files.js";
 import {setUpKey, showKeyIsUsed, whenKeyIsAccepted} from "./key.js";
 import {refusal} from "./limits.js";
 import {chosenOptions, showOptions} from "./options.js";
-import {TASKS, replaced, setUpPanels} from "./panels.js";
+import {TASKS, setUpPanels} from "./panels.js";
 import {untilBack, untilFree, whenBack} from "./pauses.js";
 import {add, count, setUpResults, showSnippetsAgain} from "./results.js";
 import {ask, here, isAway} from "./service.js";
@@ -57,8 +57,8 @@ function showModel(model) {
   $("#model").textContent = [task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
   $("#about").textContent = model.description || "";
   $("#about").classList.toggle("notice", OF_PEOPLE.includes(model.task));
-  $("#fallback").hidden = !replaced(model);
-  $("#fallback").textContent = `${replaced(model)} could not be loaded. ${model.name} answers in its place.`;
+  $("#fallback").hidden = !model.fallback_for;
+  $("#fallback").textContent = `${model.fallback_for} could not be loaded. ${model.name} answers in its place.`;
   showInput();
   showOptions(model);
   count();
@@ -148,10 +148,16 @@ async function takeLink(link) {
   }
 }
 
+/* Whether the model takes files of this type; browsers do not know those of some pictures, such as HEIC. */
+function isTaken({name, type}) {
+  const {model: {takes}, config} = service;
+  return type ? takes.some(kind => FILES[kind] && type.startsWith(`${FILES[kind][0]}/`))
+    : takes.includes("picture") && config.allowed_extensions.includes(name.split(".").pop().toLowerCase());
+}
+
 async function takeDropped(data) {
   const link = linkIn(data);
-  const {files, skipped} = await dropped(data, type => service.model.takes.some(
-    kind => FILES[kind] && type.startsWith(`${FILES[kind][0]}/`)));
+  const {files, skipped} = await dropped(data, isTaken);
   if (files.length) take(files);
   else if (link && !skipped) return takeLink(link);
   else if (!skipped) complain("There is no file in what you dropped.");
@@ -161,7 +167,8 @@ async function takeDropped(data) {
 function takeText() {
   const text = $("#text").value;
   const {takes, field} = service.model;
-  if (!takes.includes("json")) return add([jobOf({name: "Text", text, input: {[field]: text}, options: chosenOptions()})]);
+  const options = chosenOptions();
+  if (!takes.includes("json")) return add([jobOf({name: "Text", text, input: {[field]: text}, options})]);
   let input;
   try {
     input = JSON.parse(text);
@@ -173,7 +180,7 @@ function takeText() {
     blame(`Write an object${field ? `, {"${field}": …}` : ": { … }"}`);
     return $("#text").focus();
   }
-  add([jobOf({name: "JSON", text: pretty(input), input, options: chosenOptions()})]);
+  add([jobOf({name: "JSON", text: pretty(input), input, options})]);
 }
 
 async function takeSample() {
@@ -189,7 +196,8 @@ async function takeSample() {
       continue;
     }
     $("#sample").disabled = false;
-    return blob ? take([new File([blob], name, {type: "image/jpeg"})]) : complain(`The service answered ${response.status}.`);
+    if (!blob) return complain(`The service answered ${response.status}.`);
+    return take([new File([blob], name, {type: "image/jpeg"})]);
   }
 }
 

@@ -3,11 +3,9 @@ import {$, block, element, isObject, megabytes, plural, pretty, say} from "./dom
 import {ask} from "./service.js";
 
 export const TASKS = new Map([["big_five_regression", "Big Five traits"], ["classification", "Classification"]]);
-const STATES = new Map([["loading", "The model is still loading."], ["draining", "It is about to stop or to be replaced."],
+const STATES = new Map([["loading", "The model is still loading."],
+                        ["draining", "It is about to stop or to be replaced."],
                         ["self_test_failed", "The model failed its own test."]]);
-
-/* What stands in for another model: /info's `fallback_for`. */
-export const replaced = ({fallback_for: name, fallback}) => name ?? fallback?.requested;
 
 const number = value => value.toLocaleString("en");
 const list = values => values?.join(", ");
@@ -18,7 +16,7 @@ function aboutModel({model, config, versions}) {
   return [
     ["", [
       ["Name", model.version ? `${model.name}@${model.version}` : model.name],
-      ["In place of", replaced(model) && `${replaced(model)}${fallback?.reason ? `: ${fallback.reason}` : ""}`],
+      ["In place of", model.fallback_for && `${model.fallback_for}: ${fallback.reason}`],
       ["What it is", model.description],
       ["Task", TASKS.get(model.task) ?? model.task],
       ["Takes", list(model.takes)],
@@ -35,8 +33,8 @@ function aboutModel({model, config, versions}) {
     ["Limits", [
       ["File", megabytes(config.max_file_size)],
       ["Picture", `${number(config.max_image_pixels / 1e6)} megapixels`],
-      ["Video", model.takes?.includes("video") ? `${megabytes(config.max_video_size)}, ${number(config.max_video_seconds)} s`
-        : null],
+      ["Video", model.takes?.includes("video")
+        ? `${megabytes(config.max_video_size)}, ${number(config.max_video_seconds)} s` : null],
       ["Time for an answer", `${number(config.request_timeout)} s`],
     ]],
     ["Versions", Object.entries(versions)],
@@ -63,9 +61,11 @@ function duration(seconds) {
     Math.floor((i ? seconds % units[first][1] : seconds) / length), name)).join(", ");
 }
 
+const chosen = () => $("#which").value;  // "" unless there are several models
+
 const PANELS = {
-  model: {title: "Model", path: () => $("#which").value ? `info?model=${encodeURIComponent($("#which").value)}` : "info",
-          facts: aboutModel},
+  model: {title: "Model", facts: aboutModel,
+          path: () => chosen() ? `info?model=${encodeURIComponent(chosen())}` : "info"},
   health: {title: "Health", path: () => "health", facts: aboutHealth},
 };
 

@@ -1,4 +1,5 @@
-/* Times in which nothing is sent: the service is away, or wants fewer requests. The page says so, and goes on by itself. */
+/* Times in which nothing is sent, as the service is away or wants fewer requests. The page says so, and goes on by
+   itself. */
 import {$, pause, say} from "./dom.js";
 import {here} from "./service.js";
 

@@ -1,7 +1,7 @@
 /* Sends jobs, a few at a time, until each has an answer or cannot have one.
 
-   A job: {name, options, url, model} with either file, or input (the members of a JSON body) and its text; with its card
-   and, at the end, answer ({response, body or media}) and milliseconds, or problem (an Error). */
+   A job: {name, options, url, model} with either file, or input (the members of a JSON body) and its text; with its
+   card and, at the end, answer ({response, body or media}) and milliseconds, or problem (an Error). */
 import {untilKeyIsAccepted} from "./key.js";
 import {json} from "./curl.js";
 import {pause} from "./dom.js";

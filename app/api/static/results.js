@@ -88,8 +88,8 @@ async function explain(job, prediction) {
 
 function inWords() {
   const failed = jobs.filter(({state}) => state === "failed" || state === "refused").length;
-  const ended = jobs.filter(isEnded).length;
-  const all = ended === jobs.length ? plural(ended, "result") : `${ended.toLocaleString("en")} of ${plural(jobs.length, "result")}`;
+  const done = jobs.filter(isEnded).length;
+  const all = `${done < jobs.length ? `${done.toLocaleString("en")} of ` : ""}${plural(jobs.length, "result")}`;
   return failed ? `${all}, ${failed.toLocaleString("en")} failed` : all;
 }
 

@@ -35,8 +35,8 @@ function failure(body, words, response) {
   return Object.assign(new Error(body.message || words), {body, status: response?.status, wait});
 }
 
-/* A Response that is a success. The error of any other has its `body`, `status`, and the seconds to `wait`, or null; one
-   without a `status`: there was no response. */
+/* A Response that is a success. The error of any other has its `body`, `status`, and the seconds to `wait`, or null.
+   One without a `status`: there was no response. */
 async function opened(path, request, onSent) {
   const url = new URL(path, here);
   const used = key();

@@ -14,12 +14,13 @@ export function showSnippets(card, job, mediaType = job.model.media_types?.[0]) 
   card.showSnippets();
 }
 
-/* Characters that are not seen, or change how the others are seen, are written as what `escape` makes of their number. */
+/* Characters that are not seen, or change how others are seen, are written as what `escape` makes of their number. */
 const quoted = (text, escape) => JSON.stringify(text).replace(
   /[\p{C}\p{Zl}\p{Zp}]/gu, character => escape(character.codePointAt(0)));
 
 const hexadecimal = (number, digits) => number.toString(16).padStart(digits, "0");
-const inPython = text => quoted(text, code => code > 0xffff ? `\\U${hexadecimal(code, 8)}` : `\\u${hexadecimal(code, 4)}`);
+const inPython = text => quoted(
+  text, code => code > 0xffff ? `\\U${hexadecimal(code, 8)}` : `\\u${hexadecimal(code, 4)}`);
 const inJavaScript = text => quoted(text, code => `\\u{${hexadecimal(code, 1)}}`);
 
 /* The source of a value of JSON, or of a File's content as ofFile(name). */
@@ -54,7 +55,8 @@ export function python({file, input, options, url, key}, mediaType) {
     ...(asJson ? [`request = Request(url, json.dumps(${literal(values, language)}).encode(), headers)`]
       : [`with open(${inPython(file.name)}, "rb") as file:`, "    request = Request(url, file.read(), headers)"]),
     "with urlopen(request) as response:",
-    ...(mediaType ? [`    with open(${inPython(fileName(mediaType))}, "wb") as answer:`, "        answer.write(response.read())"]
+    ...(mediaType
+      ? [`    with open(${inPython(fileName(mediaType))}, "wb") as answer:`, "        answer.write(response.read())"]
       : ["    print(json.dumps(json.load(response), indent=2))"]),
   ].join("\n");
 }
@@ -62,10 +64,12 @@ export function python({file, input, options, url, key}, mediaType) {
 export function javascript({file, input, options, url, key}, mediaType) {
   const language = {string: inJavaScript, words: {}, ofFile: name => `await readFile(${name}, "base64")`};
   const values = {...input, ...options, ...input};
-  const headers = {...(file ? {} : {"Content-Type": "application/json"}), ...(key ? {Authorization: `Bearer ${key}`} : {})};
-  const asBlob = value => `await openAsBlob(${inJavaScript(value.name)}), ${inJavaScript(value.name)}`;
+  const headers = {...(file ? {} : {"Content-Type": "application/json"}),
+                   ...(key ? {Authorization: `Bearer ${key}`} : {})};
+  const part = value => value instanceof File
+    ? `await openAsBlob(${inJavaScript(value.name)}), ${inJavaScript(value.name)}` : inJavaScript(String(value));
   const fields = Object.entries({file, ...options}).map(
-    ([name, value]) => `body.append(${inJavaScript(name)}, ${value instanceof File ? asBlob(value) : inJavaScript(String(value))});`);
+    ([name, value]) => `body.append(${inJavaScript(name)}, ${part(value)});`);
   const names = [...(!file && hasFiles(options) ? ["readFile"] : []), ...(mediaType ? ["writeFile"] : [])];
   return [
     "// Node 20 or later: node predict.mjs",
@@ -74,9 +78,11 @@ export function javascript({file, input, options, url, key}, mediaType) {
     "",
     `const url = ${inJavaScript(url)};`,
     `const headers = ${literal(headers, language)};`,
-    ...(file ? ["const body = new FormData();", ...fields] : [`const body = JSON.stringify(${literal(values, language)});`]),
+    ...(file ? ["const body = new FormData();", ...fields]
+      : [`const body = JSON.stringify(${literal(values, language)});`]),
     'const response = await fetch(url, {method: "POST", headers, body});',
-    ...(mediaType ? [`await writeFile(${inJavaScript(fileName(mediaType))}, Buffer.from(await response.arrayBuffer()));`]
+    ...(mediaType
+      ? [`await writeFile(${inJavaScript(fileName(mediaType))}, Buffer.from(await response.arrayBuffer()));`]
       : ["console.log(JSON.stringify(await response.json(), null, 2));"]),
   ].join("\n");
 }

@@ -40,7 +40,8 @@ function valuesOf({answer}) {
   if (Array.isArray(predictions) && predictions.length && predictions.every(one => isObject(one) && "class" in one))
     return ranks(predictions.map(one => [one.class, one.confidence]));
   if (isNumbers(predictions))  // a score may have the name of a column
-    return new Map(Object.entries(predictions).map(([name, value]) => [FIXED.includes(name) ? `${name} (score)` : name, value]));
+    return new Map(Object.entries(predictions).map(
+      ([name, value]) => [FIXED.includes(name) ? `${name} (score)` : name, value]));
   return new Map([["answer", typeof predictions === "string" ? predictions : JSON.stringify(predictions)]]);
 }
 
