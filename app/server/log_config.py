@@ -21,7 +21,7 @@ def logging_config(settings):
             "root": {"level": settings.log_level, "handlers": ["stderr"]},
             "loggers": {"gunicorn.error": {"level": settings.log_level, "handlers": [], "propagate": True},
                         "gunicorn.access": {"level": "WARNING", "handlers": [], "propagate": True},
-                        "PIL": {"level": "WARNING"}}}
+                        "PIL": {"level": "WARNING"}, "alembic": {"level": "WARNING"}}}
 
 
 def json_formatter():
