@@ -11,7 +11,7 @@ from app.config import HANDED_DOWN, Settings, StartError
 from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle, shared_memory, start_checks
+from app.server import board, counters, lifecycle, shared_memory, start_checks, stderr_lines
 from app.server.log_config import logging_config
 from app.server.logs import flush
 from app.server.machine import plan as plan_of
@@ -24,6 +24,8 @@ for descriptor in (0, 1, 2):  # one that is closed would become a socket, and lo
     except OSError:
         os.open(os.devnull, os.O_RDWR)
 
+if stderr_lines.is_wanted():
+    stderr_lines.capture()
 try:
     settings = Settings.load()
     doubtful = [] if HANDED_DOWN in os.environ else misspelt(os.environ)
@@ -47,7 +49,7 @@ if soft != resource.RLIM_INFINITY and soft < descriptors:
 worker_connections = max(64, min(16_384, descriptors - 256))
 backlog = 2048
 timeout = 15            # seconds without a heartbeat
-graceful_timeout = math.ceil(settings.request_timeout) + 5
+graceful_timeout = math.ceil(settings.request_timeout) + 5  # of a worker that is replaced; see lifecycle.py
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 control_socket_disable = True
@@ -99,7 +101,8 @@ def on_starting(server):
     except StartError as e:
         sys.exit(f"error: {e}")
     shared_memory.create(2 * plan.workers + 64)  # SIGTTIN adds more
-    board.own.write(plan=dataclasses.asdict(plan))
+    address = server.cfg.address[0]
+    board.own.write(plan=dataclasses.asdict(plan), port=address[1] if isinstance(address, tuple) else None)
     try:
         if settings.models:
             from app.server import traffic
@@ -120,7 +123,8 @@ def hold_all(ready):
 
 
 def when_ready(server):
-    from app.server import refusals  # noqa: F401  for workers, which may lack memory or descriptors when they need it
+    # For workers, which may lack memory or descriptors when they need these.
+    from app.server import model_swap, refusals, stopping  # noqa: F401
 
     def outcome(process):
         ready = outcome_of(process)
@@ -130,7 +134,7 @@ def when_ready(server):
         held.append(hold_all(ready))
         del held[:-2]  # keep the previous ones while workers still load
         return ready
-    lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
+    lifecycle.install(server, settings, lambda: start_making(settings, "--check", "--beside"), outcome)
 
 
 def ssl_context(conf, default_ssl_context_factory):
@@ -167,6 +171,10 @@ def post_worker_init(worker):
 
 def child_exit(server, worker):
     shared_memory.end_worker(worker.region)
+
+
+def pre_exec(server):
+    stderr_lines.release()
 
 
 def on_exit(server):

@@ -1,7 +1,5 @@
-"""One vision model behind HTTP: the application factory."""
-import logging
-
-from app.config import StartError
+"""One vision model behind HTTP: the application factory. It imports nothing before it is needed, as the Gunicorn master
+and the command line import this package too."""
 
 EACH, V2_VIEWS = ("", "/models/<name>"), "app.open_inference.views"  # EACH: the default model, or one in the path
 LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),
@@ -15,7 +13,6 @@ V2 = [("v2_health", V2_VIEWS, [("/v2/health/live", "live"), ("/v2/health/ready",
 
 def create_app(settings=None, loader=None):
     """The Flask application. loader: a ModelLoader that has its model; by default one is created, once per worker."""
-    # Imported here to keep 10 MB out of the Gunicorn master, which imports this package too.
     from flask import Flask
 
     from app.api import error_handlers, health, info, lazy_views, metrics, predict, requests, uploads
@@ -74,6 +71,9 @@ def load_model(settings):
 
 def load_published(loader, on_board):
     """Load what the master has published, or, if that has become unusable, what it had published before."""
+    import logging
+
+    from app.config import StartError
     from app.engine.bundle import Prepared
     published, previous = on_board["published"], on_board["previous"]
     try:

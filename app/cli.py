@@ -1,24 +1,28 @@
-"""`python -m app predict` and `evaluate`: the API's answers without a server."""
+"""`python3 -m app predict` and `evaluate`: the API's answers without a server."""
 import base64
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import logging
 import mimetypes
+import os
 import re
 import sys
 from pathlib import Path
 
+from gevent import get_hub
 from gevent.pool import Pool
 from PIL import Image
 from tqdm import tqdm
 
-from app import load_model
+from app import chosen_model, load_model
 from app.api.uploads import Upload
-from app.config import Settings, StartError
+from app.config import StartError
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
+from app.output import CommandError, Output, printable
 from app.server.counters import Stages
 from app.tasks import Call
 from app.tasks import options as task_options
@@ -27,15 +31,22 @@ SUFFIXES = {"picture": pictures.EXTENSIONS, "video": containers.EXTENSIONS, "tex
             "audio": ("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac")}  # of the files that folders are searched for
 
 
-class CommandError(StartError):
-    """A command that cannot run as given; the message is one line."""
+MOST_SHOWN = 20  # of the labels that cannot be used
 
 
 def load(arguments):
     """(loader, model, options) for a command. Raises StartError, or ServiceError for a bad option."""
-    settings = dataclasses.replace(Settings.load(), workers=1, log_format="text")  # this process gets all cores
-    loader = load_model(settings)
+    settings = dataclasses.replace(chosen_model.load(), workers=1, log_format="text")  # this process gets all cores
+    key, chosen = chosen_model.choose(settings, arguments.model)
+    chosen_model.say_unused(settings, key, chosen)
+    with only_errors_logged():  # that a fallback is in use is said here in fewer words
+        loader = load_model(chosen)
     model = loader.current
+    if model.fallback_reason:
+        chosen_model.say_fallback(model, chosen)
+    elif settings.models:  # as the API calls it
+        model.name, _, version = key.partition("@")
+        model.version = version or None
 
     def option(name, is_file=False):
         value = vars(arguments).get(f"option:{name}")
@@ -44,6 +55,17 @@ def load(arguments):
         except OSError as e:
             raise CommandError(f"{value} cannot be read: {e.strerror}") from e
     return loader, model, task_options.read(option, model.task)
+
+
+@contextlib.contextmanager
+def only_errors_logged():
+    log = logging.getLogger("app.model_loader")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def answers(loader, options, paths, crops=None, how=None, overlays=None):
@@ -83,9 +105,20 @@ def answers(loader, options, paths, crops=None, how=None, overlays=None):
         except Exception as e:  # of a model of one's own
             logging.getLogger(__name__).debug("%s", path, exc_info=e)
             return ServiceError(500, "INTERNAL_ERROR", f"{type(e).__name__}: {e}".splitlines()[0])
-    progress = tqdm(Pool(loader.slots.count).imap(work, paths), total=len(paths), unit="file", leave=False,
-                    disable=len(paths) < 2 or not sys.stderr.isatty())
-    yield from zip(paths, progress, strict=True)
+    hub = get_hub()
+    hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)  # no stack trace
+    with progress_bar(len(paths)) as bar:
+        for path, answer in zip(paths, Pool(loader.slots.count).imap(work, paths), strict=True):
+            bar.update()
+            yield path, answer
+
+
+def progress_bar(files):
+    """A tqdm bar on standard error, if that is a terminal. Some terminals, such as serial ones, do not say how wide
+    they are: tqdm would draw nothing there."""
+    is_shown = files > 1 and sys.stderr.isatty()
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80 if is_shown else None
+    return tqdm(total=files, unit="file", leave=False, disable=not is_shown, ncols=columns, nrows=20)
 
 
 def flat_name(path):
@@ -131,37 +164,29 @@ def predict(arguments):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise CommandError(f"{folder} cannot be made: {e.strerror}") from e
-    loader, model, options = load(arguments)
-    if arguments.save_overlay:
-        if model.task.place.source.folder is None:
-            raise CommandError("--save-overlay is for classifiers and ocean, not for models of your own")
-        from app.tasks import insight
-        options = {**options, "explain": True}
-        insight.check(model.task, options)
-    paths = list(find_files(arguments.paths, model.task.takes))
-    if not paths:
-        raise CommandError(f"there is nothing to predict in {', '.join(map(str, arguments.paths))}: {model.name} takes "
-                           f"{' or '.join(model.task.takes)}")
-    width = max(4, *(len(str(path)) for path in paths))
-    if not arguments.json:
-        print_row("file", width, model.task.answer_kind().columns())
-        if any(options.get(one.name) and one in model.task.options for one in (
+    with Output(arguments) as output:
+        loader, model, options = load(arguments)
+        if arguments.save_overlay:
+            if model.task.place.source.folder is None:
+                raise CommandError("--save-overlay is for classifiers and ocean, not for models of your own")
+            from app.tasks import insight
+            options = {**options, "explain": True}
+            insight.check(model.task, options)
+        paths = list(find_files(arguments.paths, model.task.takes))
+        if not paths:
+            raise CommandError(f"there is nothing to predict in {', '.join(map(str, arguments.paths))}: {model.name} "
+                               f"takes {' or '.join(model.task.takes)}")
+        output.begin(model.task.answer_kind(), options, paths)
+        if output.format != "json" and any(options.get(one.name) and one in model.task.options for one in (
                 task_options.EMBEDDING, *[task_options.EXPLAIN] * (not arguments.save_overlay))):
             print("note: this table shows no maps or embeddings; use --json, or --save-overlay DIR for pictures of the "
                   "maps", file=sys.stderr)
-    failed = 0
-    for path, answer in answers(loader, options, paths, arguments.save_crop, overlays=arguments.save_overlay):
-        is_error = isinstance(answer, ServiceError)
-        failed += is_error
-        if not is_error and arguments.save:
-            save_media(answer, arguments.save / path.name)
-        if arguments.json:
-            body = answer.body() if is_error else {"status": "success", **answer}
-            tqdm.write(printable(json.dumps({"file": str(path), **body}, ensure_ascii=False)))
-        elif is_error:
-            tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
-        else:
-            print_row(path, width, model.task.answer_kind().row(answer["predictions"]))
+        failed = 0
+        for path, answer in answers(loader, options, paths, arguments.save_crop, overlays=arguments.save_overlay):
+            failed += isinstance(answer, ServiceError)
+            if arguments.save and not isinstance(answer, ServiceError):
+                save_media(answer, arguments.save / path.name)
+            output.add(path, answer)
     if failed and len(paths) > 1:
         print(f"{failed} of {len(paths)} files failed", file=sys.stderr)
     return 1 if failed else 0
@@ -177,57 +202,77 @@ def save_media(answer, path):
         answer["predictions"] = {"media_type": predictions["media_type"], "path": str(path)}
 
 
-def print_row(path, width, columns):
-    tqdm.write(printable("  ".join([str(path).ljust(width), *columns])))
-
-
-def printable(text):
-    """Without halves of surrogate pairs."""
-    return text.encode(errors="replace").decode()
-
-
 def evaluate(arguments, observing=None):
     """observing(arguments, loader, options, labels): an Observer of app/insight/evaluation.py."""
     header, rows = read_csv(arguments.labels)
-    loader, model, options = load(arguments)
-    kind = model.task.answer_kind()
-    options |= kind.evaluate_with
-    expected = [kind.label(header, row, f"line {i} of {arguments.labels}") for i, row in enumerate(rows, 2)]
-    paths, pairs = [arguments.folder / row[0] for row in rows], []
-    observer = observing(arguments, loader, options, expected) if observing else None
-    found = answers(loader, options, paths, how=observer and observer.how)
-    for (path, answer), label in zip(found, expected, strict=True):
-        if observer:
-            observer.add(path, answer, label)
-        if isinstance(answer, ServiceError):
-            tqdm.write(f"{path}: {answer.code}: {answer.message}", file=sys.stderr)
-        else:
-            pairs.append((answer["predictions"], label))
-    if not pairs:
-        raise CommandError(f"none of the {len(paths)} files could be answered")
-    measured = kind.measure(pairs)
-    result = {"files": len(pairs), "failed": len(paths) - len(pairs), **measured}
-    lines = observer.finish(result) if observer else []
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(*kind.lines(measured), *map(printable, lines), sep="\n")
-        print(f"{result['files']} files" + (f", {result['failed']} more failed" if result["failed"] else ""))
+    with Output(arguments) as output:
+        loader, model, options = load(arguments)
+        kind = model.task.answer_kind()
+        options |= kind.evaluate_with
+        labelled, unknown = read_labels(kind, header, rows, arguments.labels)
+        paths = [arguments.folder / name for name, _ in labelled]
+        labels, pairs = [label for _, label in labelled], []
+        observer = observing(arguments, loader, options, labels) if observing else None
+        if output.format == "csv":
+            output.begin(kind, options, paths, has_labels=True)
+        found = answers(loader, options, paths, how=observer and observer.how)
+        for (path, answer), label in zip(found, labels, strict=True):
+            if observer:
+                observer.add(path, answer, label)
+            if isinstance(answer, ServiceError):
+                output.say(f"{path}: {answer.code}: {answer.message}")
+            else:
+                pairs.append((answer["predictions"], label))
+            if output.format == "csv":
+                output.add(path, answer, label)
+        if not pairs:
+            raise CommandError(f"none of the {len(paths)} files could be answered")
+        measured = kind.measure(pairs)
+        result = {"files": len(pairs), "failed": len(paths) - len(pairs), "unknown_labels": unknown, **measured}
+        lines = observer.finish(result) if observer else []
+        more = "".join(f", {number} more {what}" for number, what in (
+            (result["failed"], "failed"), (unknown, "with unknown labels" if unknown > 1 else "with an unknown label"))
+            if number)
+        output.summary([json.dumps(result)] if output.format == "json" else
+                       [*kind.lines(measured), *lines, f"{counted(len(pairs), 'file')}{more}"])
     if observer and observer.error:
         print(f"error: {observer.error}", file=sys.stderr)
-    return 1 if result["failed"] or observer and observer.error else 0
+    return 1 if result["failed"] or unknown or observer and observer.error else 0
+
+
+def read_labels(kind, header, rows, csv_path):
+    """([(path within the folder, label)], how many rows have a label that cannot be used); says which those are, on
+    standard error. Raises CommandError if none can."""
+    labelled, errors = [], []
+    for line, row in rows:
+        try:
+            labelled.append((row[0], kind.label(header, row, f"line {line} of {csv_path}, {row[0]}")))
+        except StartError as e:
+            errors.append(e)
+    if not labelled:
+        raise CommandError(f"none of the {counted(len(rows), 'label')} can be used: {errors[0]}") from errors[0]
+    for error in errors[:MOST_SHOWN]:
+        print(printable(str(error)), file=sys.stderr)
+    if len(errors) > MOST_SHOWN:
+        print(f"and {len(errors) - MOST_SHOWN} more labels that cannot be used", file=sys.stderr)
+    return labelled, len(errors)
+
+
+def counted(number, what):
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def read_csv(path):
-    """(header, rows of the same length) of a CSV file. Raises CommandError."""
+    """(header, [(line, row)]), with rows of the same length, of a CSV file. Raises CommandError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file) if row]
+            reader = csv.reader(file)
+            (_, header), *rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, ValueError, csv.Error) as e:
         raise CommandError(f"{path} cannot be read as CSV with a header") from e
-    for i, row in enumerate(rows, 2):
+    for line, row in rows:
         if len(row) != len(header):
-            raise CommandError(f"line {i} of {path} has {len(row)} columns, the header {len(header)}")
+            raise CommandError(f"line {line} of {path} has {len(row)} columns, the header {len(header)}")
     if not rows or len(header) < 2:
         raise CommandError(f"{path} has no labels: expected a header, then a line for each file")
     return [name.strip().lower() for name in header], rows

@@ -36,6 +36,7 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
+         "api/test_page_results.py",
          "history/test_history_service.py", "api/test_openapi.py", "tracing/test_tracing.py", "tasks/test_insight.py",
          "open_inference/test_clients_v2.py", "api/test_stream.py", "tasks/test_answers.py",
          "engine/test_engines.py", "jobs/test_api.py", "server/test_service.py", "data/test_database.py",
@@ -204,7 +205,7 @@ def post(client, data, filename="picture.jpg", path="/predict", **options):
 class Service:
     """The service as its users run it: Gunicorn with gunicorn.conf.py, on a free port, logging to a file."""
 
-    def __init__(self, folder, variables, application="app:create_app()"):
+    def __init__(self, folder, variables, application="app:create_app()", python=sys.executable):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
@@ -214,8 +215,8 @@ class Service:
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
-                                            stderr=log, start_new_session=True, env=environment)
+            self.process = subprocess.Popen([python, "-m", "gunicorn", application], cwd=ROOT, stdout=log, stderr=log,
+                                            start_new_session=True, env=environment)
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s
@@ -307,6 +308,23 @@ def service(tmp_path_factory, settings, app):
                                                            "MODEL_DIR": str(settings.model_dir)})
     yield running.wait_ready()
     running.kill()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A driver of Chromium, which all tests of this process share; each goes to a page of its own."""
+    from pages import start_chromium
+    driver = start_chromium(tmp_path_factory.mktemp("chromium"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(chromium, service):
+    """A browser on the page of the service with the default settings, 1280 × 800."""
+    from pages import on_page
+    with on_page(chromium, service, "efficientnet_lite0") as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

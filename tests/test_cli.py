@@ -1,19 +1,27 @@
 """The command line gives the API's answers, for one file and for many; its exit code tells whether all went well."""
 import base64
+import contextlib
+import csv
 import io
 import json
 import os
+import pty
+import re
+import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, encoded, photo, post
+from conftest import ROOT, TESTS, encoded, photo, post
 from PIL import Image
 from videos import pan_over, write
 
 from app import __main__ as command_line
-from app import cli, load_model
+from app import cli, load_model, output
+from app.commands import parsed
+from app.engine.bundle import installed_versions
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,7 @@ def test_answers_of_a_folder_are_those_of_the_api(run, folder, ocean_app):
     for answer in answers:
         with open(answer["file"], "rb") as file:
             api = post(ocean_app.test_client(), file.read(), frames=3, tta="false").json
-        assert answer["predictions"] == pytest.approx(api["predictions"], abs=1e-6)
+        assert answer["predictions"] == pytest.approx(api["predictions"], abs=2e-5)
         for member in ("face_detected", "method", "tta", "backbone", "media_type"):
             assert answer["metadata"][member] == api["metadata"][member]
         assert [f["face_box"] for f in answer["metadata"]["frames"]] == [
@@ -134,6 +142,92 @@ def test_the_table_says_where_maps_and_embeddings_are(run, folder):
     assert run("predict", folder / "astronaut.png", **lite0)[2] == ""
 
 
+def rows_of(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_has_a_row_for_each_file_and_a_column_for_its_error(run, folder, tmp_path):
+    code, out, _ = run("predict", folder, tmp_path / "missing.jpg", "--csv", "--frames", "2")
+    rows, answers = rows_of(out), [json.loads(line) for line in run("predict", folder, "--json", "--frames",
+                                                                     "2")[1].splitlines()]
+    assert (code, [row["file"] for row in rows]) == (1, [*names(folder), str(tmp_path / "missing.jpg")])
+    for row, answer in zip(rows, answers, strict=False):
+        assert {trait: float(row[trait]) for trait in answer["predictions"]} == pytest.approx(answer["predictions"],
+                                                                                              abs=1e-5)
+        assert (row["face_detected"], row["error"]) == (str(answer["metadata"]["face_detected"]).lower(), "")
+    assert rows[-1]["error"].startswith("MISSING_FILE: The file cannot be read")
+    assert {*rows[-1].values()} == {rows[-1]["file"], rows[-1]["error"], ""}
+
+
+def test_csv_of_a_classifier_cannot_be_taken_for_formulas(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "=1+1;x.jpg").write_bytes(encoded(photo("coffee"), "JPEG"))
+
+    code, out, _ = run("predict", "=1+1;x.jpg", "--csv", "--top-k", "2", MODEL_NAME="efficientnet_lite0", MODEL_PATH="")
+    assert (code, out.splitlines()[0]) == (
+        0, '"file","class","confidence","class_id","class_2","confidence_2","error"')
+    row, = rows_of(out)
+    assert (row["file"], row["class"], row["class_id"]) == ("./=1+1;x.jpg", "espresso", "967")
+    assert (tmp_path / row["file"]).exists()
+    assert 0.9 < float(row["confidence"]) < 1
+    assert [output.safe_text(text) for text in ("=1", "+1", "-1", "@x", "a-b")] == ["'=1", "'+1", "'-1", "'@x", "a-b"]
+
+
+def test_output_goes_to_a_file_in_the_format_of_its_name(run, folder, tmp_path):
+    picture, old = folder / "astronaut.png", tmp_path / "old.csv"
+    old.write_text("an older, longer text\n" * 100)
+    for name, first in (("a.jsonl", '{"file": '), ("a.txt", "file "), ("old.csv", '"file","openness"')):
+        code, out, err = run("predict", picture, "--output", tmp_path / name)
+        assert (code, out, err) == (0, "", "")
+        assert (tmp_path / name).read_text().startswith(first)
+        assert str(picture) in (tmp_path / name).read_text()
+    assert len(old.read_text().splitlines()) == 2
+    text = old.read_text()
+    for name in ("old.csv", "new.csv"):  # a model that does not load changes no file, and leaves none
+        assert run("predict", picture, "-o", tmp_path / name, MODEL_PATH="/nowhere.pt")[0] == 1
+    assert (old.read_text(), (tmp_path / "new.csv").exists()) == (text, False)
+    code, _, err = run("predict", picture, "-o", tmp_path / "none/a.csv")
+    assert (code, err) == (1, f"error: {tmp_path / 'none/a.csv'} cannot be written: No such file or directory\n")
+
+
+def test_model_is_one_of_models_or_another_architecture(run, folder, ocean_settings):
+    lite0 = {"MODELS": "cats@2=efficientnet_lite0,faces=ocean", "FACES__MODEL_PATH": ocean_settings.model_path,
+             "MODEL_PATH": "", "CATS__2__TOP_K": "1"}
+
+    def metadata(*arguments, **variables):
+        code, out, err = run("predict", folder / "astronaut.png", "--json", *arguments, **variables)
+        assert code == 0, err
+        answer = json.loads(out)
+        return answer["metadata"]["model"], answer["metadata"].get("version"), len(answer["predictions"]), err
+    assert metadata(**lite0) == ("cats", "2", 1, "")
+    assert metadata("--model", "cats", **lite0) == ("cats", "2", 1, "")
+    assert metadata("--model", "faces", **lite0) == ("faces", None, 5, "")
+    assert metadata("--model", "efficientnet_lite0", **lite0) == ("efficientnet_lite0", None, 5, "")
+    assert metadata("--model", "efficientnet_lite0", MODELS="", FACES__MODEL_PATH="", CATS__2__TOP_K="",
+                    MODEL_PATH=ocean_settings.model_path) == ("efficientnet_lite0", None, 5, (
+                        "note: MODEL_PATH belongs to MODEL_NAME ocean, and efficientnet_lite0 does without\n"))
+    code, _, err = run("predict", folder, "--model", "Faces", **lite0)
+    assert code == 1
+    assert err.startswith("error: --model must be a model's name")
+    assert err.endswith("; did you mean faces?\n")
+
+
+def test_a_model_that_cannot_be_downloaded_has_the_fallback_of_make_run(run, folder, model_dir, tmp_path, app):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "bundles").symlink_to(model_dir / "bundles")
+    (tmp_path / "weights/resnet50.json").write_text(json.dumps({  # or torchvision would be imported for the URL
+        "url": "http://127.0.0.1:1/resnet50-11ad3fa6.pth", "source": "a test", "versions": installed_versions(
+            "torchvision")}))
+    offline = {"MODEL_NAME": "resnet50", "MODEL_PATH": "", "MODEL_DIR": tmp_path}
+    code, out, err = run("predict", folder / "deep/coffee.JPG", **offline)
+    assert (code, err) == (0, "note: MODEL_FALLBACK efficientnet_lite0 stands in for resnet50: http://127.0.0.1:1/"
+                              "resnet50-11ad3fa6.pth cannot be downloaded: [Errno 111] Connection refused\n")
+    assert "espresso" in out
+    code, out, err = run("predict", folder / "deep/coffee.JPG", MODEL_FALLBACK="", **offline)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: the weights of resnet50 are not available: ")
+
+
 def test_evaluate_offers_what_changes_a_prediction(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["app", "evaluate", "--help"])
     with pytest.raises(SystemExit):
@@ -170,6 +264,22 @@ def test_evaluate_classes(run, folder, tmp_path):
     result = json.loads(out)
     assert (code, result["top_1"], result["files"]) == (0, 0.5, 4)
     assert result["top_5"] == 0.75
+
+
+def test_labels_that_are_unknown_are_reported_and_counted(run, folder, tmp_path):
+    lite0, labels = {"MODEL_NAME": "efficientnet_lite0", "MODEL_PATH": ""}, tmp_path / "labels.csv"
+    labels.write_text("file,label\ndeep/coffee.JPG,esspresso\n\ndeep/coffee.JPG,espresso\nastronaut.png,1000\n")
+    code, out, err = run("evaluate", "--labels", labels, folder, "-o", tmp_path / "rows.csv", **lite0)
+    assert (code, out) == (1, "top-1  1.0000\ntop-5  1.0000\n1 file, 2 more with unknown labels\n")
+    neither = "is neither a class name nor a class_id of efficientnet_lite0"
+    assert err == (f"line 2 of {labels}, deep/coffee.JPG: 'esspresso' {neither}; did you mean espresso?\n"
+                   f"line 5 of {labels}, astronaut.png: '1000' {neither}\n")
+    row, = rows_of((tmp_path / "rows.csv").read_text())
+    assert (row["label"], row["class"], row["class_id"]) == ("espresso", "espresso", "967")
+    labels.write_text("file,label\ndeep/coffee.JPG,esspresso\nastronaut.png,1000\n")
+    code, out, err = run("evaluate", "--labels", labels, folder, **lite0)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: none of the 2 labels can be used: line 2 of {labels}, deep/coffee.JPG: ")
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -210,6 +320,165 @@ def test_a_python_without_the_packages_is_told_what_to_install(command, missing,
     assert done.stderr.startswith(f"error: {missing} is not installed for {sys.executable}: ")
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["predct"], "; did you mean predict?"), (["predict", "a.jpg", "--frmaes", "3"], "; did you mean --frames?"),
+    (["reload", "--prt=1"], "unrecognized arguments: --prt=1; did you mean --port?"),
+    (["health", "--colour"], "unrecognized arguments: --colour\n"), (["predict", "a.jpg", "--csv", "--json"],
+                                                                      "not allowed with argument --csv")])
+def test_a_wrong_command_or_option_gets_a_suggestion(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["app", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_has_ranges_and_examples_that_hold(monkeypatch, capsys):
+    commands = re.findall("^    ([a-z]+) ", help_of([], monkeypatch, capsys), re.MULTILINE)
+    assert {*commands} == {"predict", "evaluate", "embed", "similar", "prepare", "health", "smoke", "reload", "traffic",
+                           "worker", "migrate"}
+    for command in commands:
+        text = help_of([command], monkeypatch, capsys)
+        examples = re.findall(rf"^  python3 -m app ({command}.*)$", text, re.MULTILINE)
+        assert examples, command
+        for example in examples:
+            monkeypatch.setattr(sys, "argv", ["app", *example.split()])
+            assert parsed(example.split()).command == command
+        if command == "predict":
+            assert "[an integer from 1 to 10; default 5]" in " ".join(text.split())
+            assert "[an integer from 1 to 32; default 1]" in " ".join(text.split())
+
+
+def help_of(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["app", *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+DOCUMENTATION = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+
+
+def documented():
+    """[the words after `python3 -m app`] of each command in docs/command-line.md."""
+    return [words.split() for words in re.findall(r"^\$ python3 -m app ([^#>\n]*)", DOCUMENTATION, re.MULTILINE)]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with app/, as in a fresh clone, and a Python that has no packages."""
+    for name in ("app", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def python3(*arguments, **variables):
+        return subprocess.run([tmp_path / "bare/bin/python3", "-m", "app", *arguments], cwd=tmp_path, text=True,
+                              capture_output=True, check=False, timeout=120, env={**environment, **variables})
+    return python3
+
+
+def test_any_python_goes_on_in_the_virtual_environment(checkout, tmp_path, settings, app):
+    example = documented()[0]
+    done = checkout(*example)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"error: \w+ is not installed for {tmp_path}/bare/bin/python3: run make run first, or install "
+                        r"what is missing with pip install -r requirements.txt\n", done.stderr)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    done = checkout(*example, MODEL_NAME="efficientnet_lite0", MODEL_DIR=str(settings.model_dir), DEVICE="cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"$ python3 -m app {' '.join(example)}\n{done.stdout}```" in DOCUMENTATION
+
+
+def test_documented_commands_exist(monkeypatch):
+    commands = documented()
+    assert {words[0] for words in commands} >= {"predict", "evaluate", "embed", "similar", "prepare", "health", "smoke",
+                                                "reload", "traffic"}
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", ["app", *words])
+        assert parsed(words).command == words[0]
+
+
+@pytest.fixture
+def start(settings, app):
+    """start(*arguments, variables={}): `python -m app` for the model with real weights, in a process group of its own.
+    """
+    started = []
+
+    def start(*arguments, **more):
+        variables = more.pop("variables", {})
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "app", *map(str, arguments)], cwd=ROOT, start_new_session=True, **{
+                "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}, text=True, env={
+                **os.environ, "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(settings.model_dir), "DEVICE": "cpu",
+                "PYTHONUNBUFFERED": "1", **variables}))
+        return started[-1]
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_ctrl_c_ends_predictions_in_one_line(start, tmp_path):
+    (tmp_path / "0.mp4").write_bytes(write(pan_over(np.asarray(photo("astronaut")), 20, 360, 300)))
+    for i in range(1, 2000):
+        (tmp_path / f"{i}.jpg").symlink_to(TESTS / "images/chelsea.jpg")
+    process = start("predict", tmp_path)
+    for _ in range(3):
+        assert process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does it
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_ctrl_c_ends_preparing_in_one_line(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as mirror:  # says nothing
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights/resnet50.json").write_text(json.dumps({
+            "url": "/resnet50-11ad3fa6.pth", "source": "a test", "versions": installed_versions("torchvision")}))
+        mirror.settimeout(60)
+        process = start("predict", TESTS / "images/chelsea.jpg", variables={
+            "MODEL_NAME": "resnet50", "MODEL_DIR": str(tmp_path), "MODEL_PATH": "",
+            "WEIGHTS_MIRROR": f"http://127.0.0.1:{mirror.getsockname()[1]}/a"})
+        with mirror.accept()[0]:
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    logged, *rest = err.splitlines()
+    assert "preparing resnet50: getting the weights" in logged
+    assert rest == ["interrupted"]
+
+
+def test_a_reader_that_leaves_ends_predictions_silently(start, tmp_path):
+    for i in range(500):
+        (tmp_path / f"{i}.jpg").symlink_to(TESTS / "images/chelsea.jpg")
+    process = start("predict", tmp_path, "--csv")
+    assert process.stdout.readline().startswith('"file"')
+    process.stdout.close()
+    assert (process.wait(30), process.stderr.read()) == (1, "")
+
+
+def test_progress_is_shown_on_a_terminal_alone(start, tmp_path):
+    pictures = [TESTS / "images/chelsea.jpg"] * 3
+    ours, theirs = pty.openpty()  # of unknown size, as serial lines are
+    process = start("predict", *pictures, "--json", stderr=theirs)
+    os.close(theirs)
+    out, seen = process.stdout.read(), b""
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while piece := os.read(ours, 65536):
+            seen += piece
+    os.close(ours)
+    assert process.wait() == 0
+    assert [json.loads(line)["status"] for line in out.splitlines()] == ["success"] * 3
+    assert "0/3" in seen.decode()
+    assert "file/s" in seen.decode()
+    process = start("predict", *pictures)
+    out, err = process.communicate()
+    assert (err, "file/s" in out) == ("", False)
 
 
 def test_as_a_program(folder, ocean_settings):

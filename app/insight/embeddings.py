@@ -1,4 +1,4 @@
-"""`python -m app embed` and `similar`: the embeddings of many files, in a file, and what is like a picture."""
+"""`python3 -m app embed` and `similar`: the embeddings of many files, in a file, and what is like a picture."""
 import json
 import sys
 from dataclasses import dataclass

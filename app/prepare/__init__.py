@@ -18,7 +18,7 @@ from app import model_settings
 from app.config import StartError
 from app.engine import bundle, calibration
 from app.engine.bundle import Prepared
-from app.handing_down import variables
+from app.handing_down import log_descriptors, variables
 from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
@@ -79,7 +79,7 @@ def ready(folder, fallback_reason, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
-                            env={**os.environ, **variables(settings)}, cwd=ROOT)
+                            env={**os.environ, **variables(settings)}, cwd=ROOT, pass_fds=log_descriptors())
 
 
 def outcome_of(process):
@@ -121,7 +121,8 @@ def make_one(settings, engine, key):
         if found := find(settings, engine, key):
             return found
         raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
-                           f"needs torch, which is not installed here{of_ready(settings)}")
+                           f"needs torch, which is not installed here: prepare it where torch is, such as in "
+                           f"the image full, and mount that MODEL_DIR here (docs/operations.md){of_ready(settings)}")
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below

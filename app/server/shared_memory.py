@@ -73,14 +73,28 @@ def services():
     return found
 
 
-def running_service(pid=None):
-    """(master's process ID, its WritableBoard, its workers' Regions) of the service on this machine, chosen by pid if
-    there are several. Raises StartError."""
-    found = services()
-    if pid is not None:
-        found = {p: service for p, service in found.items() if p == pid}
+def running_service(pid=None, port=None):
+    """(master's process ID, its WritableBoard, its workers' Regions) of the service on this machine, chosen by pid or
+    port if there are several. Raises StartError."""
+    running = services()
+    found = [master for master, (its_board, _) in running.items()
+             if pid in (None, master) and port in (None, port_of(its_board))]
     if len(found) != 1:
-        raise StartError("no running service was found" if not found else
-                         f"several services run here: choose one with --pid ({', '.join(map(str, sorted(found)))})")
-    (master, (its_board, regions)), = found.items()
-    return master, its_board, regions
+        lines = sorted(f"  --port {port_of(its_board) or '-':<5}  --pid {master:<7}  {models_of(its_board)}"
+                       for master, (its_board, _) in running.items())
+        if not lines:
+            raise StartError("no running service was found")
+        wanted = f"with {f'port {port}' if pid is None else f'process ID {pid}'} " if not found else ""
+        raise StartError("\n".join([f"no running service {wanted}was found, only:" if not found else
+                                    f"{len(found)} services run here: choose one with --port or --pid", *lines]))
+    return found[0], *running[found[0]]
+
+
+def port_of(its_board):
+    """The TCP port of a service, if it has one."""
+    return its_board.read().get("port")
+
+
+def models_of(its_board):
+    """The models that a service has published, for people."""
+    return ", ".join(model["key"] for model in (its_board.published() or {"models": []})["models"])

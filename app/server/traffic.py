@@ -114,16 +114,16 @@ def choose(name, split, client):
 
 # --- the command ---
 
-def show(name=None, pid=None):
+def show(name=None, pid=None, port=None):
     """A line for each name, or one. Raises StartError."""
-    area, known = of_running_service(pid, name)
+    area, known = of_running_service(name, pid, port)
     return [line(one, known[one], area.read()[one]) for one in ([name] if name else known)]
 
 
-def switch(name, split=None, shadow=None, pid=None):
+def switch(name, split=None, shadow=None, pid=None, port=None):
     """Set the shares of a name in the running service, its shadow, or both, given as texts. Returns lines; raises
     StartError."""
-    area, known = of_running_service(pid, name)
+    area, known = of_running_service(name, pid, port)
 
     def switched(shares):
         now = shares[name]
@@ -139,12 +139,12 @@ def switch(name, split=None, shadow=None, pid=None):
             f"This holds until the next restart; then {name.upper()}__SPLIT and {name.upper()}__SHADOW hold."]
 
 
-def of_running_service(pid, name):
+def of_running_service(name, pid, port):
     """(Area, {name: versions}) of the service on this machine. Raises StartError, also if `name` is not in it."""
     if not hasattr(os, "memfd_create"):
         raise StartError("on this system the traffic of a running service cannot be switched: set NAME__SPLIT and "
                          "restart it")
-    _, its_board, _ = running_service(pid)
+    _, its_board, _ = running_service(pid, port)
     known = model_settings.versions(model["key"] for model in (its_board.published() or {"models": []})["models"])
     if not known:
         raise StartError("no model of this service has versions: see MODELS in docs/models.md")

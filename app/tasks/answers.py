@@ -43,6 +43,24 @@ class Anything:
         """An answer's columns."""
         return [json.dumps(predictions, ensure_ascii=False)[:200]]
 
+    def csv_titles(self, options):
+        """Titles of an answer's cells in CSV, for these options: of an object whose schema names its members, these."""
+        properties = self.schema().get("properties") if isinstance(self.schema(), dict) else None
+        return list(properties) if isinstance(properties, dict) and properties else ["answer"]
+
+    def csv_cells(self, answer):
+        """The cells, texts and numbers, of what Model.answer returned."""
+        predictions, titles = answer["predictions"], self.csv_titles({})
+        if titles != ["answer"] and isinstance(predictions, dict):
+            return [cell(predictions.get(title)) for title in titles]
+        return [cell(predictions)]
+
+    def csv_label_titles(self):
+        return ["label"]
+
+    def csv_label_cells(self, label):
+        return [label]
+
     def agree(self, predictions, others):
         """Whether two answers to the same request are the same in substance."""
         return predictions == others
@@ -84,6 +102,19 @@ class Classes(Anything):
     def row(self, predictions):
         return [f"{p['class']} {p['confidence']:.1%}" for p in predictions]
 
+    def csv_titles(self, options):
+        most = min(options.get("top_k", TOP), len(self.labels))
+        return ["class", "confidence", "class_id",
+                *(f"{name}_{i}" for i in range(2, most + 1) for name in ("class", "confidence"))]
+
+    def csv_cells(self, answer):
+        best, *others = answer["predictions"]
+        return [best["class"], round(best["confidence"], 6), best["class_id"],
+                *(value for one in others for value in (one["class"], round(one["confidence"], 6)))]
+
+    def csv_label_cells(self, label):
+        return [self.labels[label]]
+
     def agree(self, predictions, others):
         return predictions[0]["class"] == others[0]["class"]
 
@@ -94,7 +125,9 @@ class Classes(Anything):
             return self.labels.index(text)
         if text.isdecimal() and int(text) < len(self.labels):
             return int(text)
-        raise LabelError(f"{where}: {text[:60]!r} is neither a class name nor a class_id of {self.task.name}")
+        from app.suggestions import did_you_mean
+        raise LabelError(f"{where}: {text[:60]!r} is neither a class name nor a class_id of {self.task.name}"
+                         f"{did_you_mean(text[:60], self.labels)}")
 
     def measure(self, pairs):
         """The share of files whose label is the top-1 class, or among the top five."""
@@ -120,6 +153,19 @@ class Traits(Anything):
 
     def row(self, predictions):
         return [f"{predictions[trait]:.3f}".rjust(len(trait)) for trait in self.labels]
+
+    def csv_titles(self, options):
+        return [*self.labels, "face_detected"]
+
+    def csv_cells(self, answer):
+        return [*(round(answer["predictions"][trait], 6) for trait in self.labels),
+                str(answer["metadata"].get("face_detected", "")).lower()]
+
+    def csv_label_titles(self):
+        return [f"{trait}_label" for trait in self.labels]
+
+    def csv_label_cells(self, label):
+        return label
 
     def agree(self, predictions, others):
         return all(abs(score - others.get(trait, float("inf"))) <= AGREE_WITHIN for trait, score in predictions.items())
@@ -155,6 +201,14 @@ def value_of(predictions):
     if isinstance(predictions, list) and predictions and isinstance(predictions[0], dict):
         return value_of(predictions[0])
     return predictions
+
+
+def cell(value):
+    """A cell of CSV: a number, or a text."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else \
+        json.dumps(value, ensure_ascii=False)
 
 
 def number(value):

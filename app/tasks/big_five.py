@@ -3,8 +3,12 @@ import functools
 
 from app.engine import pieces
 from app.media import faces
-from app.tasks.from_pictures import FromPictures
+from app.tasks.from_pictures import FromPictures, rounded
 from app.tasks.options import AT, FRAMES, INSIGHT, METHOD, TTA
+
+# From the model card in docs/ocean.md. The page shows it above all answers.
+DESCRIPTION = ("Apparent traits: how a stranger might rate this face in this shot, not what the person is like. "
+               "Do not use them for decisions about people.")
 
 
 class BigFive(FromPictures):
@@ -31,7 +35,7 @@ class BigFive(FromPictures):
 
     def predictions(self, scores, options):
         """{trait: score}, the regression's raw outputs."""
-        return {trait: float(score) for trait, score in zip(self.labels, scores, strict=True)}
+        return {trait: rounded(score) for trait, score in zip(self.labels, scores, strict=True)}
 
     def metadata(self, views, scores, options):
         return {"backbone": self.network["backbone"], "method": options["method"], "tta": options["tta"],
@@ -39,4 +43,5 @@ class BigFive(FromPictures):
                 "spread": self.predictions(scores.reshape(-1, scores.shape[-1]).std(axis=0), options)}
 
     def info(self):
-        return {**super().info(), "backbone": self.network["backbone"], "traits": self.labels}
+        return {**super().info(), "description": DESCRIPTION, "backbone": self.network["backbone"],
+                "traits": self.labels}

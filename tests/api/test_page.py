@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import re
 import shlex
 import subprocess
 import wave
@@ -15,93 +14,32 @@ import pytest
 import requests
 from conftest import ROOT, Service, encoded, exported, need, photo
 from own_tasks import HTML, RATE
+from pages import (
+    CAT,
+    DESKTOP,
+    PHONE,
+    fill,
+    find,
+    find_all,
+    network,
+    on_page,
+    resize,
+    run,
+    run_curl,
+    run_javascript,
+    run_python,
+    screenshot,
+    scrolls_sideways,
+    send_file,
+    text_of,
+    wait,
+    whole_answer,
+)
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 from videos import pan_over, write
 
-CAT = ROOT / "tests/images/chelsea.jpg"
-DESKTOP, PHONE = (1280, 800), (390, 844)
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = need("chromium")
-    folder = tmp_path_factory.mktemp("chromium")
-    face = encoded(photo("astronaut").crop((0, 0, 480, 360)).resize((640, 480)), "JPEG", subsampling=2)
-    (folder / "camera.mjpeg").write_bytes(2 * face)  # what the camera sees
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                 "disable-background-networking", "disable-component-update", f"user-data-dir={folder}",
-                 "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream", "disable-dev-shm-usage",
-                 "hide-scrollbars", f"use-file-for-fake-video-capture={folder / 'camera.mjpeg'}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(need("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def browser(chromium, service):
-    """A browser on the page, 1280 × 800."""
-    with on_page(chromium, service, "efficientnet_lite0") as browser:
-        yield browser
-
-
-@contextlib.contextmanager
-def on_page(chromium, service, model):
-    """A browser on the page; afterwards it must have nothing to complain about, nor asked anyone else."""
-    resize(chromium, DESKTOP)
-    chromium.get_log("browser")
-    chromium.get_log("performance")
-    chromium.get(service.url + "/")
-    wait(chromium, lambda: find(chromium, "#name").text == model)
-    yield chromium
-    complaints = [entry["message"] for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
-                  and not re.search(r"/predict(\?stream=true)? - Failed to load resource",
-                                    entry["message"])]  # an error that a test asked for
-    assert complaints == []
-    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
-    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    assert asked
-    assert [url for url in asked if not url.startswith((service.url, "blob:", "data:"))] == []
-
-
-def resize(browser, size):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE})
-
-
-def find(browser, selector):
-    return browser.find_element(By.CSS_SELECTOR, selector)
-
-
-def find_all(browser, selector):
-    return browser.find_elements(By.CSS_SELECTOR, selector)
-
-
-def wait(browser, condition):
-    WebDriverWait(browser, 30, poll_frequency=0.05).until(lambda _: condition())
-
-
-def send_file(browser, *paths):
-    before = len(find_all(browser, ".card"))
-    find(browser, "#choose").send_keys("\n".join(map(str, paths)))
-    wait(browser, lambda: len(find_all(browser, ".card:not(.waiting)")) == before + len(paths))
-
-
-def scrolls_sideways(browser):
-    return browser.execute_script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")
-
-
-def screenshot(browser, name):
-    """Keep a picture of the page in the folder SCREENSHOTS, where one is named."""
-    if os.environ.get("SCREENSHOTS"):
-        browser.save_screenshot(f"{os.environ['SCREENSHOTS']}/{name}.png")
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
@@ -151,27 +89,46 @@ NASTY_NAMES = [
     "K\u00e4tzchen \U0001f408.jpg", "a=b.jpg"]
 
 
-def test_the_curl_line_is_right_for_any_file_name(browser, tmp_path):
+def test_the_snippets_are_right_for_any_file_name(browser, tmp_path):
+    browser.execute_async_script("""
+        const [names, done] = arguments;
+        fetch("static/cat.jpg").then(response => response.blob()).then(blob => {
+          const event = new DragEvent("drop", {bubbles: true, dataTransfer: new DataTransfer()});
+          for (const name of names) event.dataTransfer.items.add(new File([blob], name, {type: "image/jpeg"}));
+          document.dispatchEvent(event);
+          done();
+        });""", NASTY_NAMES)
+    wait(browser, lambda: len(find_all(browser, ".card:not(.waiting)")) == len(NASTY_NAMES))
+    folders, sources = [], browser.execute_script("""
+        return [...document.querySelectorAll(".card")].map(
+          card => [...card.querySelectorAll("code")].map(code => code.textContent))""")
     for number, name in enumerate(NASTY_NAMES):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / name).write_bytes(CAT.read_bytes())
-        browser.execute_async_script("""
-            const [name, done] = arguments;
-            fetch("static/cat.jpg").then(response => response.blob()).then(blob => {
-              const event = new DragEvent("drop", {bubbles: true, dataTransfer: new DataTransfer()});
-              event.dataTransfer.items.add(new File([blob], name, {type: "image/jpeg"}));
-              document.dispatchEvent(event);
-              done();
-            });""", name)
-        wait(browser, lambda: not find_all(browser, ".card.waiting"))
-        line = find(browser, ".card code").get_attribute("textContent")
-        assert line.isprintable(), repr(name)  # control characters would act on the terminal it is pasted into
-        answer = subprocess.run([need("bash"), "-c", line.replace("curl ", "curl -sS ", 1)], cwd=folder,
-                                stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
-        assert (answer.returncode, answer.stderr) == (0, b""), line
-        assert json.loads(answer.stdout).get("predictions", [{}])[0].get("class") == "tiger cat", line
-        assert os.listdir(folder) == [name], line
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        (folders[-1] / name).write_bytes((ROOT / "app/api/static/cat.jpg").read_bytes())
+    # All in one process of bash, one of Python, and one of Node.
+    bash = "\n".join(f"cd {shlex.quote(str(folder))} && {source.replace('curl ', 'curl -sS ', 1)}"
+                     for folder, (source, _, _) in zip(folders, sources, strict=True))
+    assert all(source.isprintable() for source, _, _ in sources)
+    answers = run([need("bash"), "-c", bash], tmp_path)
+    assert answers.count(b'"class":"tiger cat"') == len(NASTY_NAMES), answers
+    python = "import os\n" + "\n".join(
+        f"os.chdir({str(folder)!r})\nexec({source!r})" for folder, (_, source, _) in zip(folders, sources, strict=True))
+    javascript = "\n".join(f"process.chdir({json.dumps(str(folder))});\n{{\n{body_of(source)}\n}}"
+                           for folder, (_, _, source) in zip(folders, sources, strict=True))
+    for output in (run_python(python, tmp_path), run_javascript(IMPORT + javascript, tmp_path)):
+        assert output.count(b'"status": "success"') == len(NASTY_NAMES)
+        assert output.count(b'"class": "tiger cat"') == len(NASTY_NAMES)
+    assert [os.listdir(folder) for folder in folders] == [[name] for name in NASTY_NAMES]
+
+
+IMPORT = 'import {openAsBlob} from "node:fs";\n'
+
+
+def body_of(javascript):
+    """What comes after the imports, which may stand at the beginning of a module only."""
+    assert IMPORT in javascript
+    return javascript.partition(IMPORT)[2]
 
 
 def test_several_files_of_which_one_is_none(browser, tmp_path):
@@ -180,7 +137,7 @@ def test_several_files_of_which_one_is_none(browser, tmp_path):
     coffee.write_bytes(encoded(photo("coffee")))
     send_file(browser, CAT, text, coffee)
     assert [find(card, "h2").text for card in find_all(browser, ".card")] == ["tiger cat", "No answer", "espresso"]
-    assert "not a picture that can be read" in find(browser, ".card .error:not([hidden])").text
+    assert "not a picture that can be read" in find(browser, ".failed:not([hidden]) .error").text
 
 
 def test_keyboard_alone_and_what_a_screen_reader_hears(browser):
@@ -192,7 +149,7 @@ def test_keyboard_alone_and_what_a_screen_reader_hears(browser):
     for _ in range(7):
         press(Keys.TAB)
         order.append(browser.switch_to.active_element.get_attribute("id"))
-    assert order[3:] == ["choose", "camera", "sample", ""]
+    assert order == ["", "show-model", "show-health", "choose", "camera", "sample", ""]
     find(browser, "#sample").send_keys(Keys.ENTER)
     wait(browser, lambda: "tiger cat" in find(browser, "#status").get_attribute("textContent"))
     assert find(browser, "#status").get_attribute("aria-live") == "polite"
@@ -232,7 +189,15 @@ def test_a_video_is_answered(browser, clip):
     assert find(browser, ".card figcaption").text == "clip.webm · 320 × 240"
     assert "-F frames=3" in find(browser, ".card code").get_attribute("textContent")
     shown = json.loads(find(browser, ".card .json").get_attribute("textContent"))
-    assert [frame["index"] for frame in shown["metadata"]["frames"]] == [3, 10, 16]
+    frames = shown["metadata"]["frames"]
+    assert [frame["index"] for frame in frames] == [3, 10, 16]
+    assert find(browser, ".frames p").text == "The answer is the mean over 3 frames, at"
+    buttons = find_all(browser, ".frames button")
+    assert [button.text for button in buttons] == [f"{frame['time_s']:.1f} s" for frame in frames]
+    buttons[1].click()
+    wait(browser, lambda: browser.execute_script(
+        "return document.querySelector('.card video').currentTime") == pytest.approx(frames[1]["time_s"], abs=0.01))
+    assert [button.get_attribute("aria-pressed") for button in buttons] == ["false", "true", "false"]
     wait(browser, lambda: browser.execute_script("return document.querySelector('.card video').videoWidth") == 320)
 
 
@@ -416,13 +381,8 @@ def test_live_says_of_which_class_the_overlay_is(browser):
 def test_live_survives_a_service_that_is_away(chromium, browser):
     go_live(browser)
     wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
-    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    chromium.execute_cdp_cmd("Network.enable", {})
-    chromium.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **network})
-    try:
+    with network(browser, offline=True):
         wait(browser, lambda: "cannot be reached. Trying again in 2 s" in find(browser, "#live-note").text)
-    finally:
-        chromium.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **network})
     wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
     chromium.get_log("browser")
     find(browser, "#close-camera").click()
@@ -459,6 +419,9 @@ def test_scores_and_face_box_of_the_ocean_model(ocean_browser, ocean_service, tm
         f"{trait}\n{score:.2f} ± {metadata['spread'][trait]:.2f}".replace("-", "−")
         for trait, score in predictions.items()]
     assert find(browser, "#model").text.startswith("Big Five traits · ")
+    about = find(browser, "#about.notice").text
+    assert "not what the person is like. Do not use them for decisions about people." in about
+    assert about in (ROOT / "docs/ocean.md").read_text(encoding="utf-8").replace("\n> ", " ")
     assert find(browser, "figcaption").text == "portrait.png · 512 × 400 · face found"
     x, y, width, height = metadata["frames"][0]["face_box"]
     box, img = find(browser, ".picture rect.box").rect, find(browser, ".picture img").rect
@@ -544,6 +507,19 @@ def test_options_of_the_ocean_model_are_sent(ocean_browser, ocean_service):
     assert not find_all(browser, ".picture rect.box")
 
 
+def test_what_failed_is_answered_with_other_options(ocean_browser):
+    browser = ocean_browser
+    wait(browser, lambda: find_all(browser, "[name=method]"))
+    find(browser, "[name=method] [value=face]").click()
+    send_file(browser, CAT)
+    assert "No face was found" in find(browser, ".card .error").text
+    assert find(browser, "#count").text == "1 result, 1 failed"
+    find(browser, "[name=method] [value=middle]").click()
+    find(browser, "#apply").click()
+    wait(browser, lambda: len(find_all(browser, ".card .bars li")) == 5)
+    assert not find(browser, ".card .failed").is_displayed()
+
+
 @pytest.fixture(scope="module")
 def own_services(tmp_path_factory):
     """{name: Service} of the models in own_tasks.py."""
@@ -562,12 +538,6 @@ def open_page(chromium, own_services):
         yield lambda name: pages.enter_context(on_page(chromium, own_services[name], name))
 
 
-def fill(browser, selector, text):
-    field = find(browser, selector)
-    field.clear()
-    field.send_keys(text)
-
-
 def choose(browser, name, value):
     find(browser, f"[name={name}] [value='{value}']").click()
 
@@ -580,20 +550,26 @@ def press_send(browser):
     return find(browser, ".card")
 
 
-def whole_answer(card):
-    return json.loads(find(card, ".json").get_attribute("textContent"))
+def run_snippets(card, folder):
+    """Run the card's line for curl, its Python and its JavaScript; returns the output of the first, or the file that it
+    made. The others must have the same."""
+    results = []
+    for selector, call in ((".curl", run_curl), (".python", run_python), (".javascript", run_javascript)):
+        before = set(os.listdir(folder))
+        output = call(text_of(card, selector), folder)
+        made = set(os.listdir(folder)) - before
+        assert made <= {"answer.wav"}
+        for name in made:
+            assert output == b""
+            output = (folder / name).read_bytes()
+            (folder / name).unlink()
+        results.append(output)
+    assert answer_in(results[1]) == answer_in(results[2]) == answer_in(results[0])
+    return results[0]
 
 
-def run_curl_line(card, folder):
-    """Run the card's line for curl in bash; returns its output. No file may be made but the answer."""
-    line = find(card, ".card code").get_attribute("textContent")
-    assert line.isprintable(), repr(line)
-    before = set(os.listdir(folder))
-    done = subprocess.run([need("bash"), "-c", line.replace("curl ", "curl -sS ", 1)], cwd=folder, check=True,
-                          stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
-    assert done.stderr == b"", line
-    assert set(os.listdir(folder)) - before <= {"answer.wav"}, line
-    return done.stdout
+def answer_in(output):
+    return json.loads(output)["predictions"] if output.startswith(b"{") else output
 
 
 def rows_of(card):
@@ -642,7 +618,7 @@ def test_json_and_options_are_sent_and_curl_does_the_same(open_page, own_service
     expected = {"sum": -4.75, "note": body["note"], "of": {"times": 3, body["note"]: None}}
     answer = requests.post(own_services["sum"].url + "/predict", json=body, timeout=10).json()
     assert answer["predictions"] == whole_answer(card)["predictions"] == expected
-    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == expected
+    assert json.loads(run_snippets(card, tmp_path))["predictions"] == expected
     assert '"times":3,' in find(card, ".card code").get_attribute("textContent")
     terms, values = find_all(card, ".shown dt"), find_all(card, ".shown dd")
     assert [term.text for term in terms] == ["sum", "note", "of"]
@@ -664,7 +640,7 @@ def test_a_file_among_the_options_of_json(open_page, tmp_path):
     find(browser, "[name=more]").send_keys(str(path))
     card = press_send(browser)
     assert whole_answer(card)["predictions"]["sum"] == 13 + 2 * sum(range(256))
-    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == whole_answer(card)["predictions"]
+    assert json.loads(run_snippets(card, tmp_path))["predictions"] == whole_answer(card)["predictions"]
 
 
 def test_what_is_no_json_object_is_not_sent(open_page):
@@ -755,8 +731,7 @@ def test_text_becomes_sound(open_page, own_services, tmp_path):
     wait(browser, lambda: saved.exists() and saved.stat().st_size == len(expected.content))
     assert saved.read_bytes() == expected.content
     saved.unlink()
-    assert run_curl_line(card, tmp_path) == b""
-    assert saved.read_bytes() == expected.content
+    assert run_snippets(card, tmp_path) == expected.content
 
 
 def test_a_file_among_the_options_of_a_text(open_page, tmp_path):
@@ -767,8 +742,7 @@ def test_a_file_among_the_options_of_a_text(open_page, tmp_path):
     card = press_send(browser)
     assert duration(browser) == pytest.approx(len(text) / 20 + 5 / RATE)
     assert "-F voice=@" in find(card, ".card code").get_attribute("textContent").replace("'", "").replace('"', "")
-    run_curl_line(card, tmp_path)
-    with wave.open(str(tmp_path / "answer.wav")) as sound:
+    with wave.open(io.BytesIO(run_snippets(card, tmp_path))) as sound:
         assert sound.readframes(5) == bytes(b for letter in b"voice" for b in (letter, 0))
         assert sound.getnframes() == len(text) / 20 * RATE + 5
 
@@ -788,7 +762,7 @@ def test_an_audio_file_is_answered(open_page, tmp_path):
     card = find(browser, ".card")
     assert find(card, ".shown").text == "<@it's; type=x 0.5"
     assert find(card, ".picture audio").get_attribute("aria-label") == "The recording you sent: sound.wav"
-    assert json.loads(run_curl_line(card, tmp_path))["predictions"] == "<@it's; type=x 0.5"
+    assert json.loads(run_snippets(card, tmp_path))["predictions"] == "<@it's; type=x 0.5"
 
 
 def test_keyboard_alone_on_a_form(open_page):
@@ -797,7 +771,7 @@ def test_keyboard_alone_on_a_form(open_page):
         webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
         field = browser.switch_to.active_element
         order.append(field.get_attribute("id") or field.get_attribute("name") or field.text)
-    assert order[1:] == ["API", "Model", "Health", "text", "pitch", "voice", "What the options mean", "Send"]
+    assert order[1:] == ["API", "show-model", "show-health", "text", "pitch", "voice", "What the options mean", "Send"]
     webdriver.ActionChains(browser).send_keys(Keys.SPACE).perform()
     wait(browser, lambda: find(browser, "#status").get_attribute("textContent").startswith("Text: audio/wav, "))
     tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
@@ -823,48 +797,13 @@ def test_one_of_several_models_is_chosen(chromium, start_service, tmp_path):
         card = press_send(browser)
         assert find(card, "h2").text == "Audio"
         assert service.url + "/models/tone%402/predict" in find(card, ".card code").get_attribute("textContent")
-        run_curl_line(card, tmp_path)
-        with wave.open(str(tmp_path / "answer.wav")) as sound:
+        with wave.open(io.BytesIO(run_snippets(card, tmp_path))) as sound:
             assert sound.getnframes() == 0.55 * RATE
         screenshot(browser, "models")
 
 
 def test_one_model_needs_no_choice(browser):
     assert not find(browser, "#which").is_displayed()
-
-
-def test_a_key_is_asked_for_where_one_is_needed(chromium, start_service):
-    service = start_service(API_KEYS="a-key-of-the-page", RATE_LIMIT="3/minute").wait_ready()
-    chromium.get(service.url + "/")
-    field = WebDriverWait(chromium, 20).until(lambda _: find(chromium, "#api-key"))
-    assert "valid key" in find(chromium, "#problem").text
-    field.send_keys("a-key-of-the-page", Keys.ENTER)
-    wait(chromium, lambda: find(chromium, "#name").text == "efficientnet_lite0")
-    assert find(chromium, "#problem").text == ""
-    find(chromium, "#choose").send_keys(str(CAT))
-    wait(chromium, lambda: chromium.find_elements(By.CSS_SELECTOR, "#results .bars li"))
-    go_live(chromium)
-    wait(chromium, lambda: "Too many predictions" in find(chromium, "#live-note").text)
-    assert find(chromium, "#go-live").text == "Stop"
-    fill(chromium, "#api-key", "another")
-    find(chromium, "#close-camera").click()
-    go_live(chromium)
-    wait(chromium, lambda: "valid key" in find(chromium, "#problem").text)
-    assert find(chromium, "#go-live").text == "Go live"
-    find(chromium, "#close-camera").click()
-
-
-def test_service_that_is_gone(chromium, browser):
-    chromium.execute_cdp_cmd("Network.enable", {})
-    chromium.execute_cdp_cmd("Network.emulateNetworkConditions",
-                             {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0})
-    try:
-        send_file(browser, CAT)
-    finally:
-        chromium.execute_cdp_cmd("Network.emulateNetworkConditions",
-                                 {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
-    assert find(browser, ".card .error").text == "The service cannot be reached; is it still running?"
-    chromium.get_log("browser")
 
 
 def test_page_is_for_browsers_only(service):

@@ -248,7 +248,7 @@ def test_the_command_shows_and_switches_what_all_processes_see(service):
 def test_a_switch_that_does_not_fit_changes_nothing_and_says_so_in_one_line(service, arguments, message):
     done = command(service, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(message)
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
     assert area_of(service).read() == AT_FIRST
 
@@ -256,4 +256,5 @@ def test_a_switch_that_does_not_fit_changes_nothing_and_says_so_in_one_line(serv
 def test_without_a_service_the_command_says_so():
     done = subprocess.run([sys.executable, "-m", "app", "traffic", "cats", "1", "--pid", "0"], cwd=ROOT,
                           capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, "no running service was found\n")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no running service ")  # others may run on this machine

@@ -1,6 +1,6 @@
 /* The camera: a single picture, or live: its pictures are answered as they come. */
 import {showCertainty, showPredictions} from "./card.js";
-import {$, boxes, element, isObject, say} from "./dom.js";
+import {$, boxes, element, isObject, pause, say} from "./dom.js";
 import {asOption, controls, nameOf, overlay, pickRows} from "./looked.js";
 import {stream} from "./service.js";
 
@@ -25,13 +25,21 @@ export function setUpCamera(hooks) {
   }
 }
 
+/* Whether there is a camera that the page may ask for: browsers offer none over plain HTTP, but on this computer. */
+export async function hasCamera() {
+  if (!navigator.mediaDevices?.getUserMedia) return false;
+  const devices = await navigator.mediaDevices.enumerateDevices().catch(() => []);
+  return devices.some(({kind}) => kind === "videoinput");
+}
+
 async function open() {
   page.complain("");
   try {
     $("#live").srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
-  } catch {
-    return page.complain("The camera cannot be used: the browser needs your permission, and this page has to come over "
-      + "HTTPS or from this computer.");
+  } catch (error) {
+    return page.complain(error.name === "NotAllowedError"
+      ? "The camera cannot be used without your permission. Give it in the browser's settings of this page."
+      : "The camera cannot be used; perhaps another program does.");
   }
   for (const track of $("#live").srcObject.getTracks()) track.addEventListener("ended", closeCamera);
   $("#viewfinder").hidden = false;
@@ -95,7 +103,6 @@ function stop() {
 }
 
 const note = text => { $("#live-note").textContent = text; };
-const pause = seconds => new Promise(resolve => { setTimeout(resolve, 1000 * seconds); });
 
 /* Pictures for the next request, about as fast as they are answered; the oldest go if there are too many. */
 async function gather(mine) {

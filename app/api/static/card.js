@@ -1,10 +1,13 @@
 /* A card of the results: what was sent, and the answer. */
-import {curl, fileName} from "./curl.js";
-import {$, block, boxes, drawing, element, isNumbers, isObject, pretty, say} from "./dom.js";
-import {asOption, showLooked} from "./looked.js";
+import {fileName} from "./curl.js";
+import {$, block, drawing, element, isNumbers, isObject, megabytes, pretty} from "./dom.js";
+import {showPicture} from "./frames.js";
+import {inWords} from "./limits.js";
+import {showSnippets} from "./snippets.js";
 
 const MOST_BARS = 30;
 const MANY_CLASSES = 9.5;  // of which no number is given
+const LARGE = 2 ** 20;     // bytes: the sending of more is shown
 
 /* A picture or a player of a Blob; its URL is revoked with the card. */
 function media(card, blob, words) {
@@ -13,33 +16,71 @@ function media(card, blob, words) {
   card.urls.push(url);
   const shown = kind === "video" || kind === "audio"
     ? element(kind, {src: url, controls: true, playsInline: true, ariaLabel: words})
-    : element("img", {src: url, alt: words});
+    : element("img", {src: url, alt: words, decoding: "async"});  // so that a large one does not hold up the page
   shown.addEventListener("error", () => shown.replaceWith(element("p", {className: "none quiet"}, "No preview")));
   return shown;
 }
 
-export function showSent(card, {file, text, model}) {
-  if (!file) {
+/* A card for a job (see queue.js), which waits for its answer. */
+export function cardFor(job) {
+  const {name, file, text, model} = job;
+  const card = $("#card").content.firstElementChild.cloneNode(true);
+  card.urls = [];
+  card.ariaLabel = name;
+  card.setAttribute("aria-busy", "true");
+  $("h2", card).textContent = "Waiting…";
+  $("figcaption", card).textContent = name;
+  $(".remove", card).ariaLabel = `Remove ${name}`;
+  $(".again", card).ariaLabel = `Try ${name} again`;
+  showSnippets(card, job);
+  if (file) {
+    const kind = {video: "video", audio: "recording"}[file.type.split("/")[0]] || "picture";
+    const shown = media(card, file, `The ${kind} you sent: ${name}`);
+    shown.muted = kind === "video";
+    $(".picture", card).append(shown);
+  } else {
     const isJson = model.takes.includes("json");
-    return $(".picture", card).append(block(text, "What you sent", isJson ? "sent mono" : "sent"));
+    $(".picture", card).append(block(text, "What you sent", isJson ? "sent mono" : "sent"));
   }
-  const kind = {video: "video", audio: "recording"}[file.type.split("/")[0]] || "picture";
-  const shown = media(card, file, `The ${kind} you sent: ${file.name}`);
-  shown.muted = kind === "video";
-  $(".picture", card).append(shown);
+  return card;
+}
+
+export function forget(card) {
+  card.urls.forEach(url => URL.revokeObjectURL(url));
+}
+
+/* How much of a file is sent, where that takes a while. */
+export function showSending({card}, bytes, all) {
+  const isLong = all > LARGE && bytes < all;
+  $("h2", card).textContent = isLong ? `Sending ${megabytes(bytes)} of ${megabytes(all)}…` : "Working…";
+  $("progress", card).hidden = !isLong;
+  $("progress", card).value = all ? bytes / all : 0;
+}
+
+export function showHeld({card}, words) {
+  $("h2", card).textContent = words;
+  $("progress", card).hidden = true;
 }
 
 /* A frame of a video, while the others are under way: its number, and of how many. */
-export function showFrame(card, frame, number, count) {
+export function showFrame({card, options}, frame, number) {
   if (frame.predictions) showPredictions(card, frame.predictions);
-  $("h2", card).textContent = `Frame ${number}${count ? ` of ${count}` : ""}…`;
+  $("h2", card).textContent = `Frame ${number}${options.frames ? ` of ${options.frames}` : ""}…`;
   const video = $(".picture video", card);
   if (video) video.currentTime = frame.time_s;
 }
 
-/* explain(job, prediction): the explanations for another class. */
-export function showAnswer(job, {response, body, media: file}, milliseconds, explain) {
-  const {card, name} = job;
+/* Shows a job's end and returns it in words. explain(job, prediction): the explanations for another class. */
+export function showEnd(job, explain) {
+  job.card.classList.remove("waiting");
+  job.card.removeAttribute("aria-busy");
+  job.card.style.minHeight = "";
+  $("progress", job.card).hidden = true;
+  return job.answer ? showAnswer(job, explain) : showProblem(job);
+}
+
+function showAnswer(job, explain) {
+  const {card, name, answer: {response, body, media: file}} = job;
   const metadata = body?.metadata || {};
   const words = file ? showMedia(card, file) : showPredictions(card, body.predictions, metadata.spread);
   const [width, height] = metadata.image_size || [];
@@ -47,23 +88,24 @@ export function showAnswer(job, {response, body, media: file}, milliseconds, exp
     : metadata.face_detected ? "face found" : "no face found";
   $("figcaption", card).textContent = [metadata.filename || name, width && `${width} × ${height}`, face]
     .filter(Boolean).join(" · ");
-  $("code", card).textContent = curl(job, file?.type);
+  if (file) showSnippets(card, job, file.type);
   showCertainty(card, metadata.uncertainty);
   if (metadata.image_size) showPicture(job, body, explain);
-  showTimings(card, metadata.timings_ms || serverTiming(response), milliseconds, response.headers.get("X-Cache"));
+  showTimings(card, metadata.timings_ms || serverTiming(response), job.milliseconds, response.headers.get("X-Cache"));
   $(".json", card).textContent = body ? pretty(body) : "";
   $(".json", card).closest("details").hidden = !body;
-  say(`${metadata.filename || name}: ${words}`);
+  return `${metadata.filename || name}: ${words}`;
 }
 
-/* error: with what the service answered as its `body`, if it did. */
-export function showProblem(card, name, {message, body}) {
-  const words = body ? message : "The service cannot be reached; is it still running?";
+function showProblem({card, name, file, problem}) {
+  const words = inWords(problem, file);
   $("h2", card).textContent = "No answer";
   $(".error", card).textContent = words;
-  $(".error", card).hidden = false;
-  $(".json", card).textContent = pretty(body || {});
-  say(`${name}: ${words}`);
+  $(".failed", card).hidden = false;
+  $(".bars", card).replaceChildren();  // of a video's first frames
+  $(".json", card).textContent = pretty(problem.body || {});
+  $(".json", card).closest("details").hidden = !problem.body?.error;
+  return `${name}: ${words}`;
 }
 
 /* Each of these shows the answer and returns it in words. */
@@ -174,43 +216,6 @@ export function showCertainty(card, uncertainty) {
     : "The first two classes are level",
     isSure ? "." : classes < MANY_CLASSES ? `; the model wavers between about ${Math.round(classes)} classes.`
       : "; its probability is spread over many classes.");
-}
-
-/* What is drawn on the picture, or on a video at its frames: the face, and where the model looked. */
-function showPicture(job, {predictions, metadata}, explain) {
-  const {card} = job;
-  const {frames = [], explanations, image_size: size} = metadata;
-  const video = $(".picture video", card);
-  const marked = video ? frames.filter(frame => frame.face_box || frame.explanations)
-    : [{...frames[0], explanations}].filter(frame => frame.face_box || frame.explanations);
-  if (!marked.length) return;
-  const look = marked[0].explanations && showLooked(
-    card, marked, row => explain(job, predictions[row]), (name, row) => {
-      const explained = Array.isArray(predictions) ? asOption(job.model, predictions[row]) : name;
-      $("code", card).textContent = curl({...job, options: {...job.options, explain_class: explained}});
-    });
-  const draw = frame => {
-    $(".picture > svg", card)?.remove();
-    if (frame?.face_box) $(".picture", card).append(boxes(size, frame.face_box));
-    look?.(frame);
-  };
-  if (!video) return draw(marked[0]);
-  const buttons = marked.map(frame => {
-    const button = element("button", {className: "button", type: "button"}, `${frame.time_s.toFixed(1)} s`);
-    button.addEventListener("click", () => { video.pause(); video.currentTime = frame.time_s; show(frame); });
-    return button;
-  });
-  const show = frame => {
-    draw(frame);
-    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(marked[i] === frame)));
-  };
-  const current = () => marked.find(frame => Math.abs(frame.time_s - video.currentTime) < 0.06);
-  for (const event of ["timeupdate", "seeked"]) video.addEventListener(event, () => show(current()));
-  video.currentTime = marked[0].time_s;
-  show(marked[0]);
-  const group = element("div", {className: "buttons frames", ariaLabel: "Frames that the model saw"}, ...buttons);
-  group.setAttribute("role", "group");
-  $("figcaption", card).after(group);
 }
 
 /* {stage: milliseconds} of the header Server-Timing: read;dur=0.4, inference;dur=8 */

@@ -7,17 +7,19 @@ export function json(input, chosen) {
   return JSON.stringify({...input, ...chosen, ...input});
 }
 
-/* url: where the job (see `enqueue`) is sent; mediaType: of the file that is the answer, if it is one. */
-export function curl({file, text, input, options, url, model}, mediaType) {
+/* url: where the job (see queue.js) is sent; key: the API key, if one is needed; mediaType: of the file that is the
+   answer, if it is one. */
+export function curl({file, text, input, options, url, model, key}, mediaType) {
+  const command = key ? `curl -H ${forShell(`Authorization: Bearer ${key}`)}` : "curl";
   const end = `${mediaType ? `--output ${fileName(mediaType)} ` : ""}${forShell(url)}`;
   const fields = Object.entries(options);
   const form = fields.map(([name, value]) => formField(name, value));
-  if (file) return ["curl", formField("file", file), ...form, end].join(" ");
+  if (file) return [command, formField("file", file), ...form, end].join(" ");
   const files = fields.filter(([name, value]) => value instanceof File && !(name in input));
   if (files.length && model.takes.includes("text"))
-    return ["curl", formField(model.field, text), ...form, end].join(" ");
+    return [command, formField(model.field, text), ...form, end].join(" ");
   const rest = json(input, Object.fromEntries(fields.filter(([, value]) => !(value instanceof File))));
-  const post = "curl -H 'Content-Type: application/json' -d";
+  const post = `${command} -H 'Content-Type: application/json' -d`;
   if (!files.length) return `${post} ${forShell(rest)} ${end}`;
   const inBase64 = files.map(([name, value], i) => {  // whose line breaks curl removes
     const comma = i || rest !== "{}" ? "," : "";

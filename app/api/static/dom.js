@@ -47,3 +47,19 @@ export const isObject = value => typeof value === "object" && value !== null && 
 export const isNumbers = value => isObject(value) && Object.keys(value).length > 0
   && Object.values(value).every(item => typeof item === "number");
 export const say = text => { $("#status").textContent = text.slice(0, 500); };
+
+/* A size as people read it, in MB of 2^20 bytes, as the settings count. round: Math.ceil for what is over a limit. */
+export function megabytes(bytes, round = Math.round) {
+  const digits = bytes < 2 ** 20 ? 100 : 10;
+  return `${Math.max(1, round(bytes / 2 ** 20 * digits)) / digits} MB`;
+}
+
+export const plural = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+export const pause = seconds => new Promise(resolve => { setTimeout(resolve, 1000 * seconds); });
+
+/* Has the browser save a text or Blob under this name. */
+export function save(content, type, name) {
+  const url = URL.createObjectURL(new Blob([content], {type}));
+  element("a", {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}

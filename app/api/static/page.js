@@ -1,51 +1,51 @@
-/* The form, made from what the service says of its model, and what the user does. */
-import {closeCamera, setUpCamera} from "./camera.js";
-import {showAnswer, showFrame, showProblem, showSent} from "./card.js";
-import {curl, json} from "./curl.js";
-import {$, element, isObject, pretty, say} from "./dom.js";
-import {asOption} from "./looked.js";
-import {ask, here, stream, whenKeyIsNeeded} from "./service.js";
+/* The page: what the service says of its model, the input that this needs, and what the user does with it. */
+import {closeCamera, hasCamera, setUpCamera} from "./camera.js";
+import {$, element, isObject, plural, pretty} from "./dom.js";
+import {dropped, linkIn, linked} from "./files.js";
+import {setUpKey, showKeyIsUsed, whenKeyIsAccepted} from "./key.js";
+import {refusal} from "./limits.js";
+import {chosenOptions, showOptions} from "./options.js";
+import {TASKS, setUpPanels} from "./panels.js";
+import {untilBack, untilFree, whenBack} from "./pauses.js";
+import {add, count, setUpResults, showSnippetsAgain} from "./results.js";
+import {ask, here, isAway} from "./service.js";
 
-const MOST_CARDS = 24;
-const AT_ONCE = 2;  // requests that the page has under way at a time
-const FILES = {picture: ["image/*", "pictures"], video: ["video/*", "videos"], audio: ["audio/*", "audio files"]};
-const LABELS = new Map([["top_k", "Classes"], ["method", "Crop"], ["tta", "Average with mirror image"],
-                        ["frames", "Frames of a video"], ["explain", "Show where it looked"]]);
-const MEANINGS = new Map([["explain", "Lays colours over the picture: the brighter, the more that part adds to the score of "
-  + "the first class, or of a trait. The list then chooses another one."]]);  // for those who see it
-const TASKS = new Map([["big_five_regression", "Big Five traits"], ["classification", "Classification"]]);
-const HIDDEN = ["embedding", "normalize", "explain_class"];  // numbers for programs; the last is what a click chooses
+const FILES = {picture: ["image", "photo", "pictures"], video: ["video", "video", "videos"],
+               audio: ["audio", "recording", "audio files"]};
 const SAMPLES = new Map([["classification", "cat.jpg"]]);  // of any other task: a face
+const OF_PEOPLE = ["big_five_regression"];  // tasks whose description is a warning
+const isTouched = matchMedia("(pointer: coarse)");
 
-const queue = [];
 let service = {model: {name: "", task: "", takes: [], options: []}};
-let optionFields = [];  // {name, read}: what is chosen for an option, undefined if nothing
-let running = 0;
 let isListed = false;
+let isFromHere = false;  // whether what is dragged is a part of this page
+let tellDescribed;
+const described = new Promise(resolve => { tellDescribed = resolve; });
 
 const complain = text => { $("#problem").textContent = text; };
 
 /* ---- the service ---- */
 
-function askForKey() {
-  if ($("#api-key")) return;
-  const input = element("input", {id: "api-key", type: "password", autocomplete: "off"});
-  $("#options").prepend(element("label", {}, "API key", input));
-  input.addEventListener("change", describe);
-  input.focus();
-}
-
 async function describe() {
   const chosen = $("#which").value;  // "" unless there are several models
+  let body;
   try {
-    const {body} = await ask(chosen ? `info?model=${encodeURIComponent(chosen)}` : "info");
-    if ($("#which").value !== chosen) return;
-    service = body;
-    complain("");
+    ({body} = await ask(chosen ? `info?model=${encodeURIComponent(chosen)}` : "info"));
   } catch (error) {
-    return complain(error.message);
+    if (isAway(error)) return untilBack();  // and then again, see below
+    return error.status === 401 ? undefined : complain(error.message);
   }
-  const {model} = service;
+  if ($("#which").value !== chosen) return;
+  const isSame = JSON.stringify(body.model) === JSON.stringify(service.model);
+  service = body;
+  complain("");
+  showKeyIsUsed();
+  if (!isSame) showModel(body.model);
+  tellDescribed();
+  if (!isListed) listModels().catch(() => {});  // without a list there is no choice
+}
+
+function showModel(model) {
   if (!model.takes) {
     Object.assign(model, {takes: [], options: []});
     complain(`${model.name} is not loaded yet. Its first request loads it.`);
@@ -56,9 +56,12 @@ async function describe() {
   document.title = `Try ${$("#name").textContent}`;
   $("#model").textContent = [task, size, model.engine, model.precision, model.device].filter(Boolean).join(" · ");
   $("#about").textContent = model.description || "";
-  showInput(model);
+  $("#about").classList.toggle("notice", OF_PEOPLE.includes(model.task));
+  $("#fallback").hidden = !model.fallback_for;
+  $("#fallback").textContent = `${model.fallback_for} could not be loaded. ${model.name} answers in its place.`;
+  showInput();
   showOptions(model);
-  if (!isListed) listModels().catch(() => {});  // without a list there is no choice
+  count();
 }
 
 /* A choice of the model, where the service has several: cats, cats@1, cats@2, iris. */
@@ -75,14 +78,13 @@ async function listModels() {
 
 /* ---- the form ---- */
 
-function showInput({takes, field, example}) {
-  const files = takes.filter(kind => FILES[kind]);
+function showInput() {
+  const {takes, field, example} = service.model;
   const isPicture = takes.includes("picture");
-  $("#drop").hidden = !files.length;
-  $("#choose").accept = files.map(kind => FILES[kind][0]).join(",");
-  $("#drop strong").textContent = `Drop ${files.map(kind => FILES[kind][1]).join(" or ")} here`;
-  $("#camera").hidden = !(isPicture && navigator.mediaDevices);
+  $("#drop").hidden = !takes.some(kind => FILES[kind]);
+  showWords();
   $("#sample").hidden = !isPicture;
+  showCamera();
 
   const isJson = takes.includes("json");
   const text = $("#text");
@@ -95,62 +97,18 @@ function showInput({takes, field, example}) {
   blame("");
 }
 
-function showOptions({takes, options, features}) {
-  const isOfVideo = name => takes.includes("video") && (name === "frames" || name === "at");
-  const isHidden = name => features && (HIDDEN.includes(name) || name === "explain" && features.kind !== "maps");
-  const shown = options.filter(({name}) => !isHidden(name)
-    && !(isOfVideo(name) && name === "at"));  // it would override `frames`
-  optionFields = shown.map(option => ({...optionField(option), name: option.name, videoOnly: isOfVideo(option.name)}));
-  const key = $("#api-key")?.closest("label");
-  $("#options").replaceChildren(...[key, ...optionFields.map(({label}) => label)].filter(Boolean));
-  const explained = shown.filter(({meaning}) => meaning);
-  $("#meanings").hidden = !explained.length;
-  $("#meanings dl").replaceChildren(...explained.flatMap(
-    ({name, meaning}) => [element("dt", {}, labelOf(name)), element("dd", {}, meaningOf(name, meaning))]));
+/* Nothing is dropped with a finger. */
+function showWords() {
+  const kinds = service.model.takes.map(kind => FILES[kind]).filter(Boolean);
+  const one = kinds.map(([, word]) => word).join(" or "), many = kinds.map(([, , words]) => words).join(" or ");
+  $("#choose").accept = kinds.map(([type]) => `${type}/*`).join(",");
+  $("#drop strong").textContent = isTouched.matches ? `Choose ${many}` : `Drop ${many} here`;
+  $("#hint").textContent = isTouched.matches ? "one or several" : "or paste one";
+  $("#choose-label").textContent = isTouched.matches ? `Take or choose a ${one}` : "Choose files";
 }
 
-function labelOf(name) {
-  const words = name.replaceAll("_", " ");
-  return LABELS.get(name) || words[0].toUpperCase() + words.slice(1);
-}
-
-const meaningOf = (name, meaning) => service.model.features && MEANINGS.get(name) || meaning || "";
-
-/* {label, read} of an option. */
-function optionField({name, schema, default: value, meaning, is_file: isFile}) {
-  const isGiven = value !== null && value !== undefined;
-  const isYesOrNo = schema.enum?.[0] === true && schema.enum[1] === false;
-  const isNumber = schema.type === "integer" || schema.type === "number";
-  let input = element("input", {type: "text", value: isGiven ? value : ""});
-  let read = () => input.value || undefined;
-  if (isFile) {
-    input = element("input", {type: "file"});
-    read = () => input.files[0];
-  } else if (isYesOrNo && isGiven) {
-    input = element("input", {type: "checkbox", checked: value});
-    read = () => input.checked;
-  } else if (schema.enum) {
-    const values = isYesOrNo ? [true, false] : schema.enum;
-    input = element("select", {}, ...(isGiven ? [] : [element("option", {value: ""}, "–")]), ...values.map(
-      one => element("option", {value: one, selected: one === value}, isYesOrNo ? (one ? "yes" : "no") : String(one))));
-    read = () => input.value === "" ? undefined : values.find(one => String(one) === input.value);
-  } else if (isNumber) {
-    const {minimum: min = "", maximum: max = "", type} = schema;
-    Object.assign(input, {type: "number", min, max, step: type === "integer" ? 1 : "any",
-                          inputMode: type === "integer" ? "numeric" : "decimal"});
-    read = () => input.value === "" ? undefined : Number(input.value);
-  } else if (schema.maxLength !== undefined) {
-    input.maxLength = schema.maxLength;
-  }
-  input.name = name;
-  input.title = meaningOf(name, meaning);
-  return {label: element("label", {title: input.title}, labelOf(name), input), read};
-}
-
-function chosenOptions(isVideo = false) {
-  const used = optionFields.filter(({videoOnly}) => isVideo || !videoOnly);
-  return Object.fromEntries(used.map(({name, read}) => [name, read()]).filter(
-    ([name, value]) => value !== undefined && (value || name !== "explain")));
+async function showCamera() {
+  $("#camera").hidden = !(service.model.takes.includes("picture") && await hasCamera());
 }
 
 /* Says what is wrong with the text. */
@@ -159,18 +117,58 @@ function blame(problem) {
   $("#text").setAttribute("aria-invalid", String(problem !== ""));
 }
 
-/* ---- from inputs to cards ---- */
+/* ---- from inputs to jobs, see queue.js ---- */
 
-export function take(files) {
-  if ($("#drop").hidden) return;  // dropped or pasted where no file is wanted
+function predictUrl() {
+  const chosen = $("#which").value;
+  return String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
+}
+
+const jobOf = sent => ({...sent, url: predictUrl(), model: service.model});
+
+async function take(list) {
+  const files = [...list];
+  if ($("#drop").hidden || !files.length) return;  // dropped or pasted where no file is wanted
   $("#viewfinder").hidden || closeCamera();
-  enqueue([...files].map(file => ({name: file.name, file, options: chosenOptions(file.type.startsWith("video/"))})));
+  complain(service.config ? "" : `${plural(files.length, "file")} will be sent as soon as the service answers.`);
+  await described;
+  add(files.map(file => {
+    const words = refusal(file, service.config);
+    return jobOf({name: file.name, file, options: chosenOptions(file.type.startsWith("video/")),
+                  problem: words ? new Error(words) : undefined});
+  }));
+}
+
+async function takeLink(link) {
+  complain("");
+  try {
+    take([await linked(link)]);
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+/* Whether the model takes files of this type; browsers do not know those of some pictures, such as HEIC. */
+function isTaken({name, type}) {
+  const {model: {takes}, config} = service;
+  return type ? takes.some(kind => FILES[kind] && type.startsWith(`${FILES[kind][0]}/`))
+    : takes.includes("picture") && config.allowed_extensions.includes(name.split(".").pop().toLowerCase());
+}
+
+async function takeDropped(data) {
+  const link = linkIn(data);
+  const {files, skipped} = await dropped(data, isTaken);
+  if (files.length) take(files);
+  else if (link && !skipped) return takeLink(link);
+  else if (!skipped) complain("There is no file in what you dropped.");
+  if (skipped) complain(`${plural(skipped, "other file")} of the folder ${skipped === 1 ? "was" : "were"} left out.`);
 }
 
 function takeText() {
   const text = $("#text").value;
   const {takes, field} = service.model;
-  if (!takes.includes("json")) return enqueue([{name: "Text", text, input: {[field]: text}, options: chosenOptions()}]);
+  const options = chosenOptions();
+  if (!takes.includes("json")) return add([jobOf({name: "Text", text, input: {[field]: text}, options})]);
   let input;
   try {
     input = JSON.parse(text);
@@ -182,108 +180,30 @@ function takeText() {
     blame(`Write an object${field ? `, {"${field}": …}` : ": { … }"}`);
     return $("#text").focus();
   }
-  enqueue([{name: "JSON", text: pretty(input), input, options: chosenOptions()}]);
+  add([jobOf({name: "JSON", text: pretty(input), input, options})]);
 }
 
-function predictUrl() {
-  const chosen = $("#which").value;
-  return String(new URL(chosen ? `models/${encodeURIComponent(chosen)}/predict` : "predict", here));
-}
-
-/* jobs: {name, options} with either file, or input (the members of a JSON body) and its text. */
-function enqueue(jobs) {
-  complain("");
-  document.body.classList.add("has-results");
-  const url = predictUrl();
-  for (const described of [...jobs].reverse()) {
-    const job = {...described, url, model: service.model};
-    const card = $("#card").content.firstElementChild.cloneNode(true);
-    card.classList.add("waiting");
-    card.setAttribute("aria-busy", "true");
-    $("h2", card).textContent = "Working…";
-    $("figcaption", card).textContent = job.name;
-    card.urls = [];
-    showSent(card, job);
-    $("#results").prepend(card);
-    queue.unshift({...job, card});
+async function takeSample() {
+  await described;
+  const name = SAMPLES.get(service.model.task) || "astronaut.jpg";
+  $("#sample").disabled = true;  // while the service is away
+  for (;;) {
+    await untilFree();
+    const response = await fetch(new URL(`static/${name}`, here)).catch(() => null);
+    const blob = response?.ok && await response.blob().catch(() => null);
+    if (!blob && (!response || isAway(response))) {
+      await untilBack();
+      continue;
+    }
+    $("#sample").disabled = false;
+    if (!blob) return complain(`The service answered ${response.status}.`);
+    return take([new File([blob], name, {type: "image/jpeg"})]);
   }
-  while ($("#results").children.length > MOST_CARDS) {
-    const oldest = $("#results").lastElementChild;
-    oldest.urls.forEach(url => URL.revokeObjectURL(url));
-    oldest.remove();
-  }
-  say(jobs.length === 1 ? `Working on ${jobs[0].name}` : `Working on ${jobs.length} files`);
-  if (matchMedia("(max-width: 44rem)").matches) $("#results").firstElementChild?.scrollIntoView();
-  work();
-}
-
-async function work() {
-  while (running < AT_ONCE && queue.length) {
-    running += 1;
-    predict(queue.shift()).finally(() => { running -= 1; work(); });
-  }
-}
-
-async function predict(job) {
-  const {card, name} = job;
-  $("code", card).textContent = curl(job, job.model.media_types?.[0]);
-  const started = performance.now();
-  let answer, problem;
-  try {
-    answer = await (isOfFrames(job) ? askForFrames(job) : ask(job.url, {method: "POST", ...await packed(job)}));
-  } catch (error) {
-    problem = error;
-  }
-  card.classList.remove("waiting");
-  card.removeAttribute("aria-busy");
-  if (answer) showAnswer(job, answer, performance.now() - started, explain);
-  else showProblem(card, name, problem);
-}
-
-const isOfFrames = ({file, model}) => Boolean(file?.type.startsWith("video/") && model.preprocessing);
-
-/* A video's answer, whose frames are shown as they come. */
-async function askForFrames(job) {
-  const request = {method: "POST", ...await packed(job)};
-  let frames = 0, answer;
-  for await (const {event, data, response} of stream(`${job.url}?stream=true`, request)) {
-    if (event === "end") answer = {response, body: data};
-    else showFrame(job.card, data, frames += 1, job.options.frames);
-  }
-  return answer;
-}
-
-/* The explanations of each frame for the class of this entry in the answer's predictions. */
-async function explain(job, prediction) {
-  const options = {...job.options, explain_class: asOption(job.model, prediction)};
-  const {metadata} = (await ask(job.url, {method: "POST", ...await packed({...job, options})})).body;
-  return metadata.explanations ? [metadata.explanations]
-    : metadata.frames.filter(frame => frame.explanations).map(frame => frame.explanations);
-}
-
-/* The body of a request, with its headers: a file goes as a form, anything else as JSON. */
-async function packed({file, input, options}) {
-  if (file) {
-    const body = new FormData();
-    body.append("file", file, file.name);
-    for (const [name, value] of Object.entries(options)) body.append(name, value);
-    return {body};
-  }
-  const values = await Promise.all(Object.values(options).map(value => value instanceof File ? base64(value) : value));
-  const chosen = Object.fromEntries(Object.keys(options).map((name, i) => [name, values[i]]));
-  return {headers: {"Content-Type": "application/json"}, body: json(input, chosen)};
-}
-
-function base64(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result.replace(/^[^,]*,/, ""));
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
 }
 
 /* ---- what the user does ---- */
+
+const isWritable = ({target}) => Boolean(target.closest?.("input:not([type=file], [type=checkbox]), textarea"));
 
 $("#input").addEventListener("submit", event => {
   event.preventDefault();
@@ -293,41 +213,41 @@ $("#text").addEventListener("input", () => blame(""));
 $("#text").addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("#input").requestSubmit();
 });
-$("#which").addEventListener("change", describe);
+for (const name of ["input", "change"]) $("#options").addEventListener(name, count);
+$("#which").addEventListener("change", () => describe().then(count));
 $("#choose").addEventListener("change", event => {
-  if (event.target.files.length) take(event.target.files);
+  take(event.target.files);
   event.target.value = "";  // the same file may be chosen again
 });
+document.addEventListener("dragstart", () => { isFromHere = true; });
+document.addEventListener("dragend", () => { isFromHere = false; });
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, event => {
-    if (!event.dataTransfer.types.includes("Files")) return;  // text, which goes where it is dropped
+    const {types} = event.dataTransfer;
+    const isFile = types.includes("Files") || types.includes("text/uri-list");
+    if (isFromHere || !isFile || $("#drop").hidden) return;  // text, which goes where it is dropped
     event.preventDefault();
     $("#drop").classList.toggle("over", name === "dragenter" || name === "dragover");
-    if (name === "drop") take(event.dataTransfer.files);
+    if (name === "drop") takeDropped(event.dataTransfer);
   });
 }
 document.addEventListener("paste", event => {
-  if (event.clipboardData.files.length) take(event.clipboardData.files);
+  if ($("#drop").hidden) return;
+  const {files} = event.clipboardData;
+  const link = linkIn(event.clipboardData);
+  if (files.length) take(files);
+  else if (isWritable(event)) return;
+  else if (link) takeLink(link);
+  else complain("There is no picture or file in the clipboard.");
 });
-$("#sample").addEventListener("click", async () => {
-  const name = SAMPLES.get(service.model.task) || "astronaut.jpg";
-  const response = await fetch(new URL(`static/${name}`, here));
-  take([new File([await response.blob()], name, {type: "image/jpeg"})]);
-});
-$("#results").addEventListener("click", async event => {
-  if (!event.target.matches(".copy")) return;
-  const code = $("code", event.target.parentElement);
-  try {
-    await navigator.clipboard.writeText(code.textContent);
-    event.target.textContent = "Copied";
-    say("Copied");
-  } catch {  // without HTTPS there is no clipboard: select it for the user
-    getSelection().selectAllChildren(code);
-    say("Selected; copy it with the keyboard");
-  }
-  setTimeout(() => { event.target.textContent = "Copy"; }, 2000);
-});
+$("#sample").addEventListener("click", takeSample);
+isTouched.addEventListener("change", showWords);
+navigator.mediaDevices?.addEventListener("devicechange", showCamera);
 
-whenKeyIsNeeded(askForKey);
+setUpKey();
+whenBack(describe);
+whenKeyIsAccepted(() => { showSnippetsAgain(); describe(); });
+setUpPanels();
+setUpResults(predictUrl);
 setUpCamera({take, complain, target: () => ({url: predictUrl(), options: chosenOptions(), model: service.model})});
 describe();
