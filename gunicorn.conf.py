@@ -7,6 +7,9 @@ import resource
 import signal
 import sys
 
+from gunicorn.workers import base
+from gunicorn.workers.workertmp import WorkerTmp
+
 from app.config import HANDED_DOWN, Settings, StartError
 from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
@@ -52,6 +55,11 @@ timeout = 15            # seconds without a heartbeat
 graceful_timeout = math.ceil(settings.request_timeout) + 5  # of a worker that is replaced; see lifecycle.py
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+if worker_tmp_dir is None and hasattr(os, "memfd_create"):
+    class Heartbeat(WorkerTmp):  # needs no folder to write to: a container may have none
+        def __init__(self, cfg):
+            self._tmp = os.fdopen(os.memfd_create("heartbeat"), "w+b", 0)
+    base.WorkerTmp = Heartbeat
 control_socket_disable = True
 preload_app = False     # the model loads in each worker: torch and OpenVINO do not survive a fork
 limit_request_line = 4094
