@@ -121,7 +121,7 @@ def make_one(settings, engine, key):
         if found := find(settings, engine, key):
             return found
         raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
-                           f"needs torch, which is not installed here: prepare it where torch is, such as in "
+                           "needs torch, which is not installed here: prepare it where torch is, such as in "
                            f"the image full, and mount that MODEL_DIR here (docs/operations.md){of_ready(settings)}")
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
