@@ -56,7 +56,7 @@ $(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/inst
 
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
 test: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests
-	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
 		$(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
@@ -119,6 +119,9 @@ test-examples: $(VENV)-voice-cloning/installed  ## Run the tests of examples/; V
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/examples/test_iris.py tests/examples/test_speech.py $(ARGS)
 	@env -u MODEL_FALLBACK $(VENV)-voice-cloning/bin/python -m pytest tests/examples/test_voice_cloning.py $(ARGS)
 
+test-int8: $(VENV)/tests-installed  ## Run the longer tests of PRECISION=int8 and auto
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist load -m slow tests/prepare/test_quantize.py $(ARGS)
+
 test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's configuration and make jobs-demo with the real programs
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_jobs_demo.py tests/test_compose.py $(ARGS)
 
@@ -132,5 +135,5 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 docker-build:  ## Build the container image
 	docker build --tag image-classifier-service .
 
-.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-deploy fuzz docker-build
+.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-int8 test-deploy fuzz docker-build
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -283,7 +284,11 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["app", *map(str, arguments)])
         code = command_line.main()
         return code, *capsys.readouterr()
-    return call
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield call
+    root.setLevel(level)  # what the command has set would hide the warnings of later tests
+    root.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -232,6 +232,7 @@ def test_a_tiny_picture_has_crops(size):
         assert 1 <= min(part.size) <= max(part.size) <= max(size)
 
 
+@pytest.mark.slow
 def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, monkeypatch):
     pytest.importorskip("nncf")
     found = made(dataclasses.replace(ocean_settings, precision="int8", accuracy_limit=1.0)).quantization["precisions"]
@@ -252,6 +253,7 @@ def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, mo
     assert not bundle.read(still).quantization["precisions"]["int8"]["restored_layers"]
 
 
+@pytest.mark.slow
 def test_all_layers_restored_is_fp32_again(app, settings):
     pytest.importorskip("nncf")
     import openvino
@@ -264,6 +266,7 @@ def test_all_layers_restored_is_fp32_again(app, settings):
     assert np.abs(a - c).max() < 1e-3 < np.abs(a - b).max()
 
 
+@pytest.mark.slow
 def test_a_limit_of_nothing_leads_auto_to_fp32(settings, monkeypatch):
     pytest.importorskip("nncf")
     monkeypatch.setattr(quantize, "RANKING_S", 0)
@@ -277,6 +280,7 @@ def test_a_limit_of_nothing_leads_auto_to_fp32(settings, monkeypatch):
     assert any(line.endswith("chosen") and line.startswith("fp32") for line in precision.table(said))
 
 
+@pytest.mark.slow
 def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monkeypatch, caplog):
     auto = dataclasses.replace(ocean_settings, precision="auto", accuracy_limit=1.0)
     monkeypatch.setitem(sys.modules, "nncf", None)
@@ -292,6 +296,7 @@ def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monk
         assert bundles.find(auto, "ocean", "openvino") is None  # it can be tried by now
 
 
+@pytest.mark.slow
 def test_auto_goes_on_where_nncf_fails(ocean_settings, monkeypatch, caplog):
     nncf = pytest.importorskip("nncf")
 
