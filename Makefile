@@ -132,8 +132,40 @@ fuzz: $(VENV)-fuzz/installed  ## Fuzz what parses uploads, a minute per target; 
 		$(VENV)-fuzz/bin/python tests/fuzz/fuzz.py $$target $(VENV)-fuzz/inputs -max_total_time=$(SECONDS) || exit 1; \
 	done
 
-docker-build:  ## Build the container image
-	docker build --tag image-classifier-service .
+CONTAINER := docker
+TARGET := cpu
+IMAGE := image-classifier-service
+IMAGE_ARGS := MODEL_NAME MODEL_PATH LABELS_PATH PREPROCESSING PRECISION WEIGHTS_MIRROR TORCH_INDEX WITH_JOBS WITH_TRACING BASE_IMAGE
+VERSION = $(shell sed -n 's/^NAME, VERSION = .*"\(.*\)"$$/\1/p' app/config.py)
 
-.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-int8 test-deploy fuzz docker-build
+version:  ## Print the version
+	@echo $(VERSION)
+
+image:  ## Build the image: TARGET=cpu, full or gpu; MODEL_NAME=…, TORCH_INDEX=…, see docs/operations.md
+	$(CONTAINER) build --target $(TARGET) --tag $(IMAGE) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
+		$(foreach name,$(IMAGE_ARGS),$(if $($(name)),--build-arg $(name)="$($(name))")) $(ARGS) .
+
+image-run:  ## Run the image on port 5000 (PORT=…), read-only and without capabilities
+	$(CONTAINER) run --rm --read-only --cap-drop ALL --security-opt no-new-privileges \
+		--publish $(or $(PORT),5000):5000 $(ARGS) $(IMAGE)
+
+$(VENV)-release/installed: deploy/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+lock: $(VENV)-release/installed  ## Lock the images' packages, from the pins in the requirements files; ARGS=--upgrade
+	@$(VENV)-release/bin/python deploy/lock.py $(ARGS)
+
+sbom: $(VENV)-release/installed  ## List the packages of the image in CycloneDX's format: TARGET=cpu, full or gpu
+	@$(VENV)-release/bin/python deploy/sbom.py $(TARGET)
+
+lint-images: $(VENV)-release/installed  ## Check the Dockerfile, the workflows and compose.yaml
+	@$(VENV)-release/bin/hadolint Dockerfile
+	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+
+.PHONY: help run worker jobs-demo test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -204,7 +204,7 @@ def post(client, data, filename="picture.jpg", path="/predict", **options):
 class Service:
     """The service as its users run it: Gunicorn with gunicorn.conf.py, on a free port, logging to a file."""
 
-    def __init__(self, folder, variables, application="app:create_app()"):
+    def __init__(self, folder, variables, application="app:create_app()", python=sys.executable):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"service-{self.port}.log"
@@ -214,8 +214,8 @@ class Service:
         self.variables = variables
         environment |= {"HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0", **variables}
         with open(self.log_path, "w") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "gunicorn", application], cwd=ROOT, stdout=log,
-                                            stderr=log, start_new_session=True, env=environment)
+            self.process = subprocess.Popen([python, "-m", "gunicorn", application], cwd=ROOT, stdout=log, stderr=log,
+                                            start_new_session=True, env=environment)
 
     def wait_ready(self, timeout_s=60):
         until = time.monotonic() + timeout_s

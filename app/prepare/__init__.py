@@ -117,6 +117,10 @@ def make(settings, engine):
 def make_one(settings, engine, key):
     """Make the bundle of one model, or that of MODEL_FALLBACK if the weights of MODEL_NAME cannot be downloaded.
     Imports torch. Returns Prepared; raises StartError."""
+    if importlib.util.find_spec("torch") is None:
+        raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
+                           "needs torch, which is not installed here: prepare it where torch is, such as in the image "
+                           "full, and mount that MODEL_DIR here (docs/operations.md)")
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
@@ -130,9 +134,6 @@ def make_one(settings, engine, key):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if found := find(settings, engine, key):  # another process made it meanwhile
             return found
-        if importlib.util.find_spec("torch") is None:
-            raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing "
-                               "it needs torch, which is not installed here")
         try:
             return ready(make_bundle(settings, settings.model_name, engine), None, key)
         except DownloadError as e:
