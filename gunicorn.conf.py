@@ -11,7 +11,7 @@ from app.config import Settings, StartError
 from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle, shared_memory
+from app.server import board, counters, lifecycle, shared_memory, stderr_lines
 from app.server.log_config import logging_config
 from app.server.logs import flush
 from app.server.machine import plan as plan_of
@@ -22,6 +22,8 @@ for descriptor in (0, 1, 2):  # one that is closed would become a socket, and lo
     except OSError:
         os.open(os.devnull, os.O_RDWR)
 
+if stderr_lines.is_wanted():
+    stderr_lines.capture()
 try:
     settings = Settings.load()
     plan = plan_of(settings)
@@ -44,7 +46,7 @@ if soft != resource.RLIM_INFINITY and soft < descriptors:
 worker_connections = max(64, min(16_384, descriptors - 256))
 backlog = 2048
 timeout = 15            # seconds without a heartbeat
-graceful_timeout = math.ceil(settings.request_timeout) + 5
+graceful_timeout = math.ceil(settings.request_timeout) + 5  # of a worker that is replaced; see lifecycle.py
 keepalive = 75          # longer than the idle time of the usual load balancers, so that they close first
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 control_socket_disable = True
@@ -107,7 +109,8 @@ def hold_all(ready):
 
 
 def when_ready(server):
-    from app.server import refusals  # noqa: F401  for workers, which may lack memory or descriptors when they need it
+    # For workers, which may lack memory or descriptors when they need these.
+    from app.server import model_swap, refusals, stopping  # noqa: F401
 
     def outcome(process):
         ready = outcome_of(process)
@@ -117,7 +120,7 @@ def when_ready(server):
         held.append(hold_all(ready))
         del held[:-2]  # keep the previous ones while workers still load
         return ready
-    lifecycle.install(server, settings.drain_seconds, lambda: start_making(settings, "--check"), outcome)
+    lifecycle.install(server, settings, lambda: start_making(settings, "--check", "--beside"), outcome)
 
 
 def ssl_context(conf, default_ssl_context_factory):
@@ -151,6 +154,10 @@ def post_worker_init(worker):
 
 def child_exit(server, worker):
     shared_memory.end_worker(worker.region)
+
+
+def pre_exec(server):
+    stderr_lines.release()
 
 
 def on_exit(server):

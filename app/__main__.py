@@ -19,6 +19,8 @@ def main():
     prepare = commands.add_parser("prepare", help="prepare the model before the service starts: download, convert")
     prepare.add_argument("--json", action="store_true", help="print the outcome as one line of JSON")
     prepare.add_argument("--check", action="store_true", help="also load the model and check its output")
+    prepare.add_argument("--beside", action="store_true",
+                         help="give way to a service that runs on this machine: low priority, half of the cores")
     reload = commands.add_parser("reload", help="reload the running service's model without downtime")
     reload.add_argument("--pid", type=int, help="process ID of the Gunicorn master, if several services are running")
     traffic = commands.add_parser("traffic", help="show or switch which version of a model answers",
@@ -230,6 +232,10 @@ def make_and_check(arguments):
     from app.prepare import make, naming
     from app.server.log_config import logging_config
     from app.server.machine import plan as plan_of
+    from app.server.machine import usable_cores
+    if arguments.beside:
+        from app.prepare import priority
+        priority.give_way(usable_cores())
     settings = Settings.load()
     if not arguments.json:
         settings = dataclasses.replace(settings, log_format="text")

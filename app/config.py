@@ -131,6 +131,7 @@ class Settings:
     max_queue: int | None = setting(integer(0, 1000), None)
     request_timeout: float = setting(number(0.1, 3600), 30.0)
     drain_seconds: float = setting(number(0, 600), 5.0)
+    finish_seconds: float = setting(number(1, 3600), 4.0)
     max_file_size: int = setting(rare("byte_size"), 10 * 2**20)
     max_image_pixels: int = setting(integer(1, 1_000_000_000), 50_000_000)
     max_video_size: int = setting(rare("byte_size"), 50 * 2**20)

@@ -31,12 +31,13 @@ def after_request(response):
     if timings:
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in timings.items())
     if "is_stream" not in g:  # whose end is later
-        ended(response.status_code)
+        size = response.content_length or response.calculate_content_length()
+        ended(response.status_code, 0 if request.method == "HEAD" else size)
     return response
 
 
-def ended(status):
-    """Count and log the current request, once."""
+def ended(status, bytes_out):
+    """Count and log the current request, once. bytes_out: of the response's body."""
     endpoint = request.url_rule.rule if request.url_rule else "none"
     seconds, error = time.perf_counter() - g.started, g.get("error_code", "")
     timings, model = dict(g.stages.timings_ms), g.get("model")
@@ -47,9 +48,10 @@ def ended(status):
         counters.count("model_requests", model.name, model.version or "", str(status), error)
         counters.observe("model_duration_seconds", seconds, model.name, model.version or "")
     extra = {"method": request.method, "path": request.path, "status": status,
-             "duration_ms": round(1000 * seconds, 2), **({"model": model.label} if model else {}),
-             **({"error": error} if error else {}),
-             **({"timings_ms": timings} if timings else {})}
+             "duration_ms": round(1000 * seconds, 2), "client": request.remote_addr,
+             "bytes_in": request.headers.get("Content-Length", 0, int), "bytes_out": bytes_out,
+             **({"model": model.label} if model else {}),
+             **({"error": error} if error else {}), **({"timings_ms": timings} if timings else {})}
     probe = request.blueprint in ("health", "v2_health") and status == 200
     log.log(logging.DEBUG if probe else logging.INFO, "request", extra=extra)
 

@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 
 import gevent
 from flask import Response, current_app, g, json, request, stream_with_context
@@ -63,23 +64,26 @@ def started(first, events):
 
 
 def sent(first, events):
-    status = 200
+    status, size = 200, 0
     counters.change("requests_in_progress", 1)  # from here on, as the application has ended the request
     try:
-        yield first
-        yield from events
+        for one in itertools.chain([first], events):
+            size += len(one)  # they are ASCII
+            yield one
     except Exception as e:  # the status has been sent: what went wrong is an event
         error = e if isinstance(e, ServiceError) else out_of_memory(e) if isinstance(e, MemoryError) else \
             internal_error(e)
         status, g.error_code = error.status, error.code
-        yield event("error", {**error.body(), "request_id": g.request_id})
+        last = event("error", {**error.body(), "request_id": g.request_id})
+        size += len(last)
+        yield last
     except BaseException:  # the client has left, or is cut off
         status, g.error_code = 499, "CLIENT_CLOSED_REQUEST"
         raise
     finally:
         events.close()
         g.stream_status = status
-        requests.ended(status)
+        requests.ended(status, size)
         counters.change("requests_in_progress", -1)
 
 

@@ -7,8 +7,7 @@ from app.api import batch
 from app.engine.slots import in_native_thread
 from app.errors import ServiceError
 from app.insight import vectors
-
-DECIMALS = 8  # a float32 near 1 has seven
+from app.tasks import insight
 
 
 def embed(name=None):
@@ -27,7 +26,7 @@ def how(task):
 
     def answer(data, options, call):
         vector, metadata = calculate(data, options, call)
-        return json.dumps(vector.astype(float).round(DECIMALS).tolist()), metadata
+        return json.dumps(insight.short(vector).tolist()), metadata
     return answer
 
 

@@ -25,14 +25,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.config import Settings, StartError
 from app.data.database import Database
 from app.data.storage import Storage
-from app.handing_down import variables
+from app.handing_down import log_descriptors, variables
 from app.jobs import metrics
 from app.jobs.broker import QUEUES, Broker
 from app.jobs.store import Store, first_line
 from app.jobs.upkeep import Upkeep
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold
-from app.server import board, counters, logs, shared_memory
+from app.server import board, counters, logs, shared_memory, stderr_lines
 from app.server.log_config import logging_config
 from app.server.machine import plan as plan_of
 
@@ -57,8 +57,8 @@ class Node:
         if memory is not None:
             command += ["--memory", str(memory)]
         environment = {**environment, "DEVICE": devices[self.number % len(devices)]}
-        self.process = subprocess.Popen(command, env=environment, pass_fds=[] if memory is None else [memory],
-                                        start_new_session=True)
+        passed_on = [*log_descriptors(), *([] if memory is None else [memory])]
+        self.process = subprocess.Popen(command, env=environment, pass_fds=passed_on, start_new_session=True)
         self.generation = board.own.published()["generation"]
 
     def signal(self, number):
@@ -132,6 +132,7 @@ class Supervisor:
         told = False
         while True:
             logs.flush()
+            stderr_lines.read()
             if self.stop_at is not None:
                 if not told:
                     log.info("stopping; waiting up to %g s for running jobs", self.settings.drain_seconds)
@@ -170,7 +171,7 @@ class Supervisor:
         if self.reload and self.preparing is None:
             self.reload = False
             log.info("reloading: preparing the model")
-            self.preparing = start_making(self.settings, "--check")
+            self.preparing = start_making(self.settings, "--check", "--beside")
         if self.preparing and self.preparing.poll() is not None:
             try:
                 self.publish(outcome_of(self.preparing))
@@ -257,7 +258,13 @@ def main():
         settings = Settings.load()
         if not (settings.optional and settings.optional.jobs):
             raise StartError("the worker runs jobs: set JOBS=on, as for the service")
-        logging.config.dictConfig(logging_config(settings))
+    except StartError as e:
+        stderr_lines.refuse(e)
+        return 1
+    if settings.log_format == "json":
+        stderr_lines.capture()
+    logging.config.dictConfig(logging_config(settings))
+    try:
         return Supervisor(settings).run()
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)

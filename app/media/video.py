@@ -139,7 +139,8 @@ class Decoder:
                 pixels = bytearray(height * width * channels)
                 if self.process.stdout.readinto(pixels) < len(pixels):
                     break
-                yield Frame(answer["index"], answer["time_s"], Image.frombytes("RGB", (width, height), pixels))
+                image = Image.frombytes("RGB", (width, height), pixels)
+                yield Frame(answer["index"], round(answer["time_s"], 6), image)
         except BrokenPipeError:
             answer = {}
         finally:

@@ -177,7 +177,8 @@ class OfPictures(Signature):
             if self.is_classifier:
                 tensors["logits"] = pooled(views.outputs, views)
             if "embedding" in metadata:
-                tensors["embedding"] = metadata["embedding"]
+                from app.tasks import insight
+                tensors["embedding"] = insight.embedding(task, views, options.get("normalize")).tolist()  # not rounded
             return predictions, {"tensors": tensors}
         return answer
 

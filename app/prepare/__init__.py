@@ -18,7 +18,7 @@ from app import model_settings
 from app.config import StartError
 from app.engine import bundle, calibration
 from app.engine.bundle import Prepared
-from app.handing_down import variables
+from app.handing_down import log_descriptors, variables
 from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
@@ -79,7 +79,7 @@ def ready(folder, fallback_reason, key):
 def start_making(settings, *options):
     """Start `python -m app prepare` as a process that reports its outcome on standard output."""
     return subprocess.Popen([sys.executable, "-m", "app", "prepare", "--json", *options], stdout=subprocess.PIPE,
-                            env={**os.environ, **variables(settings)}, cwd=ROOT)
+                            env={**os.environ, **variables(settings)}, cwd=ROOT, pass_fds=log_descriptors())
 
 
 def outcome_of(process):

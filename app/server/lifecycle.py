@@ -1,16 +1,17 @@
 """How the Gunicorn master stops and reloads, more gently than with Gunicorn's own signal handlers.
 
-SIGTERM: /health returns 503 `draining` for DRAIN_SECONDS while requests are still served; then the workers finish what
-they have and the master ends. A second SIGTERM ends the wait.
+SIGTERM: /health returns 503 `draining` for DRAIN_SECONDS while requests are still served; then the workers have
+FINISH_SECONDS for what they have, and the master ends. A second SIGTERM ends the wait.
 SIGHUP: the new model is prepared and checked in a process of its own, then published; each worker loads it while it
 goes on serving, then switches to it. A model that fails the check changes nothing.
 """
 import logging
+import math
 import os
 import signal
 import time
 
-from app.server import board
+from app.server import board, stderr_lines
 from app.server.counters import FAILED_AT, GENERATION_AT
 from app.server.shared_memory import running_service
 
@@ -19,25 +20,27 @@ SWAP_WITHIN_S = 120  # for all workers to load a published model
 log = logging.getLogger(__name__)
 
 
-def install(arbiter, drain_seconds, start_preparing, outcome_of):
+def install(arbiter, settings, start_preparing, outcome_of):
     """Replace the master's handlers of SIGTERM, SIGHUP and SIGCHLD; called by gunicorn.conf.py in the master.
 
     start_preparing() starts the process that prepares and checks the models; outcome_of(process), called when it has
     ended, returns the list of Prepared or raises StartError.
     """
-    stop, reap, own = arbiter.handle_term, arbiter.handle_chld, board.own
+    stop, reap, look_after, own = arbiter.handle_term, arbiter.handle_chld, arbiter.murder_workers, board.own
     reload = {"process": None, "covers": 0, "again": False}
 
     def handle_term():
-        if drain_seconds == 0 or own.draining:
-            own.draining = True
+        drain_s, finish_s = settings.drain_seconds, settings.finish_seconds
+        if drain_s == 0 or own.draining:
+            own.end_at(time.monotonic() + finish_s)
+            arbiter.cfg.set("graceful_timeout", math.ceil(finish_s))
             if reload["process"]:
                 reload["process"].terminate()
             stop()
-        arbiter.log.info("draining", extra={"seconds": drain_seconds})
-        own.draining = True
+        arbiter.log.info("draining", extra={"seconds": drain_s})
+        own.end_at(time.monotonic() + drain_s + finish_s)
         signal.signal(signal.SIGALRM, lambda *_: arbiter.signal(signal.SIGTERM, None))
-        signal.setitimer(signal.ITIMER_REAL, drain_seconds)
+        signal.setitimer(signal.ITIMER_REAL, drain_s)
 
     def handle_hup():
         if own.draining:
@@ -68,12 +71,17 @@ def install(arbiter, drain_seconds, start_preparing, outcome_of):
         if reload["again"]:
             handle_hup()
 
+    def murder_workers():  # called about once a second
+        stderr_lines.read()
+        look_after()
+
     def end_reload(covers, worked, message, generation=None):
         log.log(logging.INFO if worked else logging.ERROR, message)
         own.add_outcome(covers, worked, message, generation)
 
     arbiter.handle_term, arbiter.handle_hup = handle_term, handle_hup
     arbiter.handle_chld = arbiter.handle_cld = handle_chld
+    arbiter.murder_workers = murder_workers
 
 
 def titles(models):

@@ -14,7 +14,8 @@ import uuid
 from app.server import counters
 
 MOST_PENDING_BYTES = 2**20  # kept for a slow reader; beyond this, lines are dropped and counted
-PIECE = select.PIPE_BUF     # a writable pipe accepts this much without blocking
+PIECE = select.PIPE_BUF     # a writable pipe accepts this much without blocking, and in one piece
+descriptor = 2              # to write to; see log_config.py
 
 request_id = contextvars.ContextVar("request_id", default=None)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -65,7 +66,7 @@ class StderrHandler(logging.Handler):
         if not any(event & select.POLLOUT for _, event in self.poll.poll(0)):
             return False
         line = self.pending[0]
-        written = self.write(line[:PIECE])
+        written = self.write(line[:self.most])
         self.pending_bytes -= written
         self.pending[0] = line[written:]
         if not self.pending[0]:
@@ -74,18 +75,20 @@ class StderrHandler(logging.Handler):
 
     def open(self):
         """Find a way to write to standard error without waiting. Raises OSError if it is closed."""
-        descriptor, kind = 2, os.fstat(2).st_mode
-        self.write = functools.partial(os.write, 2)
+        to, kind = descriptor, os.fstat(descriptor).st_mode
+        self.most = PIECE if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind) else MOST_PENDING_BYTES
+        self.write = functools.partial(os.write, to)
         if stat.S_ISSOCK(kind):
-            connection = socket.socket(fileno=os.dup(2))
+            connection = socket.socket(fileno=os.dup(to))
             self.write = lambda piece: connection.send(piece, socket.MSG_DONTWAIT)
         elif stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):  # opened anew, so that other programs keep their flags
             with contextlib.suppress(OSError):  # not Linux, or another user's
-                descriptor = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
-                self.write = functools.partial(os.write, descriptor)
-                os.dup2(descriptor, 2)  # libtiff and other native code must not wait for a reader either
+                to = os.open(f"/proc/self/fd/{to}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+                self.write = functools.partial(os.write, to)
+                os.dup2(to, descriptor)  # native code must not wait for a reader either
+                self.most = MOST_PENDING_BYTES  # so that other processes' lines rarely come in between
         poll = select.poll()
-        poll.register(descriptor, select.POLLOUT)
+        poll.register(to, select.POLLOUT)
         self.poll = poll
 
 

@@ -9,9 +9,9 @@ MOST_OUTCOMES, OUTCOME_BYTES = 16, 8 * 1024  # of one, at most
 
 
 class WritableBoard(Board):
-    @Board.draining.setter
-    def draining(self, value):
-        self.integers[DRAINING_AT] = value
+    def end_at(self, moment):
+        """From now on the service is draining, and ends at this time.monotonic()."""
+        self.integers[DRAINING_AT] = int(1000 * moment)
 
     @property
     def tickets(self):

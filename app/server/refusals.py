@@ -14,26 +14,38 @@ from gunicorn.arbiter import Arbiter
 
 from app.errors import ServiceError
 from app.server import counters, logs
-from app.server.worker import IDLE_STOP_S
 
 log = logging.getLogger("app.request")
 
 LINGER_S = 5             # for a client to send the rest and get its answer before the connection is closed,
 LINGER_PAUSE_S = 1       # provided it does not pause for longer than this
+IDLE_STOP_S = 0.2        # the same when the worker stops, and for requests on their way on kept connections
 RETRY_LOAD_AFTER_S = 2   # a worker that cannot load while others serve is restarted after this time
 DISCARDED = bytearray(2**18)  # a buffer for data to be discarded
 
 
-def overloaded(req, headers, error):
+def overloaded(worker, req, headers, error):
     """The HTTP response, as bytes, for a prediction that the full queue refuses. req: Gunicorn's; headers: {name in
     capitals: value}; error: slots.overloaded()."""
     started, request_id = time.monotonic(), logs.id_for(headers.get("X-REQUEST-ID"))
     endpoint = endpoint_of(req.path)
     counters.count_answer(endpoint, req.method, error.status, error.code)
+    answer, length = answer_in_one_shape(error, request_id), headers.get("CONTENT-LENGTH", "0")
+    client = client_of(req, headers, worker.wsgi.extensions["settings"].trusted_proxies)
     log.info("request", extra={
         "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
-        "duration_ms": round(1000 * (time.monotonic() - started), 2), "error": error.code})
-    return answer_in_one_shape(error, request_id)
+        "duration_ms": round(1000 * (time.monotonic() - started), 2),
+        "client": client, "bytes_in": int(length) if length.isdecimal() else 0,
+        "bytes_out": len(answer.partition(b"\r\n\r\n")[2]), "error": error.code})
+    return answer
+
+
+def client_of(req, headers, trusted_proxies):
+    """The client's address, as Werkzeug's ProxyFix finds it."""
+    forwarded = [address.strip() for address in headers.get("X-FORWARDED-FOR", "").split(",")]
+    if trusted_proxies and len(forwarded) >= trusted_proxies and forwarded[-trusted_proxies]:
+        return forwarded[-trusted_proxies]
+    return req.peer_addr[0] if isinstance(req.peer_addr, tuple) else None
 
 
 def endpoint_of(path):

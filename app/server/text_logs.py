@@ -3,7 +3,7 @@ import logging
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message, then the extra fields as key=value; control characters escaped."""
+    """Time, level, message, then the extra fields as key=value, stages as decode=6.6ms; control characters escaped."""
     standard = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
     def __init__(self):
@@ -11,6 +11,7 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record):
         extra = {k: v for k, v in record.__dict__.items() if k not in self.standard and v is not None}
+        extra |= {stage: f"{ms:g}ms" for stage, ms in extra.pop("timings_ms", {}).items()}
         return printable(" ".join([super().formatMessage(record), *(f"{k}={v}" for k, v in extra.items())]))
 
 

@@ -8,6 +8,7 @@ GUNICORN lists what is overridden or called here and in lifecycle.py; a test com
 """
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import socket
@@ -25,12 +26,12 @@ from app.server import board, counters, logs
 
 GUNICORN = {
     GeventWorker: ("patch", "load_wsgi", "timeout_ctx", "handle", "handle_request", "handle_error", "run"),
-    Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "signal", "WORKERS", "WORKER_BOOT_ERROR"),
+    Arbiter: ("handle_term", "handle_hup", "handle_chld", "handle_cld", "murder_workers", "signal", "WORKERS",
+              "WORKER_BOOT_ERROR"),
 }
 
 HEADERS_WITHIN_S = 10    # from the connection to the end of the first request's headers
 WRITE_SLACK_S = 0.75     # so that the application's own deadline comes first and its answer can be written
-IDLE_STOP_S = 0.2        # when the worker stops: for requests on their way on kept connections
 LOAD_WITHIN_S = 600      # heartbeats stop if the model takes longer to load
 TURN_S = 0.005           # how long one client may occupy the loop
 LOOK_AFTER_S = 0.1       # how often the model, the board and the log are checked
@@ -51,6 +52,7 @@ class Worker(GeventWorker):
         super().__init__(*args, **kwargs)
         self.restart_reason = None
         self.waiting = {}  # {greenlet in a wait that may be cut short: the Timeout that ends it}
+        self.answering = {}  # {greenlet that handles a request: its Fair socket}
         self.replacing = None  # the thread that loads a newly published model
         self.region = None  # number of its counters' region; set by gunicorn.conf.py
 
@@ -109,16 +111,16 @@ class Worker(GeventWorker):
             os._exit(code)
 
     def look_after(self):
-        trim_at = stopped_at = 0
+        trim_at = 0
         while True:
             gevent.sleep(LOOK_AFTER_S)
             try:
                 logs.flush()
                 self.replace_model()
                 self.end_if_broken()
-                stopped_at = stopped_at or not self.alive and time.monotonic()
-                if stopped_at and time.monotonic() > stopped_at + IDLE_STOP_S:
-                    self.close_waiting()
+                if self.is_stopping():
+                    from app.server import stopping
+                    stopping.look_after(self)
                 if time.monotonic() > trim_at and hasattr(LIBC, "malloc_trim"):  # glibc keeps 100 MB of large pictures
                     trim_at = time.monotonic() + TRIM_EVERY_S
                     threading.Thread(target=LIBC.malloc_trim, args=(0,)).start()
@@ -133,36 +135,22 @@ class Worker(GeventWorker):
             counters.own.release()
             self.alive = False
 
-    def close_waiting(self):
-        """Close the connections of clients that say nothing, so that the worker can stop."""
-        def end(greenlet, timeout):
-            if self.waiting.get(greenlet) is timeout:  # not if its request has come meanwhile
-                greenlet.throw(timeout)
-        for greenlet, timeout in self.waiting.items():
-            gevent.get_hub().loop.run_callback(end, greenlet, timeout)
+    def is_stopping(self):
+        """Whether each answer now ends its connection."""
+        return board.is_draining() or not self.alive
 
     def replace_model(self):
-        """Load the latest published model in a native thread, while serving. On failure the current model stays."""
+        """Load the latest published model, while serving."""
         published = board.own.published()
-        if published["generation"] <= self.generation or self.replacing and self.replacing.is_alive():
-            return
-
-        def replace():
-            try:
-                self.wsgi.extensions["replace"](published["models"])
-            except Exception as e:  # whatever it was, the old model keeps serving
-                self.log.error("this worker keeps the old model: %s", e, exc_info=not isinstance(e, StartError))
-                counters.own.failed(published["generation"])
-            else:
-                counters.own.serves(published["generation"])
-        self.replacing = threading.Thread(target=replace, name="replace-model", daemon=True)
-        self.replacing.start()
-        self.generation = published["generation"]
+        if published["generation"] > self.generation and not (self.replacing and self.replacing.is_alive()):
+            from app.server import model_swap
+            model_swap.start(self, published)
 
     # --- clients ---
 
     def handle(self, listener, client, addr):
         counters.change("connections", 1)
+        gevent.getcurrent().client = client
         try:
             if self.cfg.is_ssl:  # Gunicorn's own handshake has no time limit; after this one it does nothing
                 with gevent.Timeout(HEADERS_WITHIN_S):
@@ -194,19 +182,19 @@ class Worker(GeventWorker):
         sock.give_way()
         gevent.getcurrent().has_answered = True
         logs.request_id.set(None)
-        if board.is_draining() or not self.alive:
-            req.force_close()
-        # A request that is refused before its body is read ends its connection, and the answer says so.
+        # A stop, or a body that was not read, ends the connection. Asked for the headers; what they say holds.
         may_close = req.should_close
-        req.should_close = lambda: may_close() or is_unread(req.body)
+        req.should_close = functools.cache(lambda: may_close() or self.is_stopping() or is_unread(req.body))
         self.refuse_if_full(req, sock)
         limit_s = self.wsgi.extensions["settings"].request_timeout + WRITE_SLACK_S
+        self.answering[gevent.getcurrent()] = sock
         try:
             with gevent.Timeout(limit_s) as timeout:
                 try:
                     return super().handle_request(listener_name, req, sock, addr)
                 finally:
                     sock.sendall(b"")  # headers that no body followed, as of HEAD
+                    del self.answering[gevent.getcurrent()]
         except gevent.Timeout as e:
             if e is not timeout:
                 raise
@@ -230,7 +218,7 @@ class Worker(GeventWorker):
             return  # the application adds the headers that a browser needs to read the refusal
         from app.server import refusals  # with the first one
         with gevent.Timeout(refusals.LINGER_S, False):
-            sock.sendall(refusals.overloaded(req, headers, slots.overloaded()))
+            sock.sendall(refusals.overloaded(self, req, headers, slots.overloaded()))
         refusals.linger(self, sock)
         raise StopIteration
 
@@ -252,7 +240,7 @@ class Fair:
     of gevent's does not switch greenlets; neither time limits nor heartbeats would work."""
 
     def __init__(self, client):
-        self.client, self.gave_way, self.held = client, time.monotonic(), b""
+        self.client, self.gave_way, self.held, self.is_writing = client, time.monotonic(), b"", False
 
     def __getattr__(self, name):
         self.sendall(b"")  # sendfile and others must not overtake what waits
@@ -268,8 +256,9 @@ class Fair:
         what still waits."""
         self.held += data
         if self.held and not (data.endswith(b"\r\n\r\n") and JSON_HEADER in data and LENGTH_HEADER in data):
-            data, self.held = self.held, b""
+            data, self.held, self.is_writing = self.held, b"", True
             self.client.sendall(data)
+            self.is_writing = False
 
     def recv(self, size):
         self.give_way()

@@ -3,7 +3,7 @@ import functools
 
 from app.engine import pieces
 from app.media import faces
-from app.tasks.from_pictures import FromPictures
+from app.tasks.from_pictures import FromPictures, rounded
 from app.tasks.options import AT, FRAMES, INSIGHT, METHOD, TTA
 
 
@@ -31,7 +31,7 @@ class BigFive(FromPictures):
 
     def predictions(self, scores, options):
         """{trait: score}, the regression's raw outputs."""
-        return {trait: float(score) for trait, score in zip(self.labels, scores, strict=True)}
+        return {trait: rounded(score) for trait, score in zip(self.labels, scores, strict=True)}
 
     def metadata(self, views, scores, options):
         return {"backbone": self.network["backbone"], "method": options["method"], "tta": options["tta"],

@@ -2,7 +2,7 @@
 import numpy as np
 
 from app.engine.preprocess import softmax
-from app.tasks.from_pictures import FromPictures
+from app.tasks.from_pictures import FromPictures, rounded
 from app.tasks.options import AT, FRAMES, INSIGHT, TOP_K
 
 
@@ -21,13 +21,13 @@ class Classify(FromPictures):
     def predictions(self, scores, options):
         """[{"class", "confidence", "class_id"}] of the top_k classes, highest first."""
         best = np.argsort(-scores, kind="stable")[:options["top_k"]]
-        return [{"class": self.labels[i], "confidence": float(scores[i]), "class_id": int(i)} for i in best]
+        return [{"class": self.labels[i], "confidence": rounded(scores[i]), "class_id": int(i)} for i in best]
 
     def metadata(self, views, scores, options):
         mean = np.sort(scores.mean(axis=(0, 1)))
         some = mean[mean > 0]
-        return {"uncertainty": {"entropy": abs(float((some * np.log(some)).sum())),  # in nats
-                                "margin": float(mean[-1] - mean[-2:-1].sum())},
+        return {"uncertainty": {"entropy": rounded(abs((some * np.log(some)).sum())),  # in nats
+                                "margin": rounded(mean[-1] - mean[-2:-1].sum())},
                 **({"frames": views.shots} if views.of_video else {})}
 
     def identity(self):

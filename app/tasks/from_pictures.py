@@ -17,6 +17,11 @@ SELF_TEST_TOLERANCE = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3, "int8": 0.3}
 SELF_TEST_TIMEOUT_S = 60
 
 
+def rounded(number):
+    """With six digits; what a network calculates has no more that mean anything."""
+    return float(f"{number:.6g}")
+
+
 def needs_features(options):
     return any(options.get(name) for name in ("explain", "explain_class", "embedding"))
 

@@ -18,6 +18,7 @@ from app.errors import ServiceError, invalid_parameter
 LONGEST_SIDE = 512  # of an overlay, in pixels
 MOST_LARGE, SMALL_SIDE = 8, 128  # with more maps in an answer than this, each overlay has this longest side
 DIGITS = 6          # of the largest number in a map; the others have as many decimals
+EMBEDDING_DIGITS = 7  # of each number in one
 HEAT = [[68, 1, 84], [188, 55, 84], [237, 105, 37], [251, 180, 26], [252, 255, 164]]  # RGB, from weak to strong
 PALETTE = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(HEAT)), channel) for channel in zip(
     *HEAT, strict=True)], axis=1).astype(np.uint8).tobytes()
@@ -49,7 +50,7 @@ def metadata(task, views, options, predictions, call):
                 else:
                     members["explanations"] = found
     if options.get("embedding"):
-        members["embedding"] = embedding(task, views, options.get("normalize")).tolist()
+        members["embedding"] = short(embedding(task, views, options.get("normalize"))).tolist()
     return members
 
 
@@ -107,6 +108,13 @@ def explanations(task, rows, maps, shot, image_size, longest_side):
         found.append({**label, "map": rounded(heat).tolist(), "overlay": overlay(
             heat, image_size, shot.get("face_box"), task.preprocessing, longest_side)})
     return found
+
+
+def short(vector):
+    """Float32 (F,) as float64 with EMBEDDING_DIGITS digits each: in JSON, float32 as float64 has seventeen."""
+    sizes = np.abs(np.where(vector == 0, 1, vector).astype(float))
+    scale = 10.0 ** (EMBEDDING_DIGITS - 1 - np.floor(np.log10(sizes)))
+    return np.rint(vector * scale) / scale
 
 
 def rounded(heat):

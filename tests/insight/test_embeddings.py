@@ -138,6 +138,7 @@ def test_cached_embeddings_are_not_predictions(app, settings):
     predicted = cached.post("/predict?embedding=true&explain=false", data=CAT, content_type="image/jpeg").json
     assert predicted["predictions"][0]["class"] == "tiger cat"
     assert predicted["metadata"]["embedding"] == pytest.approx(first, abs=1e-6)
+    assert first == [float(f"{number:.7g}") for number in first]
     assert post(cached, ("a.jpg", CAT)).json["results"][0]["embedding"] == first
 
 

@@ -1,5 +1,6 @@
 """Workers: what becomes of jobs whatever happens to the processes, over files and over servers."""
 import contextlib
+import json
 import os
 import signal
 import time
@@ -265,8 +266,10 @@ def test_worker_with_nothing_to_do_says_why(command, tmp_path):
                                "SHORT_WORKERS": "0", "LONG_WORKERS": "0"})
     with pytest.raises(StartError, match="SHORT_WORKERS and LONG_WORKERS are both 0"):
         Supervisor(settings).run()
-    assert command(["worker"], {**TROUBLED, "JOBS": ""}) == (
-        1, "", "error: the worker runs jobs: set JOBS=on, as for the service\n")
+    why = "error: the worker runs jobs: set JOBS=on, as for the service"
+    assert command(["worker"], {**TROUBLED, "JOBS": "", "LOG_FORMAT": "text"}) == (1, "", why + "\n")
+    code, out, err = command(["worker"], {**TROUBLED, "JOBS": "", "LOG_FORMAT": "json"})
+    assert (code, out, json.loads(err)["message"], json.loads(err)["level"]) == (1, "", why, "ERROR")
 
 
 def is_running(pid):

@@ -81,13 +81,13 @@ def test_ocean(ocean_app):
     expected = post(client, encoded(picture), method="middle").json["predictions"]
     answer = infer(client, image(data), path="/v2/models/ocean/infer", parameters={"method": "middle"})
     assert dict(zip(output(answer, "labels")["data"], output(answer, "scores")["data"], strict=True)) == pytest.approx(
-        expected, rel=1e-6)
+        expected, rel=1e-5)  # which is rounded, the tensor is not
     task = ocean_app.extensions["model"].current.task
     tensor = task.preprocessing(picture)[None]
     answer = infer_binary(client, {"name": "tensor", "datatype": "FP32", "shape": list(tensor.shape),
                                    "parameters": {"binary_data_size": tensor.nbytes}}, tensor.tobytes(),
                           path="/v2/models/ocean/infer", outputs=[{"name": "predictions"}])
-    assert json.loads(output(answer, "predictions")["data"][0]) == pytest.approx(expected, rel=1e-6)
+    assert json.loads(output(answer, "predictions")["data"][0]) == pytest.approx(expected, rel=1e-5)
     black = base64.b64encode(encoded(Image.new("RGB", (64, 64)))).decode()
     assert_error(infer(client, image(black), path="/v2/models/ocean/infer", parameters={"method": "face"}), 422,
                  "No face was found")

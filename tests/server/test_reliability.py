@@ -411,23 +411,59 @@ def test_a_reader_of_the_log_that_stops_costs_lines_not_answers(model_dir, app):
         os.close(write)
 
 
-def test_a_dripping_upload_does_not_stretch_the_stop(start_service):
-    service = start_service(REQUEST_TIMEOUT="3", DRAIN_SECONDS="1").wait_ready()
-    with dripping(service.port, 5):
-        time.sleep(0.2)
-        started = time.monotonic()
-        assert service.stop() == 0
-        assert time.monotonic() - started < 1 + 3 + 3  # Gunicorn's own patience would end at nine
+def asked(s, request):
+    """Send a request on a connection; returns its answer's (status, Connection, body)."""
+    s.sendall(request)
+    answer = http.client.HTTPResponse(s)
+    answer.begin()
+    return answer.status, answer.headers["Connection"], answer.read()
 
 
-def test_kept_connections_are_told_when_the_service_stops(start_service):
-    service = start_service(DRAIN_SECONDS="2", **LIGHT).wait_ready()
-    with requests.Session() as session:
-        assert session.get(service.url + "/live").headers["Connection"] == "keep-alive"
+def test_a_stop_answers_every_request_says_close_and_resets_nothing(start_service):
+    """The uploads that drip would take REQUEST_TIMEOUT, which is 30 s."""
+    service = start_service(DRAIN_SECONDS="2", FINISH_SECONDS="2", **LIGHT).wait_ready()
+    ask, body = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n", json.dumps({"text": "a"}).encode()
+    post = b"POST /predict%b HTTP/%b\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    answers, failed = [], []
+
+    def use(s):
+        """Ask until an answer says that it is the last one."""
+        try:
+            while True:
+                answers.append(asked(s, post % (b"", b"1.1", len(body)) + body)[:2])
+                if answers[-1][1] == "close":
+                    assert s.recv(1) == b""  # and no reset
+                    return
+        except (OSError, http.client.HTTPException, AssertionError) as e:
+            failed.append(e)
+    with contextlib.ExitStack() as stack:
+        used, idle, late = [[stack.enter_context(socket.create_connection(("127.0.0.1", service.port), 60))
+                             for _ in range(count)] for count in (6, 3, 5)]
+        threads = [threading.Thread(target=use, args=(s,)) for s in used]
+        for s in (*idle, *late):
+            assert asked(s, ask)[:2] == (200, "keep-alive")
+        dripped = stack.enter_context(dripping(service.port, 3))
+        late[0].sendall(post % (b"", b"1.1", len(body)) + body[:5])
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(answers) > 20, 30)
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "draining" in service.log, 30)
-        assert session.get(service.url + "/live").headers["Connection"] == "close"
-    assert service.process.wait(60) == 0
+        wait_until(lambda: health_status(service.url) == 503, 30)
+        assert asked(late[0], body[5:])[:2] == (200, "close")  # began before
+        assert asked(late[1], ask.replace(b"/live", b"/health"))[:2] == (503, "close")
+        assert asked(late[2], post % (b"", b"1.0", len(body)) + body)[:2] == (200, "close")
+        assert asked(late[3], post % (b"?stream=true", b"1.1", len(body)) + body)[:2] == (200, "close")
+        assert asked(late[4], b"no HTTP\r\n\r\n")[:2] == (400, "close")
+        for thread in threads:
+            thread.join(60)
+        assert not failed
+        assert set(answers) == {(200, "keep-alive"), (200, "close")}
+        assert [s.recv(1) for s in (*idle, *late)] == [b""] * 8
+        for s in dripped:
+            s.settimeout(60)
+            status, connection, text = asked(s, b"")
+            assert (status, connection, json.loads(text)["error"]) == (503, "close", "SHUTTING_DOWN")
+    assert service.process.wait(20) == 0
 
 
 def test_idle_connections_do_not_hold_up_the_stop(start_service):

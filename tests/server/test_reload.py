@@ -74,9 +74,14 @@ def test_new_weights_are_reloaded_in_place_without_a_gap(two_workers):
 
 def test_two_who_ask_at_once_are_told_of_a_reload_that_began_after_they_asked(two_workers):
     service, put = two_workers
+    workers, cores = service.workers(), len(os.sched_getaffinity(0))
     put(2)
     first = reload(service)
     wait_until(lambda: "reloading: preparing" in service.log, 60)
+    (preparing,) = set(service.workers()) - set(workers)
+    wait_until(lambda: len(os.sched_getaffinity(preparing)) <= max(1, cores // 2), 30)  # beside the workers
+    assert os.getpriority(os.PRIO_PROCESS, preparing) == min(19, os.nice(0) + 10)
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in workers} == {os.nice(0)}
     put(3)
     second = reload(service)
     outcomes = [process.communicate(timeout=120)[0] for process in (first, second)]

@@ -149,6 +149,7 @@ def test_text_logs(start_service):
     line = [x for x in service.log.splitlines() if "path=/predict" in x][0]
     assert " INFO " in line
     assert "status=200" in line
+    assert re.search(r" client=127\.0\.0\.1 bytes_in=\d{5} bytes_out=\d{3} .* decode=[0-9.]+ms ", line)
     assert len(lines) == len(FORGED)
     for line, escaped in zip(lines, FORGED.values(), strict=True):
         assert line.decode().isprintable()
@@ -161,6 +162,69 @@ def test_json_logs_hold_one_object_a_line_whatever_the_path(service):
     lines = [json.loads(line) for line in logged(service, len(FORGED))]
     assert [line["path"] for line in lines][:5] == [urllib.parse.unquote(path) for path in FORGED][:5]
     assert {line["logger"] for line in lines} == {"app.request"}
+
+
+NOISY = """
+import ctypes, sys, warnings
+from app.tasks.own import OwnTask
+
+class Noisy(OwnTask):
+    takes, field, example = "text", "text", "a"
+
+    def load(self):
+        warnings.warn("two\\nlines")
+
+    def predict(self, batch):
+        for one in batch:
+            if one == "native":
+                ctypes.CDLL(None).perror(b"of a library\\r\\n\\xff{}")
+            elif one == "print":
+                print("a line", file=sys.stderr)
+            elif one == "flood":
+                print(3_000_000 * "x", file=sys.stderr)  # more than the pipe holds
+            elif one == "crash":
+                ctypes.string_at(0)
+        return batch
+"""
+
+
+def test_json_logs_are_json_from_the_first_line_to_the_last(start_service, tmp_path):
+    (tmp_path / "own_model.py").write_text(NOISY)
+    service = start_service(MODEL_NAME="own_model:Noisy", PYTHONPATH=str(tmp_path), PYTHONFAULTHANDLER="1",
+                            TRUSTED_PROXIES="1").wait_ready()
+
+    def lines():
+        return [json.loads(line) for line in service.log.splitlines()]
+
+    def wait_for(text):
+        until = time.monotonic() + 30
+        while not [line for line in lines() if text in line["message"]]:
+            assert time.monotonic() < until, service.log
+            time.sleep(0.05)
+
+    def ask(text):
+        return requests.post(service.url + "/predict", json={"text": text}, timeout=30, headers={
+            "X-Forwarded-For": "192.0.2.1, 192.0.2.7", "X-Request-ID": f"of-{text}"})
+    answers = {text: ask(text) for text in ("native", "print", "flood")}
+    assert {answer.status_code for answer in answers.values()} == {200}
+    wait_for("xxxxxxxx")  # the pipe is empty again
+    with pytest.raises(requests.ConnectionError):
+        ask("crash")
+    wait_for("SIGSEGV")
+    assert service.wait_ready().predict(b"").status_code == 400
+    done = subprocess.run([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert service.stop() == 0
+    found = {(line["logger"], line["level"], line["message"]) for line in lines()}
+    assert {("stderr", "WARNING", "a line"), ("stderr", "ERROR", "Fatal Python error: Segmentation fault"),
+            ("gunicorn.error", "INFO", "Shutting down: Master")} <= found
+    assert [text for _, _, text in found if text.startswith("\\xff{}: ")]  # after a carriage return
+    assert [text for name, _, text in found if name == "py.warnings" and "two\nlines" in text]
+    assert max(len(text) for name, _, text in found if name == "stderr") == 2000
+    (line,) = [line for line in lines() if line.get("request_id") == "of-print"]
+    assert (line["client"], line["bytes_in"]) == ("192.0.2.7", len('{"text": "print"}'))
+    assert line["bytes_out"] == len(answers["print"].content)
 
 
 def test_several_workers_answer(start_service):
@@ -200,6 +264,7 @@ def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_pat
     assert service.process.wait(60) != 0
     lines = [line for line in service.log.splitlines() if message in line]
     assert len(lines) == 1, service.log
+    assert all(json.loads(line)["level"] for line in service.log.splitlines())
     assert "Traceback" not in service.log
     assert "model ready" not in service.log
 
@@ -265,6 +330,7 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
         connection, _ = silent.accept()  # the download has begun, and gets nothing
         with connection:
             (preparing,) = service.workers()
+            assert os.getpriority(os.PRIO_PROCESS, preparing) == os.nice(0)  # nobody is served yet
             service.process.send_signal(signal.SIGTERM)
             assert service.process.wait(30) != 0
             assert not Path(f"/proc/{preparing}").exists()

@@ -295,9 +295,9 @@ def test_how_sure_an_answer_is(client):
     from app.errors import Deadline
     logits = torch.from_numpy(task.engine.infer(task.preprocessing(CAT.convert("RGB"))[None], Deadline(60))).double()
     expected = torch.distributions.Categorical(logits=logits)
-    assert found["metadata"]["uncertainty"]["entropy"] == pytest.approx(expected.entropy().item(), abs=1e-6)
+    assert found["metadata"]["uncertainty"]["entropy"] == pytest.approx(expected.entropy().item(), rel=1e-5)
     first, second = (one["confidence"] for one in found["predictions"][:2])
-    assert found["metadata"]["uncertainty"]["margin"] == pytest.approx(first - second, abs=1e-9)
+    assert found["metadata"]["uncertainty"]["margin"] == pytest.approx(first - second, abs=1e-5)
 
 
 @pytest.fixture
