@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export MODEL_FALLBACK ?= efficientnet_lite0
+# What holds where neither the environment nor .env sets these, be it to nothing.
+DEFAULTS := LOG_FORMAT=text MODEL_FALLBACK=efficientnet_lite0
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,10 +42,10 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt app/jobs/requi
 	@touch $@
 
 run: $(VENV)/installed $(OPTIONAL) $(TRACING) $(INT8)  ## Serve ResNet-50 on port 5000, or EfficientNet-Lite0 if its weights cannot be downloaded
-	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/gunicorn 'app:create_app()'
+	@SERVICE_DEFAULTS='$(DEFAULTS)' exec $(BIN)/gunicorn 'app:create_app()'
 
 worker: $(VENV)/jobs-installed $(TRACING) $(INT8)  ## Run the jobs that a service with JOBS=on accepts
-	@LOG_FORMAT=$${LOG_FORMAT:-text} exec $(BIN)/python -m app worker
+	@SERVICE_DEFAULTS='$(DEFAULTS)' exec $(BIN)/python -m app worker
 
 jobs-demo: $(VENV)/jobs-installed  ## Show jobs, a callback (webhook) and the history at work; ARGS=--embedded without Redis and PostgreSQL
 	@PYTHONPATH=. exec $(BIN)/python deploy/jobs_demo.py $(ARGS)

@@ -7,14 +7,16 @@ import resource
 import signal
 import sys
 
-from app.config import Settings, StartError
+from app.config import HANDED_DOWN, Settings, StartError
 from app.handing_down import variables
 from app.prepare import outcome_of, prepared, start_making
 from app.prepare.bundles import hold, verify
-from app.server import board, counters, lifecycle, shared_memory, stderr_lines
+from app.server import board, counters, lifecycle, shared_memory, start_checks, stderr_lines
 from app.server.log_config import logging_config
 from app.server.logs import flush
 from app.server.machine import plan as plan_of
+from app.server.machine import usable_cores
+from app.setting_names import misspelt
 
 for descriptor in (0, 1, 2):  # one that is closed would become a socket, and logs would be written into it
     try:
@@ -26,6 +28,7 @@ if stderr_lines.is_wanted():
     stderr_lines.capture()
 try:
     settings = Settings.load()
+    doubtful = [] if HANDED_DOWN in os.environ else misspelt(os.environ)
     plan = plan_of(settings)
 except StartError as e:
     sys.exit(f"error: {e}")
@@ -62,7 +65,8 @@ held = []  # of each publishing, the files of bundles.hold
 
 
 def nworkers_changed(server, new, old):
-    """The first hook that Gunicorn calls: applies the options of its command line, or refuses them."""
+    """The first hook that Gunicorn calls: applies the options of its command line, or refuses them, and what else would
+    fail after the model has been prepared."""
     global settings, plan
     if old is not None:
         return
@@ -77,12 +81,21 @@ def nworkers_changed(server, new, old):
         settings = dataclasses.replace(settings, workers=new)
         plan = plan_of(settings)
         os.environ["WORKERS"] = str(new)
+    try:
+        start_checks.check(server.cfg, settings, plan)
+    except StartError as e:
+        sys.exit(f"error: {e}")
 
 
 def on_starting(server):
     """Prepare the model once, before the workers; if that fails, the service does not start."""
     # Until Gunicorn sets its own: process 1 of a container would ignore it, another would leave the download running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
+    for sentence in doubtful:
+        server.log.warning(sentence)
+    if settings.cores and settings.cores > usable_cores():
+        server.log.warning("CORES is %d, but this process may use %d: these are planned for", settings.cores,
+                           usable_cores())
     try:
         ready = prepared(settings, plan.engine)
     except StartError as e:
@@ -145,11 +158,14 @@ def post_fork(server, worker):
 def post_worker_init(worker):
     if worker.age == 1:  # the first worker is ready: log how to try the service
         url = lifecycle.url_of(worker.cfg)
-        task = worker.wsgi.extensions["model"].current.task
+        loader = worker.wsgi.extensions["model"]
+        task = loader.current.task
         there = [path for path in ("tests/images/chelsea.jpg", "app/api/static/cat.jpg") if os.path.exists(path)]
         file = there[0] if there and "picture" in task.takes else "your-file"
         sample = f"-F file=@{file}" if task.is_file else task.curl_sample()
-        worker.log.info("serving", extra={"url": url, "try": f"curl {sample} {url}/predict"})
+        instead = "; ".join(f" {model.name} instead of {name} (its weights could not be downloaded)"
+                            for model in loader.models() for name in model.instead.values())
+        worker.log.info(f"serving{instead}", extra={"url": url, "try": f"curl {sample} {url}/predict"})
 
 
 def child_exit(server, worker):

@@ -66,7 +66,8 @@ def load_model(settings):
         plan = Plan(**board.own.read()["plan"] | {"devices": (settings.device,)})
         return load_published(ModelLoader(settings, plan), board.own.read())
     from app.prepare import prepared
-    from app.server import machine
+    from app.server import machine, start_checks
+    start_checks.refuse_without_configuration()
     plan = machine.plan(settings)
     return ModelLoader(settings, plan).load(prepared(settings, plan.engine))
 

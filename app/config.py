@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
-
 NAME, VERSION = "image-classifier-service", "0.1.0"
 
 YES_OR_NO = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -58,7 +56,7 @@ def rare(name, *arguments):
 def one_of(*choices, then=str.lower):
     def parse(text):
         if text.lower() not in choices:
-            raise ValueError("one of " + ", ".join(choices))
+            raise ValueError("one of " + ", ".join(choices), choices)
         return then(text)
     return parse
 
@@ -81,16 +79,6 @@ def yes_or_no(text):
     return YES_OR_NO[text.lower()]
 
 
-def listed(part, takes):
-    """A parser of comma-separated texts, each of which must match the pattern `part`."""
-    def parse(text):
-        parts = tuple(p.strip() for p in text.split(",") if p.strip())
-        if not parts or not all(re.fullmatch(part, p) for p in parts):
-            raise ValueError(takes)
-        return parts
-    return parse
-
-
 def setting(parse, default, secret=False, each=False):
     """secret: the value is never shown, not even in an error message; each: of several models, each may have its own,
     in the variable NAME__SETTING."""
@@ -98,20 +86,22 @@ def setting(parse, default, secret=False, each=False):
         try:
             return parse(text)
         except ValueError as e:
-            raise SettingsError(f"{variable} must be {e}, got {'something else' if secret else repr(text)}") from e
+            from app import setting_formats
+            raise SettingsError(setting_formats.refusal(variable, e, text, secret)) from e
     return dataclasses.field(default=default, repr=not secret, metadata={"read": read, "each": each})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
-    model_name: str = setting(matching(f"{BUILT_IN}|{OWN_CLASS}", "a model's name such as resnet50 or "
-                                       "mobilenet_v2, or your class as package.module:Class"), "resnet50")
+    model_name: str = setting(matching(f"{BUILT_IN}|{OWN_CLASS}", "a model's name in lower case, such as "
+                                       "resnet50, or your class as package.module:Class"), "resnet50")
     model_path: Path | None = setting(path, None, each=True)
     labels_path: Path | None = setting(path, None, each=True)
     preprocessing: str | None = setting(rare("preprocessing"), None, each=True)
     model_fallback: str | None = setting(matching(BUILT_IN, "a model's name such as resnet50"), None, each=True)
-    models: tuple | None = setting(listed(ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"), None)
+    models: tuple | None = setting(rare("listed", ENTRY, "comma-separated models, each NAME[@VERSION][=MODEL_NAME]"),
+                                   None)
     open_inference: bool = setting(yes_or_no, True)
     split_header: str | None = setting(matching("[A-Za-z0-9-]{1,64}", "a header's name such as X-User"), None)
     load_models: str = setting(one_of("boot", "first_use"), "boot")
@@ -126,6 +116,7 @@ class Settings:
     host: str = setting(str, "0.0.0.0")
     port: int = setting(integer(1, 65535), 5000)
     workers: int | None = setting(integer(1, 256), None)
+    cores: int | None = setting(integer(1, 1024), None)
     max_batch_size: int = setting(integer(1, 1024), 32)
     batch_timeout_ms: int = setting(integer(0, 1000), 2)
     max_queue: int | None = setting(integer(0, 1000), None)
@@ -144,14 +135,11 @@ class Settings:
     face_method: str = setting(one_of(*FACE_METHODS), "face+middle", each=True)
     tta: bool = setting(yes_or_no, True, each=True)
     video_frames: int = setting(integer(1, MOST_FRAMES), 1, each=True)
-    api_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
-                                     None, secret=True)
+    api_keys: tuple | None = setting(rare("keys"), None, secret=True)
     rate_limit: str | None = setting(rare("rate_limit"), None)
     rate_limit_storage: str = setting(rare("store_url", "redis", "rediss"), "memory://", secret=True)
     trusted_proxies: int = setting(integer(0, 10), 0)
-    cors_origins: tuple | None = setting(listed(r"\*|https?://[A-Za-z0-9.\-]+(:\d{1,5})?",
-                                                "* or comma-separated origins such as https://example.org"),
-                                         None)
+    cors_origins: tuple | None = setting(rare("origins"), None)
     log_level: str = setting(one_of("debug", "info", "warning", "error", "critical", then=str.upper), "INFO")
     log_format: str = setting(one_of("json", "text"), "json")
     of_models: tuple = ()  # of the models in `models`: (NAME__VARIABLE, text) of those that are set
@@ -161,9 +149,15 @@ class Settings:
         object.__setattr__(self, "model_dir", self.model_dir.absolute())
 
     @classmethod
-    def load(cls, env_file=".env"):
-        """Settings from the environment, then from env_file, then the defaults. Raises SettingsError."""
-        return cls.parse({**({} if HANDED_DOWN in os.environ else dotenv_values(env_file)), **os.environ})
+    def load(cls, env_file=".env", defaults=None):
+        """Settings from the environment, then from env_file, then from `defaults` ({variable: text}; by default what
+        SERVICE_DEFAULTS lists), then their own defaults. Raises SettingsError."""
+        if defaults is None:
+            defaults = dict(pair.partition("=")[::2] for pair in os.environ.get("SERVICE_DEFAULTS", "").split())
+        if HANDED_DOWN not in os.environ and os.path.exists(env_file):
+            from app import setting_names
+            defaults = defaults | setting_names.of_file(env_file, os.environ)
+        return cls.parse({**defaults, **os.environ})
 
     @classmethod
     def parse(cls, variables):

@@ -28,6 +28,7 @@ class Model:
         started = time.monotonic()
         self.settings, self.key, self.version = settings, source.key, version
         self.fallback_reason = source.fallback_reason
+        self.instead = {"fallback_for": settings.model_name} if self.fallback_reason else {}  # of which model
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
         self.label = f"{self.name}@{version}" if version else self.name
@@ -72,9 +73,8 @@ class Model:
 
     def info(self):
         """The `model` object of GET /info."""
-        return {**self.task.declared(self.name, self.version), **self.task.info(),
-                "fallback": {"requested": self.settings.model_name, "reason": self.fallback_reason}
-                if self.fallback_reason else None}
+        fallback = self.fallback_reason and {"requested": self.settings.model_name, "reason": self.fallback_reason}
+        return {**self.task.declared(self.name, self.version), **self.task.info(), **self.instead, "fallback": fallback}
 
 
 class ModelLoader:
@@ -103,7 +103,7 @@ class ModelLoader:
 
     def states(self):
         """What GET /models says of each model."""
-        return [{"name": self.current.name, "default": True, "loaded": True}]
+        return [{"name": self.current.name, "default": True, "loaded": True, **self.current.instead}]
 
     def info(self, name):
         """The `model` object of GET /info."""

@@ -261,8 +261,8 @@ class ModelRepository(ModelLoader):
                 split = dict(shares[name]["split"])
                 state |= {"version": version, "share": split.get(version, 0),
                           "shadow": shares[name]["shadow"] == version}
-            if state["loaded"]:
-                state["memory_bytes"] = self.sizes.get(key, 0)
+            if model := self.by_key.get(key):
+                state |= {"memory_bytes": self.sizes.get(key, 0), **model.instead}
             states.append(state)
         return states
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from app import config
-from app.config import SettingsError, integer, listed, number, path, setting, yes_or_no
+from app.config import SettingsError, integer, number, path, rare, setting, yes_or_no
 from app.setting_formats import byte_size
 
 DAY_S = 86_400
@@ -107,15 +107,14 @@ class OptionalSettings:
     worker_port: int | None = setting(integer(1, 65535), None)
     callback_secret: str | None = setting(url(SECRET, "whsec_ and base64, or at least 16 other visible ASCII "
                                                       "characters"), None, secret=True)
-    callback_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated URL prefixes such as "
+    callback_urls: tuple | None = setting(rare("listed", URL_PREFIX, "comma-separated URL prefixes such as "
                                                              "https://example.org/hooks/"), None)
-    input_urls: tuple | None = setting(listed(URL_PREFIX, "comma-separated URL prefixes such as "
+    input_urls: tuple | None = setting(rare("listed", URL_PREFIX, "comma-separated URL prefixes such as "
                                                           "https://images.example.org/ or s3://bucket/prefix/"), None)
     private_networks: tuple = setting(networks, ())
     history: bool = setting(yes_or_no, False)
     history_days: int = setting(integer(1, 36_600), 30)
-    admin_keys: tuple | None = setting(listed(r"[!-+\--~]+", "comma-separated keys of visible ASCII characters"),
-                                       None, secret=True)
+    admin_keys: tuple | None = setting(rare("keys"), None, secret=True)
     tracing: bool = False  # by the OTEL_* variables, which the SDK reads itself
 
     @classmethod
@@ -141,6 +140,12 @@ class OptionalSettings:
     def database(self):
         """DATABASE_URL, or that of the embedded database."""
         return self.database_url or f"sqlite:///{self.data_dir / 'service.db'}"
+
+    @property
+    def uses_data_dir(self):
+        """Whether anything is kept in DATA_DIR."""
+        return bool((self.jobs or self.history) and not self.database_url
+                    or self.jobs and not (self.jobs_broker and self.storage_url))
 
     @property
     def database_variable(self):

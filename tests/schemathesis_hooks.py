@@ -43,8 +43,9 @@ schemathesis.openapi.media_type("application/octet-stream", PICTURES)
 
 @schemathesis.hook
 def before_load_schema(context, raw_schema):
-    """What the document leaves out because people need not know it: other words for true and false, and that options
-    may be empty. No schema can say which classes the model has, so what explain_class accepts is not tried here."""
+    """What the document leaves out because people need not know it: other words for true and false, that options may be
+    empty, and that forms may have options, but nothing else. No schema can say which classes the model has, so what
+    explain_class accepts is not tried here."""
     def more(part):
         if isinstance(part, list):
             return [more(one) for one in part if not (isinstance(one, dict) and one.get("name") == "explain_class")]
@@ -53,6 +54,8 @@ def before_load_schema(context, raw_schema):
         part = {name: more(value) for name, value in part.items() if name != "explain_class"}
         if part.get("type") in ("boolean", ["boolean", "null"]):
             part = {"enum": [*STREAM.schema["enum"], *[None] * ("null" in part["type"])]}
+        if "multipart/form-data" in part:
+            part["multipart/form-data"]["schema"]["additionalProperties"] = False
         return {**part, "allowEmptyValue": True} if part.get("in") == "query" else part
     for path, operations in raw_schema["paths"].items():
         for operation in operations.values():

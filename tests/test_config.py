@@ -1,28 +1,40 @@
 """Settings are checked, frozen, and the same in code, .env.example and docs/settings.md."""
 import dataclasses
+import io
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, need
 from dotenv import dotenv_values
 
-from app import config, optional_settings
+from app import config, optional_settings, setting_names
 from app.config import SETTINGS, Settings, SettingsError
 from app.handing_down import variables
 
 EXAMPLE = ROOT / ".env.example"
+
+# `make run` has other defaults for these: copying the file must not change them.
+COMMENTED = re.compile(r"^# (?=(?:LOG_FORMAT|MODEL_FALLBACK)=)", re.M)
 NAMES = [field.name.upper() for field in (*SETTINGS, *optional_settings.SETTINGS)]
 
 
+def example():
+    """The text of .env.example with all settings, and what it sets."""
+    text, count = COMMENTED.subn("", EXAMPLE.read_text(encoding="utf-8"))
+    assert count == 2
+    return text, dotenv_values(stream=io.StringIO(text))
+
+
 def test_example_file_has_every_setting_and_no_other():
-    assert sorted(dotenv_values(EXAMPLE)) == sorted(NAMES)
+    assert sorted(example()[1]) == sorted(NAMES)
 
 
 def test_example_file_gives_the_defaults():
-    values = dotenv_values(EXAMPLE)
+    values = example()[1]
     assert Settings.parse(values) == Settings()
     parts = config.read(optional_settings.SETTINGS, {name: text for name, text in values.items() if text})
     parts = optional_settings.OptionalSettings(**parts)
@@ -31,7 +43,7 @@ def test_example_file_gives_the_defaults():
 
 
 def test_every_setting_of_the_example_file_has_a_sentence():
-    text = EXAMPLE.read_text(encoding="utf-8")
+    text = example()[0]
     for name in NAMES:
         comment = re.search(rf"((?:^#.*\n)+)(?:[A-Z_]+=.*\n)?{name}=", text, re.M)
         assert comment, name
@@ -42,7 +54,7 @@ def test_documentation_lists_every_setting_with_its_default():
     text = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*?) \|", text, re.M))
     assert sorted(rows) == sorted(NAMES)
-    for name, default in dotenv_values(EXAMPLE).items():
+    for name, default in example()[1].items():
         assert rows[name] == (f"`{default}`" if default else ""), name
 
 
@@ -130,6 +142,120 @@ def test_make_run_installs_optional_packages_only_if_a_part_is_on(tmp_path, text
     for part, file in (("jobs", "jobs/requirements"), ("tracing", "tracing/requirements"),
                        ("int8", "prepare/requirements-int8")):
         assert (f"app/{file}.txt" in done.stdout) == (part == installs)
+
+
+@pytest.mark.parametrize(("env_file", "environment", "arguments", "log_format", "fallback"), [
+    ("", {}, (), "text", "efficientnet_lite0"),
+    ("LOG_FORMAT=json\nMODEL_FALLBACK=\n", {}, (), "json", None),
+    ("MODEL_FALLBACK=resnet18\n", {}, (), "text", "resnet18"),
+    ("MODEL_FALLBACK=resnet18\n", {"MODEL_FALLBACK": "", "LOG_FORMAT": "json"}, (), "json", None),
+    ("", {}, ("MODEL_FALLBACK=",), "text", None),
+    ("", {"LOG_FORMAT": ""}, (), "json", "efficientnet_lite0"),
+])
+def test_what_is_set_wins_over_the_defaults_of_make_run(tmp_path, env_file, environment, arguments, log_format,
+                                                        fallback):
+    for name in ("Makefile", "app"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".env").write_text(env_file)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/installed").touch()
+    stand_in = tmp_path / ".venv/bin/gunicorn"  # reads the settings, as the real one does, and serves nothing
+    stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, '.')\nfrom app.config import Settings\n"
+                        "settings = Settings.load()\nprint(settings.log_format, settings.model_fallback)\n")
+    stand_in.chmod(0o755)
+    others = {k: v for k, v in os.environ.items() if k not in (*NAMES, "MAKEFLAGS", "MAKELEVEL", "SERVICE_DEFAULTS")}
+    done = subprocess.run([need("make"), "run", *arguments], cwd=tmp_path, env=others | environment,
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{log_format} {fallback}"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("API_KEY=secret", "line 1 of .env: API_KEY is not a setting; did you mean API_KEYS?"),
+    ("TOP_K=3\n\n# a comment\n\nMODLE_NAME=a", "line 5 of .env: MODLE_NAME is not a setting; did you mean MODEL_NAME?"),
+    ("model_name=a", "line 1 of .env: model_name is not a setting; did you mean MODEL_NAME?"),
+    ("JOB_TTL=5", "line 1 of .env: JOB_TTL is not a setting; did you mean JOBS_TTL?"),  # of an optional part
+    ("OTEL_TRACE_EXPORTER=otlp", "line 1 of .env: OTEL_TRACE_EXPORTER is not a setting; did you mean "
+                                 "OTEL_TRACES_EXPORTER?"),
+    ("MY_OWN=5", "line 1 of .env: MY_OWN is not a setting, nor known to belong to another program: docs/settings.md "
+                 "lists both; begin names of your own with X_"),
+    ("MODELS=cats@1=resnet18\nCATS__1__TOPK=3", "line 2 of .env: CATS__1__TOPK is not a setting; did you mean "
+                                                "CATS__1__TOP_K?"),
+    ("CATS__TOP_K=3", "line 1 of .env: CATS__TOP_K is not a setting: no model in MODELS is called so"),
+    ("export PORT=1\nPORT: 5000", "line 2 of .env cannot be parsed: write PORT=value"),
+    ("API_KEYS", "line 1 of .env cannot be parsed: write API_KEYS=value"),
+    ("API_KEYS=\"a, b\nPORT=1", "line 1 of .env cannot be parsed: write API_KEYS=value, with quotes around a value "
+                               "with spaces or #"),
+    ("API_KEYS=a\nZm9v+YmFy==", "line 2 of .env cannot be parsed: write NAME=value, with quotes around a value with "
+                                "spaces or #"),  # perhaps the rest of a secret, which must not be shown
+    ("# caf\xe9", "line 1 of .env is not text in UTF-8"),
+])
+def test_a_wrong_line_of_the_file_is_refused_in_one_line(tmp_path, monkeypatch, text, message):
+    (tmp_path / ".env").write_bytes(text.encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as e:
+        Settings.load()
+    assert str(e.value) == message
+
+
+def test_the_file_may_set_what_is_for_other_programs(tmp_path, monkeypatch):
+    (tmp_path / "compose.override.yaml").write_text("services: {service: {image: '${REGISTRY}/service'}}\n")
+    (tmp_path / ".env").write_text("\ufeff" + """# for all
+        COMPOSE_PROFILES=jobs
+        POSTGRES_PASSWORD='a b'
+        REGISTRY=registry.example.org
+        DISK=/disk
+        MODEL_DIR=${DISK}/models
+        export X_OWN=1
+        PGSSLMODE=require
+        GUNICORN_CMD_ARGS=--backlog=5
+        no_proxy=localhost
+        TZ=UTC
+        OTEL_SERVICE_NAME=a
+        MODELS=cats@2=resnet18
+        CATS__2__TOP_K=2
+        CATS__SPLIT=2
+        """.replace("\n        ", "\r\n"), encoding="utf-8")
+    for name in ("no_proxy", "TZ"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and it is gone again when the test ends
+    settings = Settings.load(tmp_path / ".env")
+    assert (settings.model_dir, settings.of_models) == (Path("/disk/models"), (
+        ("CATS__2__TOP_K", "2"), ("CATS__SPLIT", "2")))
+    assert (os.environ["no_proxy"], os.environ["TZ"]) == ("localhost", "UTC")  # libraries look for these there
+    assert "POSTGRES_PASSWORD" not in os.environ
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("API_KEY", "API_KEYS"), ("MODLE_NAME", "MODEL_NAME"), ("TOPK", "TOP_K"), ("PORTS", "PORT"),
+    ("LOGLEVEL", "LOG_LEVEL"), ("cache_url", "CACHE_URL"), ("CACHE_URI", "CACHE_URL"), ("DATABASE_UR", "DATABASE_URL"),
+    ("WORKER", "WORKERS"), ("OTEL_TRACE_EXPORTER", "OTEL_TRACES_EXPORTER"), ("CATS__TOPK", "CATS__TOP_K")])
+def test_a_variable_that_is_nearly_a_setting_is_noticed(name, meant):
+    assert setting_names.misspelt({"MODELS": "cats=resnet18", name: "1"}) == [
+        f"{name} in the environment is not a setting; did you mean {meant}?"]
+
+
+def test_nothing_is_noticed_in_the_environments_of_shells_and_pods():
+    links = {f"{service}_{what}": text for service in ("MODEL", "MODELS", "WORKERS", "JOBS", "HOST", "MAX_JOB", "DATA")
+             for what, text in (("SERVICE_HOST", "10.0.0.7"), ("SERVICE_PORT", "80"), ("SERVICE_PORT_HTTP", "80"),
+                                ("PORT", "tcp://10.0.0.7:80"), ("PORT_80_TCP", "tcp://10.0.0.7:80"),
+                                ("PORT_80_TCP_ADDR", "10.0.0.7"), ("PORT_80_TCP_PORT", "80"))}
+    shell = dict.fromkeys((
+        "HOSTNAME", "HOSTTYPE", "HOME", "POST", "SORT", "PART", "TTY", "TERM", "SHELL", "SHLVL", "PATH", "PWD",
+        "OLDPWD", "LANG", "LC_ALL", "LS_COLORS", "USER", "LOGNAME", "MAIL", "HISTSIZE", "HISTFILE", "EDITOR", "PAGER",
+        "DISPLAY", "SSH_TTY", "XDG_RUNTIME_DIR", "INVOCATION_ID", "LISTEN_FDS", "JOURNAL_STREAM", "NOTIFY_SOCKET",
+        "JOB_NAME", "BUILD_ID", "CI", "PYTHONPATH", "VIRTUAL_ENV", "http_proxy", "NO_PROXY", "K_SERVICE", "POD_IP",
+        "NODE_NAME", "MODEL_ID", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "AWS_REGION",
+        "DEBUG", "TOKEN", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_HEADERS",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "SERVICE_DEFAULTS"), "1")
+    assert setting_names.misspelt({**links, **shell, **dict.fromkeys(NAMES, "1")}) == []
+
+
+def test_a_models_name_that_is_nearly_right_is_recognised():
+    with pytest.raises(SettingsError, match=r"in lower case.*, got 'EfficientNet-B0'; did you mean efficientnet_b0\?"):
+        Settings.parse({"MODEL_NAME": "EfficientNet-B0"})
+    with pytest.raises(SettingsError, match=r"^PRECISION must be one of .*, got 'fp322'; did you mean fp32\?"):
+        Settings.parse({"PRECISION": "fp322"})
 
 
 def test_values_are_parsed():

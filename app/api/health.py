@@ -21,9 +21,7 @@ def health():
             "uptime_seconds": round(time.monotonic() - loader.started, 1), "version": VERSION, "timestamp": time.time()}
     if reason:
         return jsonify({**body, "reason": reason}), 503
-    if model.fallback_reason:
-        body["fallback_for"] = loader.settings.model_name
-    return jsonify(body)
+    return jsonify({**body, **model.instead})
 
 
 @bp.get("/live")

@@ -1,8 +1,13 @@
-"""Parts of a form that hold a picture or a video by their Content-Type, but have no file name: to Werkzeug, text."""
+"""Parts of a form that have no file name where a file is expected: to Werkzeug, text. Some hold a picture or a video by
+their Content-Type.
+"""
 import io
 import re
 
 from flask import request
+
+from app.api import uploads
+from app.errors import ServiceError
 
 MOST_HEADER_BYTES = 8192
 DISPOSITION = re.compile(rb"(content-disposition:[^\r\n]*)", re.I)
@@ -29,3 +34,12 @@ def name_them():
     if pieces:
         request.stream = io.BytesIO(b"".join([*pieces, body[copied:]]))
         request.environ["CONTENT_LENGTH"] = str(len(request.stream.getbuffer()))
+
+
+def text_for_a_file(name, files):
+    """The ServiceError for a form whose field `name` has text instead of a file. files: those that it has besides."""
+    if files:
+        return ServiceError(400, "TOO_MANY_FILES", f"The form has a file in {files[0].field} and text in {name}; leave "
+                                                   f"{name} out, or send it alone as JSON.")
+    return uploads.missing_file(f"the form's field {name} has no filename, so it is text. With curl, write "
+                                f"-F {name}=@photo.jpg, with the @; base64 goes into JSON")

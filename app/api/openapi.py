@@ -182,6 +182,7 @@ def inputs(settings, tasks):
     plain, files = options(tasks)
     parts = {name: {**schema, "description": meaning} for name, (meaning, schema) in files.items()}
     members = {name: or_null({**schema, "description": meaning}) for name, (meaning, schema) in (plain | files).items()}
+    members["model"] = or_null({"type": "string"})
     raw = {"schema": {"type": "string", "format": "binary"}}
     form, json_body, raws, several = {}, [], {}, []
     examples = []
@@ -210,19 +211,16 @@ def inputs(settings, tasks):
                 examples.append({task.field: task.example} if task.field else task.example)
     most = 1 if all(task.is_file for task in tasks) else settings.max_batch_files
     one_of = [{"type": "object", "properties": {name: schema, **members}, "required": [name],
-               "not": {"required": ["instances"]}} if name else {"type": "object", "properties": members}
+               "additionalProperties": False} if name else {"type": "object", "properties": members}
               for name, schema in json_body]
-    instances = {"type": "object", "required": ["instances"], "properties": {
+    instances = {"type": "object", "required": ["instances"], "additionalProperties": False, "properties": {
         "instances": {"type": "array", "description": "As in TensorFlow Serving.", "minItems": 1, "maxItems": most,
                       "items": {"anyOf": several} if len(several) > 1 else several[0]}, **members}}
-    if most == 1:
-        instances["not"] = {"required": [json_body[0][0]]}
     example = {"example": examples[0]} if examples else {}
     content = {"application/json": {"schema": {"anyOf": [*one_of, instances]}, **example}}
     batch = {"application/json": {"schema": {**instances, "properties": {
         **instances["properties"], "instances": {**instances["properties"]["instances"],
                                                  "maxItems": settings.max_batch_files}}}}}
-    batch["application/json"]["schema"].pop("not", None)
     if form:
         required = {"required": list(form)} if len(tasks) == 1 else {}
         form = {"schema": {"type": "object", "properties": {**form, **parts}, **required}}

@@ -21,11 +21,14 @@ from werkzeug.formparser import FormDataParser
 from app.errors import DeadlineExceeded, ServiceError, invalid_parameter
 from app.media.containers import is_video
 from app.server import counters
+from app.tasks.options import ALL, STREAM
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
 SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
 INSTANCES = "instances"         # TensorFlow Serving's list
+KNOWN_NAMES = {*BATCH_FIELDS, INSTANCES, "model", "url", *(name for one in (*ALL, STREAM)
+                                                           for name in (one.name, *one.aliases))}
 FORM_OVERHEAD = 64 * 1024       # bytes of a body besides the files: boundaries, headers, options
 MOST_VALUES = 200_000           # of JSON that is an input itself: such as a tensor of 3 × 224 × 224
 BATCH_BODY_FILES = 8            # a batch's body may be as large as this many of the largest pictures
@@ -237,7 +240,8 @@ def batch_limit(settings):
 
 def sent_options():
     """option(name, is_file=False): what the body or else the query has under that name, as text, or a file's bytes;
-    None if it was not sent. Raises ServiceError for a form or JSON that cannot be parsed.
+    None if it was not sent. Raises ServiceError for a form or JSON that cannot be parsed, or with an option that no
+    model knows.
 
     option raises ServiceError if it is repeated within either, or is a list or an object in JSON.
     """
@@ -251,6 +255,9 @@ def sent_options():
         sent = {name: [value] for name, value in json_body.members().items() if value is not None}
     else:
         sent = request.form.to_dict(flat=False)
+    if unknown := {*sent, *request.args} - KNOWN_NAMES:
+        from app.api import unknown_options
+        unknown_options.check(unknown)
 
     def option(name, is_file=False):
         values = sent.get(name) or request.args.getlist(name)
@@ -290,13 +297,9 @@ def files_of_form(fields):
     files = [Upload(part.stream.getvalue(), base_name(part.filename), name) for name, part in parts]
     # For a file input in which nothing was chosen, a browser sends a part with neither name nor content.
     files = [file for file in files if file.filename or file.content]
-    texts = [name for name in (*fields, INSTANCES) if request.form.get(name)]
-    if texts and files:
-        raise ServiceError(400, "TOO_MANY_FILES", f"The form has a file in {files[0].field} and text in {texts[0]}; "
-                                                  f"leave {texts[0]} out, or send it alone as JSON.")
-    if texts:
-        raise missing_file(f"the form's field {texts[0]} has no filename, so it is text. With curl, write "
-                           f"-F {texts[0]}=@photo.jpg, with the @; base64 goes into JSON")
+    if texts := [name for name in (*fields, INSTANCES) if request.form.get(name)]:
+        from app.api import nameless_parts
+        raise nameless_parts.text_for_a_file(texts[0], files)
     return files
 
 

@@ -154,7 +154,9 @@ def default_weights(name):
     models = torchvision().models
     names = models.list_models(module=models)  # classifiers only: the others live in submodules of their own
     if name not in names:
-        raise WeightsError(f"MODEL_NAME {name!r} is unknown: it must be ocean, efficientnet_lite0 or one of "
+        from app.suggestions import did_you_mean
+        meant = did_you_mean(name, [*names, "ocean", "efficientnet_lite0"])
+        raise WeightsError(f"MODEL_NAME {name!r} is unknown{meant or '.'} There are ocean, efficientnet_lite0 and "
                            f"torchvision's classifiers ({', '.join(names)})")
     return models.get_model_weights(name).DEFAULT
 

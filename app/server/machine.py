@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from app import model_settings
 from app.config import Plan, StartError
 
 STREAMS_PER_WORKER = 8  # one process keeps this many cores busy before the GIL costs throughput
@@ -69,7 +70,8 @@ def cuda_devices():
 
 
 def plan(settings):
-    """Work out the Plan from the settings and this machine. Raises StartError for a missing device."""
+    """Work out the Plan from the settings and this machine. Raises StartError for a missing device, or for a PRECISION
+    that it cannot have."""
     gpus = cuda_devices() if settings.device != "cpu" else []
     if settings.device.startswith("cuda"):
         if not gpus:
@@ -89,7 +91,7 @@ def plan(settings):
         workers = settings.workers or len(gpus)
         streams, slots = 1, 2 * settings.max_batch_size
     else:
-        cores = usable_cores()
+        cores = min(usable_cores(), settings.cores or math.inf)
         engine, devices = settings.engine, ("cpu",)
         if engine == "auto":
             engine = "openvino" if importlib.util.find_spec("openvino") else "torch"
@@ -101,6 +103,13 @@ def plan(settings):
         # would idle, which costs 3 to 20 % of throughput (two cores, 500×375 to 4000×3000, fp32 and bf16). Twice as
         # many slots would gain another 1 to 4 %, but delay refusals under overload.
         slots = streams + max(1, streams // 2)
+    for one in model_settings.each(settings).values():
+        if ":" in one.model_name:  # what PRECISION means is up to it
+            continue
+        if one.precision == "fp16" and not gpus:
+            raise StartError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16, int8 or auto")
+        if one.precision == "int8" and engine != "openvino":
+            raise StartError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
     queue = settings.max_queue if settings.max_queue is not None else \
         QUEUE * (settings.max_batch_size if gpus else streams)
     return Plan(engine, devices, workers, streams, slots, queue)

@@ -81,7 +81,7 @@ def post_parts(client, *parts, path="/predict", boundary="b--b"):
 def test_a_part_without_file_name_is_a_file_if_its_content_type_says_so(client, answer):
     for headers in ("\r\nContent-Type: image/jpeg", "\r\ncontent-type:IMAGE/JPEG\r\nX-Other: 1"):
         assert post_parts(client, ("file", headers, CAT)).json["predictions"] == answer
-        response = post_parts(client, ("top_k", "", b"2"), ("image", headers, CAT), ("note", "", b"x"))
+        response = post_parts(client, ("top_k", "", b"2"), ("image", headers, CAT), ("_note", "", b"x"))
         assert response.json["predictions"] == answer[:2]
         assert response.json["metadata"]["filename"] in (None, "")
     batch = post_parts(client, *[("files", "\r\nContent-Type: image/jpeg", CAT)] * 2, path="/predict/batch")
@@ -282,7 +282,7 @@ OF_FORM = "multipart/form-data; boundary=b"
     (parts((DISPOSITION, CAT), boundary=b"b" * 70), "multipart/form-data; boundary=" + "b" * 70),
     (parts((DISPOSITION, CAT), boundary=b"b" * 71), "multipart/form-data; boundary=" + "b" * 71),
     (parts((DISPOSITION, CAT), boundary=b"b" * 3000), "multipart/form-data; boundary=" + "b" * 3000),
-    (parts((DISPOSITION, CAT), (b'Content-Disposition: form-data; name="x"\r\nContent-Type: a/b; charset=zip', b"1")),
+    (parts((DISPOSITION, CAT), (b'Content-Disposition: form-data; name="_x"\r\nContent-Type: a/b; charset=zip', b"1")),
      OF_FORM),
 ], ids=["long header", "many headers", "header without colon", "folded header", "length of a part", "two dispositions",
         "two names", "around the parts", "quoted boundary", "boundary of 70", "boundary of 71", "boundary of 3000",

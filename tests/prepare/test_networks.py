@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from app.prepare import networks
 from app.prepare.networks import WeightsError
+from app.setting_formats import MODEL_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +145,14 @@ def test_a_std_of_0_is_refused():
 
 
 def test_unknown_name_is_refused_with_those_that_are_known():
-    with pytest.raises(WeightsError, match=r"'resnet51' is unknown: .*resnet50"):
+    with pytest.raises(WeightsError, match=r"'resnet51' is unknown; did you mean resnet50\? .*resnet18"):
         networks.default_weights("resnet51")
+
+
+def test_suggestions_for_model_names_know_all_of_them():
+    models = networks.torchvision().models
+    known = [*models.list_models(module=models), "efficientnet_lite0", "ocean"]
+    assert sorted(MODEL_NAMES.split()) == sorted(known)
 
 
 def test_a_matching_pair_of_torch_and_torchvision_is_left_alone():
