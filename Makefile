@@ -126,8 +126,8 @@ test-examples: $(VENV)-voice-cloning/installed  ## Run the tests of examples/; V
 test-int8: $(VENV)/tests-installed  ## Run the longer tests of PRECISION=int8 and auto
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist load -m slow tests/prepare/test_quantize.py $(ARGS)
 
-test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's configuration and make jobs-demo with the real programs
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_jobs_demo.py tests/test_compose.py $(ARGS)
+test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's and deploy/'s configurations and make jobs-demo with the real programs
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_jobs_demo.py tests/test_compose.py tests/test_balancers.py tests/test_monitoring.py $(ARGS)
 
 SECONDS := 60
 
@@ -165,11 +165,12 @@ lock: $(VENV)-release/installed  ## Lock the images' packages, from the pins in 
 sbom: $(VENV)-release/installed  ## List the packages of the image in CycloneDX's format: TARGET=cpu, full or gpu
 	@$(VENV)-release/bin/python deploy/sbom.py $(TARGET)
 
-lint-images: $(VENV)-release/installed  ## Check the Dockerfile, the workflows and compose.yaml
+lint-images: $(VENV)-release/installed  ## Check the Dockerfile, the workflows, compose.yaml and deploy/kubernetes.yaml
 	@$(VENV)-release/bin/hadolint Dockerfile
 	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@$(VENV)-release/bin/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
 .PHONY: help run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -15,7 +15,8 @@ from servers import Postgres, Redis, find_program
 from app.config import Settings
 from app.optional_settings import OptionalSettings
 
-OURS = ("service", "worker")
+OURS = ("service", "replica", "worker")
+PROFILES = ("proxy", "jobs", "monitoring")
 SETTINGS = {name.upper() for name in (*Settings.__dataclass_fields__, *OptionalSettings.__dataclass_fields__)}
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -54,13 +55,15 @@ def compose(tmp_path):
     return run
 
 
-def test_compose_accepts_it_and_complains_of_nothing(compose):
-    assert compose("config", "--quiet")[1] == ""
+@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), PROFILES], ids="+".join)
+def test_compose_accepts_it_and_complains_of_nothing(compose, profiles):
+    assert compose(*(word for name in profiles for word in ("--profile", name)), "config", "--quiet")[1] == ""
 
 
 def test_compose_reads_it_as_these_tests_do(compose):
     variables = {"POSTGRES_PASSWORD": "a$ b", "JOBS": "on", "PORT": "8000"}
-    theirs, ours = yaml.safe_load(compose("--profile", "jobs", "config", **variables)[0]), composed(**variables)
+    theirs, ours = yaml.safe_load(compose(
+        *(word for name in PROFILES for word in ("--profile", name)), "config", **variables)[0]), composed(**variables)
     assert theirs["services"].keys() == ours["services"].keys()
     for name, service in ours["services"].items():
         found = theirs["services"][name].get("environment", {})
@@ -71,7 +74,7 @@ def test_compose_reads_it_as_these_tests_do(compose):
 def test_the_service_is_alone_unless_the_profile_is_asked_for():
     made = composed()
     assert [name for name, service in made["services"].items() if "profiles" not in service] == ["service"]
-    assert {tuple(service["profiles"]) for service in made["services"].values() if "profiles" in service} == {("jobs",)}
+    assert {name for service in made["services"].values() for name in service.get("profiles", [])} == set(PROFILES)
     assert not composed()["services"]["service"]["environment"].keys() & {"JOBS", "HISTORY", "INPUT_URLS"}
 
 
@@ -79,11 +82,12 @@ def test_all_that_it_speaks_of_exists():
     made = composed()
     for name, service in made["services"].items():
         for volume in service.get("volumes", []):
-            assert volume.partition(":")[0] in made["volumes"], name
+            source = volume.partition(":")[0]
+            assert (ROOT / source).is_file() if source.startswith("./") else source in made["volumes"], name
         assert set(service["networks"]) <= {"default", *made["networks"]}
         for other in service.get("depends_on", {}):
             assert "healthcheck" in made["services"][other]
-            assert made["services"][other]["profiles"] == service["profiles"]
+            assert made["services"][other].get("profiles", service["profiles"]) == service["profiles"]
     for name in OURS:
         service = made["services"][name]
         build = service["build"]
@@ -104,7 +108,11 @@ def test_ours_cannot_write_but_where_they_must():
         assert service["cap_drop"] == ["ALL"]
         assert service["volumes"] == ["data:/app/data"]
         assert "/app/data" in DOCKERFILE
-    assert {name for name, service in composed()["services"].items() if "ports" in service} == {"service"}
+    services = composed()["services"]
+    assert all(service["read_only"] for service in services.values())
+    ports = {name: service["ports"] for name, service in services.items() if "ports" in service}
+    assert set(ports) == {"service", "proxy", "prometheus", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for name in ("prometheus", "grafana") for port in ports[name])
 
 
 def test_it_has_no_secret():

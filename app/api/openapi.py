@@ -1,4 +1,10 @@
-"""The service's OpenAPI 3.1 document."""
+"""The service's OpenAPI 3.1 document.
+
+Swagger UI sends a parameter's default, and an example for each field of a form, as if the user had typed them. So
+defaults are said in words, and forms have only inputs: the options are in the query, which goes with every body.
+"""
+import json
+
 from app.api.uploads import FILE_FIELDS, batch_limit
 from app.config import FACE_METHODS, NAME, VERSION
 from app.tasks.from_pictures import FromPictures
@@ -15,14 +21,15 @@ def document(settings, tasks, parts=()):
         "openapi": "3.1.0",
         "info": {"title": NAME, "version": VERSION, "summary": "Models behind HTTP.",
                  "description": "Send an input in any common form and get the model's answer. "
-                                "Options go in the body or in the query; the body wins, and a repeated option is "
-                                "refused. Options that the model does not use are ignored.\n\nAll errors have the same "
-                                "form: a stable code in `error`, and what to change in `message`."},
+                                "Options go in the query, in fields of a form, or in members of a JSON object; "
+                                "the body wins, and a repeated option is refused. Options that only other models have "
+                                "are ignored.\n\nAll errors have the same form: a stable code in `error`, and what to "
+                                "change in `message`."},
         "servers": [{"url": "/"}],
         "tags": [{"name": "Predict"}, {"name": "Status"}, {"name": "Documentation"}],
         "paths": tagged(paths(settings, tasks), settings),
         "components": {"schemas": schemas(settings, tasks), "headers": HEADERS,
-                       "securitySchemes": SECURITY,
+                       **({"securitySchemes": SECURITY} if settings.api_keys else {}),
                        "responses": {status: error_response(status, settings) for status in ERRORS}}}
     for add in parts:
         add(made, settings)
@@ -33,11 +40,21 @@ def options(tasks):
     """{name: (what it does, its schema)} of a prediction's options that are no files, and of those that are."""
     plain, files = {}, {}
     for task in tasks:
-        for option in (*task.options, *task.checked_options):
-            default = option.default_of(task.settings)
-            schema = option.schema if default is None or option.is_file else option.schema | {"default": default}
-            (files if option.is_file else plain).setdefault(option.name, (option.meaning, schema))
+        for option in task.options:
+            meaning = with_default(option.meaning, None if option.is_file else option.default_of(task.settings))
+            (files if option.is_file else plain).setdefault(option.name, (meaning, documented(option.schema)))
     return plain, files
+
+
+def documented(schema):
+    """The schema of an option; of what is true or false, without the other words for it."""
+    return {"type": "boolean"} if schema == STREAM.schema else schema
+
+
+def with_default(meaning, default):
+    if default in (None, ""):
+        return meaning
+    return f"{meaning} Default: {default if isinstance(default, str) else json.dumps(default)}.".lstrip()
 
 
 def or_null(schema):
@@ -163,11 +180,12 @@ DOCUMENTATION = ("/", "/openapi.json", "/docs")
 def inputs(settings, tasks):
     """({media type: its schema} of a request for one prediction, the same of a batch, of PUT)."""
     plain, files = options(tasks)
-    fields = {name: {**schema, "description": meaning} for name, (meaning, schema) in (plain | files).items()}
-    members = {name: or_null(schema) for name, schema in (fields | {"model": {"type": "string"}}).items()}
+    parts = {name: {**schema, "description": meaning} for name, (meaning, schema) in files.items()}
+    members = {name: or_null({**schema, "description": meaning}) for name, (meaning, schema) in (plain | files).items()}
+    members["model"] = or_null({"type": "string"})
     raw = {"schema": {"type": "string", "format": "binary"}}
     form, json_body, raws, several = {}, [], {}, []
-    examples = {}
+    examples = []
     for task in tasks:
         if task.is_file:
             form["file"] = {"type": "string", "format": "binary", "description": f"The {' or '.join(task.takes)}. The "
@@ -181,9 +199,7 @@ def inputs(settings, tasks):
                 several.append({"type": "object", "required": ["url"], "properties": {"url": ref("URL")},
                                 "additionalProperties": False})
             if "picture" in task.takes:
-                examples |= {"base64": {"value": {"image": PNG_BASE64}},
-                             "data: URL": {"value": {"image": f"data:image/png;base64,{PNG_BASE64}"}},
-                             "TensorFlow Serving": {"value": {"instances": [{"b64": PNG_BASE64}]}}}
+                examples.append({"image": PNG_BASE64})
         else:
             schema = {"type": "string", "minLength": 1} if "text" in task.takes else task.input_schema
             if "text" in task.takes:
@@ -192,48 +208,47 @@ def inputs(settings, tasks):
             json_body.append((task.field, schema))
             several.append(schema)
             if task.example is not None:
-                examples["example"] = {"value": {task.field: task.example} if task.field else task.example}
-                examples["instances"] = {"value": {"instances": [task.example]}}
+                examples.append({task.field: task.example} if task.field else task.example)
     most = 1 if all(task.is_file for task in tasks) else settings.max_batch_files
     one_of = [{"type": "object", "properties": {name: schema, **members}, "required": [name],
                "additionalProperties": False} if name else {"type": "object", "properties": members}
               for name, schema in json_body]
     instances = {"type": "object", "required": ["instances"], "additionalProperties": False, "properties": {
-        "instances": {"type": "array", "items": {"anyOf": several} if len(several) > 1 else several[0], "minItems": 1,
-                      "maxItems": most}, **members}}
-    content = {"application/json": {"schema": {"anyOf": [*one_of, instances]}, "examples": examples}, **raws}
+        "instances": {"type": "array", "description": "As in TensorFlow Serving.", "minItems": 1, "maxItems": most,
+                      "items": {"anyOf": several} if len(several) > 1 else several[0]}, **members}}
+    example = {"example": examples[0]} if examples else {}
+    content = {"application/json": {"schema": {"anyOf": [*one_of, instances]}, **example}}
     batch = {"application/json": {"schema": {**instances, "properties": {
         **instances["properties"], "instances": {**instances["properties"]["instances"],
                                                  "maxItems": settings.max_batch_files}}}}}
     if form:
         required = {"required": list(form)} if len(tasks) == 1 else {}
-        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {**form, **fields},
-                                                      "additionalProperties": False, **required}}
-    if "file" in form:
-        batch["multipart/form-data"] = {"schema": {
-            "type": "object", "required": ["files"], "additionalProperties": False, "properties": {
-                "files": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
-                          "maxItems": settings.max_batch_files}, **fields}}}
+        form = {"schema": {"type": "object", "properties": {**form, **parts}, **required}}
+        content = {"multipart/form-data": form, **content}  # the first one is what Swagger UI offers
+    if any(task.is_file for task in tasks):
+        files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1,
+                 "maxItems": settings.max_batch_files}
+        batch = {"multipart/form-data": {"schema": {"type": "object", "required": ["files"],
+                                                    "properties": {"files": files, **parts}}}, **batch}
         batch["application/json"]["example"] = {"instances": [{"b64": PNG_BASE64}, {"b64": "bm8gcGljdHVyZQ=="}]}
-    stream = {**STREAM.schema, "default": False, "description": STREAM.meaning}
     for schema in content["application/json"]["schema"]["anyOf"]:
-        schema["properties"]["stream"] = or_null(stream)
-    if form:
-        content["multipart/form-data"]["schema"]["properties"]["stream"] = stream
-    return content, batch, raws
+        schema["properties"]["stream"] = or_null({"type": "boolean", "description": STREAM.meaning})
+    return {**content, **raws}, batch, raws
+
+
+def query(name, schema, description):
+    return {"name": name, "in": "query", "schema": schema, "description": description}
 
 
 def paths(settings, tasks):
-    parameters = [{"name": name, "in": "query", "description": description, "schema": schema, "allowEmptyValue": True}
-                  for name, (description, schema) in options(tasks)[0].items()]
-    parameters += [
-        {"name": "model", "in": "query", "schema": {"type": "string"}, "allowEmptyValue": True,
-         "description": "Which model answers, if there are several: a name, or a name and a version, such as cats@2."},
+    which = [query("model", {"type": "string"}, "Which model answers: a name, or a name and a version, such as cats@2.")
+             ] * bool(settings.models)
+    parameters = [
+        *(query(name, schema, description) for name, (description, schema) in options(tasks)[0].items()), *which,
         {"name": "X-Request-Timeout", "in": "header", "schema": {"type": "number", "minimum": 0.001},
          "description": "Seconds after which you no longer want the answer, if fewer than "
                         f"{settings.request_timeout:g}."}]
-    of_one = [*parameters, {"name": "stream", "in": "query", "description": STREAM.meaning, "allowEmptyValue": True,
-                            "schema": {**STREAM.schema, "default": False}}]
+    of_one = [*parameters, query("stream", {"type": "boolean"}, with_default(STREAM.meaning, STREAM.default))]
     content, batch, raws = inputs(settings, tasks)
     media = {media_type: {"schema": {"type": "string", "format": "binary"}} for task in tasks
              for media_type in task.media_types}
@@ -282,8 +297,7 @@ def paths(settings, tasks):
         "/live": get("Liveness: 200 as long as the process answers", ref("Live"),
                      {"status": "alive", "version": VERSION, "timestamp": 1767225600.5}),
         "/info": get("A model, the limits and the versions", ref("Info"), further=errors("401", "404", "429"),
-                     parameters=[{"name": "model", "in": "query", "schema": {"type": "string"},
-                                  "allowEmptyValue": True, "description": "Which, if there are several."}]),
+                     parameters=which),
         "/metrics": {"get": {
             "summary": "Counts and times of all workers, for Prometheus",
             "responses": {"200": {"description": "Prometheus' text format, or OpenMetrics if that is preferred.",

@@ -1,5 +1,5 @@
 """What the OpenAPI document says of the history."""
-from app.api.openapi import EVERYWHERE, SECURITY, errors, header, ref, success
+from app.api.openapi import EVERYWHERE, SECURITY, errors, header, query, ref, success
 from app.history.api import AWAY, COLUMNS, MOST
 
 TEXT, NUMBER, SOME = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
@@ -42,20 +42,16 @@ def operation(summary, name, parameters, *statuses):
 
 
 def parameters(limit):
-    return [parameter(*one) for one in (
+    return [query(*one) for one in (
         ("model", TEXT, "A model's name, or a name and a version, such as cats@2."),
         ("class", TEXT, "The best class of a classifier's answer."),
         ("since", TIME, "From this time on: Unix seconds, or ISO 8601."),
         ("until", TIME, "Before this time."),
         ("min_confidence", NUMBER, "The least confidence in the best class."),
         ("max_confidence", NUMBER, "The greatest confidence in the best class."),
-        ("limit", {"type": "integer", "minimum": 1, "maximum": MOST, "default": limit}, "How many there may be."),
+        ("limit", {"type": "integer", "minimum": 1, "maximum": MOST}, f"How many there may be. Default: {limit}."),
         ("after", {**TEXT, "pattern": "^[A-Za-z0-9_-]*$"}, "The `next` of the page before."),
         ("format", {"enum": ["json", "csv"]}, "Instead of the header Accept."))]
-
-
-def parameter(name, schema, description):
-    return {"name": name, "in": "query", "schema": schema, "description": description, "allowEmptyValue": True}
 
 
 PREDICTION = {"type": "object", "required": list(COLUMNS), "properties": {

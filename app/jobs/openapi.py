@@ -2,7 +2,7 @@
 import copy
 
 from app.api.listing import LATEST_S
-from app.api.openapi import EVERYWHERE, SECURITY, errors, header, ref, success
+from app.api.openapi import EVERYWHERE, SECURITY, errors, header, query, ref, success
 
 ID = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}, "description": "The job's `id`."}
 KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
@@ -85,8 +85,7 @@ def job_paths(paths, settings):
 
 def content(single, batch, most, has_callbacks):
     """{media type: schema} of a body for one input or several."""
-    form_url, json_url = ({"callback_url": CALLBACK}, {"callback_url": {**CALLBACK, "type": ["string", "null"]}}) \
-        if has_callbacks else ({}, {})
+    json_url = {"callback_url": {**CALLBACK, "type": ["string", "null"]}} if has_callbacks else {}
     made = copy.deepcopy(single)
     one, several = made["application/json"]["schema"], copy.deepcopy(batch["application/json"]["schema"])
     several["properties"]["instances"]["maxItems"] = most
@@ -97,11 +96,9 @@ def content(single, batch, most, has_callbacks):
         schema["properties"].pop("stream", None)
     if "multipart/form-data" in made:
         schema = made["multipart/form-data"]["schema"]
-        schema["properties"] |= form_url
-        schema["properties"].pop("stream")
         if "multipart/form-data" in batch:
             files = copy.deepcopy(batch["multipart/form-data"]["schema"]["properties"]["files"])
-            schema["properties"]["files"] = {**files, "maxItems": most}
+            schema["properties"]["files"] = {**files, "maxItems": most, "example": []}  # which Swagger UI does not send
             if schema.pop("required", None):
                 schema["anyOf"] = [{"required": ["file"]}, {"required": ["files"]}]
     return made
@@ -118,22 +115,18 @@ def with_retry(response):
     return response
 
 
-def parameter(name, schema, description):
-    return {"name": name, "in": "query", "schema": schema, "description": description, "allowEmptyValue": True}
-
-
 STATES = ["queued", "running", "succeeded", "failed", "cancelled"]
 TIME = {"anyOf": [{"type": "number", "minimum": -LATEST_S, "maximum": LATEST_S},
                   {"type": "string", "format": "date-time"}]}
 LIST_PARAMETERS = [
     {"name": "state", "in": "query", "schema": {"type": "array", "items": {"enum": STATES}}, "style": "form",
      "explode": False, "description": "One or more states, separated by commas."},
-    parameter("model", {"type": "string", "pattern": r"^\w{1,64}$"}, "The name of a model."),
-    parameter("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
-    parameter("until", TIME, "The time before which they were submitted."),
-    parameter("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, "How many at most."),
-    parameter("after", {"type": "string", "pattern": "^[A-Za-z0-9_-]*$"},
-              "`next` of the page before this one. Jobs that are submitted meanwhile move nothing.")]
+    query("model", {"type": "string", "pattern": r"^\w{1,64}$"}, "The name of a model."),
+    query("since", TIME, "The earliest time of submission: Unix seconds or ISO 8601."),
+    query("until", TIME, "The time before which they were submitted."),
+    query("limit", {"type": "integer", "minimum": 1, "maximum": 100}, "How many at most. Default: 20."),
+    query("after", {"type": "string", "pattern": "^[A-Za-z0-9_-]*$"},
+          "`next` of the page before this one. Jobs that are submitted meanwhile move nothing.")]
 
 
 def signature(name, schema, description):

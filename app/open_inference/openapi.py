@@ -1,5 +1,5 @@
 """What the OpenAPI document says of V2."""
-from app.api.openapi import SECURITY, header, success
+from app.api.openapi import PNG_BASE64, SECURITY, header, success
 from app.open_inference.codec import LARGEST, MOST_ID, SIZES
 
 TEXT, TEXTS, OBJECT = {"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "object"}
@@ -19,6 +19,7 @@ REQUEST = {"type": "object", "required": ["inputs"], "properties": {
     "parameters": {**OBJECT, "description": "Options of the model, such as top_k; binary_data_output."},
     "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": WITH_DATA},
     "outputs": {"type": "array", "items": OUTPUT}}}
+OF_PICTURES = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [PNG_BASE64]}]}
 RESPONSE = {"type": "object", "required": ["model_name", "outputs"], "properties": {
     "model_name": TEXT, "model_version": TEXT, "id": TEXT, "outputs": {"type": "array", "items": WITH_DATA}}}
 READY = {"type": "object", "required": ["ready"], "properties": {"name": TEXT, "ready": {"type": "boolean"}}}
@@ -40,6 +41,8 @@ FURTHER = {"401": ["WWW-Authenticate"], "405": ["Allow"], "429": ["Retry-After"]
 def add(document, settings):
     """Add V2's paths to the document."""
     document["tags"].insert(1, {"name": "Open Inference Protocol"})
+    of_predict = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"].get("example")
+    example = {"example": OF_PICTURES} if of_predict == {"image": PNG_BASE64} else {}
     named = [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in ("name", "version")]
     paths = {"/v2": {"get": operation("Name, version and extensions", "v2", {
         "type": "object", "required": ["name", "version", "extensions"],
@@ -64,7 +67,7 @@ def add(document, settings):
         infer |= {"description": "Bodies and answers may have binary tensors after the JSON: "
                                  "Inference-Header-Content-Length says where they begin.",
                   "requestBody": {"required": True, "content": {
-                      "application/json": {"schema": REQUEST},
+                      "application/json": {"schema": REQUEST, **example},
                       "application/octet-stream": binary}}}
         paths[f"{prefix}/infer"] = {"post": infer}
         for path in (prefix, f"{prefix}/ready", f"{prefix}/infer"):

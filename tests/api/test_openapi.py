@@ -91,8 +91,7 @@ def test_document_has_every_form_and_field(document):
 
 def test_examples_of_the_document_work(client, document):
     content = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
-    for example in content["examples"].values():
-        assert client.post("/predict", json=example["value"]).status_code == 200
+    assert client.post("/predict", json=content["example"]).status_code == 200
     content = document["paths"]["/predict/batch"]["post"]["requestBody"]["content"]["application/json"]
     body = client.post("/predict/batch", json=content["example"]).json
     assert (body["count"], body["failed"]) == (2, 1)
@@ -115,12 +114,21 @@ def test_running_service_does_what_the_document_says(service, tmp_path):
     assert "No issues found" in done.stdout
 
 
+def test_every_get_answers_in_the_types_of_the_document(service, document):
+    for path, operations in document["paths"].items():
+        if "get" not in operations or "{" in path:
+            continue
+        for media_type in operations["get"]["responses"]["200"]["content"]:
+            answer = requests.get(service.url + path, headers={"Accept": media_type}, timeout=10)
+            assert (answer.status_code, answer.headers["Content-Type"].partition(";")[0]) == (200, media_type), path
+
+
 def test_docs_are_swagger_ui_from_installed_files(service):
     page = requests.get(service.url + "/docs", timeout=10)
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "'unsafe-inline'" not in page.headers["Content-Security-Policy"].partition("script-src")[2].partition(";")[0]
     files = re.findall(r'(?:href|src)="([^"]+)"', page.text)
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         assert not re.match(r"[a-z]+:|//", file)
         assert requests.get(f"{service.url}/{file}", timeout=10).status_code == 200

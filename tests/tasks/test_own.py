@@ -505,7 +505,7 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
     if name == "Total":
         assert {"times", "as_text"} < names
         assert list(content) == ["application/json"]
-        assert content["application/json"]["examples"]["example"]["value"] == {"numbers": [1, 2]}
+        assert content["application/json"]["example"] == {"numbers": [1, 2]}
     if name == "Echo":
         assert {"tail", "pitch"} < names
         assert "attached" not in names
