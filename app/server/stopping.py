@@ -13,7 +13,7 @@ from app.server import board
 from app.server.refusals import DISCARDED, IDLE_STOP_S
 
 REFUSE_BEFORE_S = 1     # the end of the service: what is not answered by then is told so,
-EXIT_BEFORE_S = 0.25    # and the process ends, before the master kills it
+EXIT_BEFORE_S = 0.5     # and the process ends, before the master kills it
 RETRY_AFTER_S = 1       # another instance may answer at once
 
 idle_since = {}  # {Timeout of a connection on which nothing is asked: when it was first seen}

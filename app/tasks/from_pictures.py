@@ -19,7 +19,7 @@ SELF_TEST_TIMEOUT_S = 60
 
 def rounded(number):
     """With six digits; what a network calculates has no more that mean anything."""
-    return float(f"{number:.6g}")
+    return float(f"{float(number):.6g}")  # NumPy formats its own numbers slowly
 
 
 def needs_features(options):

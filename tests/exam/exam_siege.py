@@ -181,10 +181,9 @@ def test_busy_machine(service, golden, quick, record_property):
 
 
 @pytest.mark.check(32, "SIGTERM during slow uploads",
-                   "ends within DRAIN_SECONDS + REQUEST_TIMEOUT + 1 s; exit 0")
+                   "with the defaults, ends within 10 s; exit 0")
 def test_stop_beside_dripping_uploads(start_service, record_property):
-    drain_s, timeout_s = 1, 4
-    service = start_service(DRAIN_SECONDS=str(drain_s), REQUEST_TIMEOUT=str(timeout_s)).wait_ready()
+    service = start_service(DRAIN_SECONDS="").wait_ready()  # docker stop kills after 10 s
     with besieged(service.port, 20, heads=(b"",)):
         time.sleep(0.5)
         started = time.monotonic()
@@ -193,7 +192,7 @@ def test_stop_beside_dripping_uploads(start_service, record_property):
     record_property("ended after s", round(took_s, 2))
     record_property("exit code", code)
     assert code == 0
-    assert took_s <= drain_s + timeout_s + 1
+    assert took_s <= 10
 
 
 def many_scans(scans, side=2000):
