@@ -159,6 +159,8 @@ def test_health_is_that_of_the_settings_and_no_proxy_is_used(service, tmp_path):
     assert run("health", cwd=tmp_path)[0] == 0
     assert run("health", service.url)[0] == 0
     assert run("health", cwd=tmp_path, PORT="1") == (1, "no answer from http://127.0.0.1:1: Connection refused\n", "")
+    for host, named in (("::", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("", "127.0.0.1")):  # not what Linux alone can reach
+        assert run("health", HOST=host, PORT="1")[1].startswith(f"no answer from http://{named}:1: ")
     assert run("health", PORT="x") == (1, "no answer from http://127.0.0.1:x: expected http://HOST:PORT, "
                                           "https://HOST:PORT or unix:PATH\n", "")
 
