@@ -18,7 +18,7 @@ from app.server import board, counters, lifecycle, shared_memory, start_checks
 from app.server.log_config import logging_config
 from app.server.logs import flush
 from app.server.machine import plan as plan_of
-from app.server.machine import usable_cores
+from app.server.machine import planned_cores
 from app.setting_names import misspelt
 
 for descriptor in (0, 1, 2):  # one that is closed would become a socket, and logs would be written into it
@@ -99,9 +99,9 @@ def on_starting(server):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
     for sentence in doubtful:
         server.log.warning(sentence)
-    if settings.cores and settings.cores > usable_cores():
-        server.log.warning("CORES is %d, but this process may use %d: these are planned for", settings.cores,
-                           usable_cores())
+    cores = planned_cores(settings)
+    if settings.cores and settings.cores > cores:
+        server.log.warning("CORES is %d, but this process may use %d: these are planned for", settings.cores, cores)
     try:
         ready = prepared(settings, plan.engine)
     except StartError as e:
@@ -116,9 +116,9 @@ def on_starting(server):
     except StartError as e:
         sys.exit(f"error: {e}")
     held[:] = [hold_all(ready)]
-    server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "workers": plan.workers,
-                                       "streams": plan.streams, "slots": plan.slots, "queue": plan.queue,
-                                       "model": lifecycle.titles(ready),
+    server.log.info("starting", extra={"engine": plan.engine, "devices": list(plan.devices), "cores": cores,
+                                       "workers": plan.workers, "streams": plan.streams, "slots": plan.slots,
+                                       "queue": plan.queue, "model": lifecycle.titles(ready),
                                        **({"jobs": "run them with make worker, or python -m app worker"}
                                           if settings.optional and settings.optional.jobs else {})})
 

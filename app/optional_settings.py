@@ -123,6 +123,8 @@ class OptionalSettings:
 
         The AWS_* and OTEL_* variables, which libraries look for in the environment, are put there.
         """
+        if texts.get("WORKER_PORT", "").startswith("tcp://"):  # Kubernetes' variable for a Service called worker
+            texts = {name: text for name, text in texts.items() if name != "WORKER_PORT"}
         optional = cls(**config.read(SETTINGS, texts), tracing=bool(trace_exporters(texts)))
         has_packages = optional.jobs or optional.history or optional.input_urls
         if not (has_packages or optional.tracing):

@@ -107,6 +107,10 @@ def test_database_urls_of_hosting_providers_are_understood(scheme):
     assert Settings.parse(variables(settings)) == settings
 
 
+def test_kubernetes_variable_for_a_service_called_worker_is_no_port():
+    assert Settings.parse({"JOBS": "on", "WORKER_PORT": "tcp://10.0.0.7:80"}).optional.worker_port is None
+
+
 def test_a_folder_with_a_colon_below_is_a_folder():
     assert Settings.parse({"JOBS": "on", "STORAGE_URL": "/in/a:b"}).optional.storage == "/in/a:b"
 

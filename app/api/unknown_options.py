@@ -20,11 +20,13 @@ def check(names):
     Without any input it is silent: that this is missing is the first thing to say."""
     tasks = current_app.extensions["model"].tasks(None)
     options = {name for task in tasks for option in task.options for name in (option.name, *option.aliases)}
-    unknown = {name for name in names - options - HARMLESS - of_input(tasks) if not name.startswith("_")}
+    unknown = {name for name in names - options - HARMLESS - of_input(tasks)
+               if name and not name.startswith("_")}  # None: of a form's part without a name
     if unknown and has_input(tasks):
         from app.suggestions import did_you_mean
         name, known = min(unknown)[:40], sorted({*options, STREAM.name})
-        meant = did_you_mean(name, [*known, *KNOWN_NAMES]) or f"; there are {', '.join(known)}"
+        of_jobs = ["callback_url"] if "jobs" in current_app.extensions else []
+        meant = did_you_mean(name, [*known, *of_jobs, *KNOWN_NAMES]) or f"; there are {', '.join(known)}"
         raise ServiceError(400, "INVALID_PARAMETER", f"{ascii(name)[1:-1]} is not an option of any model{meant}")
 
 

@@ -35,6 +35,7 @@ from app.prepare.bundles import hold
 from app.server import board, counters, logs, shared_memory
 from app.server.log_config import logging_config
 from app.server.machine import plan as plan_of
+from app.setting_names import misspelt
 
 LOOK_EVERY_S = 0.1
 START_AGAIN_S = 1       # after a process has ended
@@ -258,6 +259,8 @@ def main():
         if not (settings.optional and settings.optional.jobs):
             raise StartError("the worker runs jobs: set JOBS=on, as for the service")
         logging.config.dictConfig(logging_config(settings))
+        for sentence in misspelt(os.environ):
+            log.warning(sentence)
         return Supervisor(settings).run()
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -118,9 +118,11 @@ def make_one(settings, engine, key):
     """Make the bundle of one model, or that of MODEL_FALLBACK if the weights of MODEL_NAME cannot be downloaded.
     Imports torch. Returns Prepared; raises StartError."""
     if importlib.util.find_spec("torch") is None:
+        if found := find(settings, engine, key):
+            return found
         raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
-                           "needs torch, which is not installed here: prepare it where torch is, such as in the image "
-                           "full, and mount that MODEL_DIR here (docs/operations.md)")
+                           f"needs torch, which is not installed here: prepare it where torch is, such as in "
+                           f"the image full, and mount that MODEL_DIR here (docs/operations.md){of_ready(settings)}")
     try:
         settings.model_dir.mkdir(parents=True, exist_ok=True)
         lock = open(settings.model_dir / ".lock", "w")  # noqa: SIM115 - closed below
@@ -146,6 +148,13 @@ def make_one(settings, engine, key):
             if folder and bundles.verify(folder):
                 return ready(folder, reason, key)
         return ready(make_bundle(settings, settings.model_fallback, engine), reason, key)
+
+
+def of_ready(settings):
+    """Of the models that are ready, the one whose name is like MODEL_NAME: the end of a message, or ""."""
+    from app.suggestions import did_you_mean
+    manifests = [bundle.read(path.parent) for path in settings.model_dir.glob("bundles/*/manifest.json")]
+    return did_you_mean(settings.model_name, {manifest.name for manifest in manifests if manifest})
 
 
 def make_bundle(settings, name, engine):

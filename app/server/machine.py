@@ -57,6 +57,10 @@ def usable_cores():
     return max(1, min(cores, math.ceil(limit))) if limit else cores
 
 
+def planned_cores(settings):
+    return min(usable_cores(), settings.cores or math.inf)
+
+
 def cuda_devices():
     """Indices of the GPUs that an installed CUDA build of torch could use, found without initialising CUDA."""
     torch = importlib.util.find_spec("torch")
@@ -91,7 +95,7 @@ def plan(settings):
         workers = settings.workers or len(gpus)
         streams, slots = 1, 2 * settings.max_batch_size
     else:
-        cores = min(usable_cores(), settings.cores or math.inf)
+        cores = planned_cores(settings)
         engine, devices = settings.engine, ("cpu",)
         if engine == "auto":
             engine = "openvino" if importlib.util.find_spec("openvino") else "torch"

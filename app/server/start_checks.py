@@ -95,6 +95,6 @@ def refuse_without_configuration():
     is_gunicorn = os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn") and "gunicorn.arbiter" in sys.modules
     if not is_gunicorn or HANDED_DOWN in os.environ:
         return
-    print("error: Gunicorn has not read gunicorn.conf.py, without which this service cannot run: start it in "
-          f"{ROOT}, or with --chdir {ROOT}", file=sys.stderr, flush=True)
+    print(f"error: Gunicorn has not read gunicorn.conf.py, without which this service cannot run: start it in {ROOT} "
+          "(--chdir comes too late for that)", file=sys.stderr, flush=True)
     sys.exit(3)  # what Gunicorn takes for a worker that will never boot: it stops instead of starting another

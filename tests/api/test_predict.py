@@ -1,4 +1,6 @@
 """POST /predict: the answer's shape, and the status and code of every bad input."""
+import base64
+import io
 import re
 
 import pytest
@@ -54,9 +56,45 @@ def test_bad_top_k_is_named(client, top_k):
     assert response.json["message"] == f"top_k must be an integer from 1 to 10, got {top_k[:40]}"
 
 
+CAT_64 = base64.b64encode(CAT).decode()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("topk", "topk is not an option of any model; did you mean top_k?"),
+    ("Top_K", "Top_K is not an option of any model; did you mean top_k?"),
+    ("embeding", "embeding is not an option of any model; did you mean embedding?"),
+    ("usetta", "usetta is not an option of any model; did you mean use_tta?"),  # ocean's
+    ("sream", "sream is not an option of any model; did you mean stream?"),
+    ("language", "language is not an option of any model; there are at, embedding, explain, explain_class, frames, "
+                 "normalize, stream, top_k"),
+    ("n\u00f6", "n\\xf6 is not an option of any model; there are at, embedding, explain, explain_class, frames, "
+               "normalize, stream, top_k"),
+])
+def test_an_option_that_no_model_knows_is_refused_however_it_is_sent(client, name, message):
+    for answer in (client.post("/predict", query_string={name: "2"}, data=CAT, content_type="image/jpeg"),
+                   post(client, CAT, **{name: "2"}),
+                   client.post("/predict", json={"image": CAT_64, name: 2}),
+                   client.post("/predict/batch", json={"instances": [CAT_64], name: 2}),
+                   client.post("/embed", query_string={name: ""}, data={"file": (io.BytesIO(CAT), "cat.jpg")}),
+                   client.post("/predict", query_string={name: "2", "stream": "on"}, data=CAT,
+                               content_type="image/jpeg"),
+                   client.post("/predict", query_string={name: "2", "stream": "on"}, data=b"",
+                               content_type="multipart/x-mixed-replace; boundary=b")):
+        assert error_of(answer) == (400, "INVALID_PARAMETER")
+        assert answer.json["message"] == message
+
+
+def test_options_of_other_models_and_what_gateways_send_are_ignored(client):
+    ignored = {"method": "face", "use_tta": "1", "stream": "", "signature_name": "serving_default", "filename": "a.jpg",
+               "_": "17", "_csrf": "x", "api_key": "x", "submit": "Send", "callback_url": "https://example.org/"}
+    for answer in (client.post("/predict", query_string={"top_k": 2, **ignored}, data=CAT, content_type="image/jpeg"),
+                   post(client, CAT, top_k=2, **ignored),
+                   client.post("/predict", json={"image": CAT_64, "video": None, "topk": None, "top_k": 2, **ignored})):
+        assert len(answer.json["predictions"]) == 2
+
+
 @pytest.mark.parametrize("field", ["file", "image", "video", "data"])
 def test_usual_field_names_are_taken(client, field):
-    import io
     response = client.post("/predict", data={field: (io.BytesIO(CAT), "cat.jpg")})
     assert response.json["predictions"][0]["class"] == "tiger cat"
 

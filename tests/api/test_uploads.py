@@ -282,11 +282,12 @@ OF_FORM = "multipart/form-data; boundary=b"
     (parts((DISPOSITION, CAT), boundary=b"b" * 70), "multipart/form-data; boundary=" + "b" * 70),
     (parts((DISPOSITION, CAT), boundary=b"b" * 71), "multipart/form-data; boundary=" + "b" * 71),
     (parts((DISPOSITION, CAT), boundary=b"b" * 3000), "multipart/form-data; boundary=" + "b" * 3000),
+    (parts((DISPOSITION, CAT), (b"Content-Disposition: form-data", b"1")), OF_FORM),
     (parts((DISPOSITION, CAT), (b'Content-Disposition: form-data; name="_x"\r\nContent-Type: a/b; charset=zip', b"1")),
      OF_FORM),
 ], ids=["long header", "many headers", "header without colon", "folded header", "length of a part", "two dispositions",
         "two names", "around the parts", "quoted boundary", "boundary of 70", "boundary of 71", "boundary of 3000",
-        "unknown charset"])
+        "no name", "unknown charset"])
 def test_odd_forms_in_which_the_file_is_certain(client, answer, body, content_type):
     response = client.post("/predict", data=body, content_type=content_type)
     assert response.json["predictions"] == answer

@@ -1,6 +1,7 @@
 """What is fuzzed: each target takes any bytes, and may raise nothing but an error that is the client's, a 4xx."""
 import contextlib
 import struct
+import types
 import zlib
 
 from flask import Flask, g
@@ -24,6 +25,7 @@ app = Flask("fuzz")  # the application's way to read a request, without a model
 app.request_class = uploads.MemoryRequest
 app.extensions["bodies"] = uploads.Bodies(settings.max_body_memory)
 app.extensions["fetch"] = None
+app.extensions["model"] = types.SimpleNamespace(tasks=lambda name: [Classify])  # what it could be asked for
 
 
 @contextlib.contextmanager

@@ -231,6 +231,7 @@ BAD = [
     (form(*MANY), 400, "TOO_MANY_FILES"),
     ({"data": WHITE, "query_string": {"top_k": 20}}, 400, "INVALID_PARAMETER"),
     ({"data": WHITE, "query_string": {"frames": 99}}, 400, "INVALID_PARAMETER"),
+    ({"data": WHITE, "query_string": {"topk": 2}}, 400, "INVALID_PARAMETER"),
     (form(("file", "a.png", WHITE), method="nose"), 400, "INVALID_PARAMETER"),
     ({"data": WHITE, "query_string": "top_k=1&top_k=2"}, 400, "INVALID_PARAMETER"),
     ({"data": WHITE, "query_string": {"model": "other"}}, 404, "NOT_FOUND"),

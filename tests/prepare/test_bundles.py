@@ -213,3 +213,15 @@ def test_what_is_prepared_survives_the_way_to_another_process(tmp_path, monkeypa
     for one in (Prepared(tmp_path / "a", "why", "cats@1"), Prepared(None, None, "iris", "examples.iris:Iris", "0a")):
         assert Prepared.of(json.loads(json.dumps(one.as_json()))) == one
     assert Prepared.of(Prepared(Path("a")).as_json()).folder == tmp_path / "a"
+
+
+def test_without_torch_a_missing_model_is_not_blamed_on_the_folder(model_dir, app):
+    """As in an image without torch: the folder of the models may be read-only, and the name misspelt."""
+    code = "import sys; sys.modules['torch'] = None; from app.__main__ import main; sys.exit(main())"
+    for folder, meant in (("/proc/models", ""), (model_dir, "; did you mean efficientnet_lite0?")):
+        done = subprocess.run([sys.executable, "-c", code, "prepare"], cwd=ROOT, capture_output=True, text=True,
+                              check=False, env={**os.environ, "MODEL_DIR": str(folder), "DEVICE": "cpu",
+                                                "MODEL_NAME": "efficientnet_lite1"})
+        assert done.returncode == 1
+        assert done.stderr == (f"error: efficientnet_lite1 is not ready in MODEL_DIR {folder}, and preparing it needs "
+                               f"torch, which is not installed here{meant}\n")

@@ -71,7 +71,7 @@ def test_affinity_is_respected():
 
 @pytest.mark.parametrize(("cores", "variables", "workers", "streams"), [
     (1, {}, 1, 1), (2, {}, 1, 2), (8, {}, 1, 8), (9, {}, 2, 5), (64, {}, 8, 8),
-    (2, {"WORKERS": "2"}, 2, 1), (4, {"WORKERS": "3"}, 3, 2),
+    (2, {"WORKERS": "2"}, 2, 1), (4, {"WORKERS": "3"}, 3, 2), (64, {"CORES": "2"}, 1, 2), (4, {"CORES": "64"}, 1, 4),
 ])
 def test_streams_of_all_workers_fill_the_cores(monkeypatch, cores, variables, workers, streams):
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)

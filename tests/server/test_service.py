@@ -213,6 +213,13 @@ def test_fallback_answers_loudly_where_the_weights_cannot_be_had(start_service):
     assert "cannot be downloaded" in fallback["reason"]
     assert requests.get(service.url + "/health").json()["fallback_for"] == "resnet50"
     assert "WARNING" in service.log
+    (serving,) = [line for line in service.log.splitlines() if '"url"' in line]
+    assert json.loads(serving)["message"] == \
+        "serving efficientnet_lite0 instead of resnet50 (its weights could not be downloaded)"
+    subprocess.run([sys.executable, "-m", "app", "reload", "--pid", str(service.process.pid)], cwd=ROOT, check=True,
+                   capture_output=True)
+    assert requests.get(service.url + "/info").json()["model"]["fallback_for"] == "resnet50"
+    assert requests.get(service.url + "/models").json()["models"][0]["fallback_for"] == "resnet50"
 
 
 def test_a_damaged_export_is_made_again(start_service, model_dir, app, tmp_path):
@@ -246,15 +253,6 @@ print(settings.top_k, settings.tta, Settings.load().port)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
                           env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DEVICE": "cpu"})
     assert done.stdout == "3 True 5000\n"
-
-
-def test_a_port_in_use_stops_the_start(start_service):
-    with socket.socket() as s:
-        port = free_port()
-        s.bind(("127.0.0.1", port))
-        s.listen()
-        service = start_service(PORT=str(port))
-        assert service.process.wait(30) != 0
 
 
 def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, tmp_path):

@@ -106,6 +106,10 @@ def test_json_in_json_out(serve):
 @pytest.mark.parametrize(("body", "code", "message"), [
     ({"numbers": "12"}, "INVALID_PARAMETER", "numbers must be a list of numbers"),
     ({"numbers": [1], "times": 11}, "INVALID_PARAMETER", "times must be an integer from 1 to 10, got 11"),
+    ({"numbers": [1], "time": 2}, "INVALID_PARAMETER", "time is not an option of any model; did you mean times?"),
+    ({"numbers": [1], "unit": "m"}, "INVALID_PARAMETER",
+     "unit is not an option of any model; there are as_text, stream, times"),
+    ({"number": [1]}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
     ({"numbers": [1], "times": [1]}, "INVALID_PARAMETER", "times must be a single value, got a list"),
     ({"instances": [[1], ["a"]]}, "INVALID_PARAMETER", "instances[1] must be a list of numbers"),
     ({"instances": []}, "MISSING_INPUT", 'No input provided: send it as JSON, such as {"numbers": [1, 2]}.'),
@@ -131,6 +135,7 @@ def test_instances_are_answered_in_order(serve):
     client = serve(TOTAL, "Total").test_client()
     answer = client.post("/predict", json={"instances": [[1], [2, 3], {"numbers": [4]}], "times": 2}).json
     assert answer["predictions"] == [2, 10, 8]
+    assert client.post("/predict", json={"numbers": [1], "top_k": 2, "method": "face"}).json["predictions"] == 1
     batch = client.post("/predict/batch", json={"instances": [[1], "x", [3]]}).json
     assert [one.get("predictions", one.get("message")) for one in batch["results"]] == [
         1, "instances[1] must be a list of numbers", 3]
@@ -148,6 +153,10 @@ class Keys(OwnTask):
 ''', "Keys").test_client()
     answer = client.post("/predict", json={"b": 1, "a": 2, "top_k": 50, "model": "keys"}).json
     assert answer["predictions"] == ["a", "b"]
+    for misspelt in (client.post("/predict?topk=2", json={"b": 1}),
+                     client.post("/predict", json={"instances": [{}], "topk": 2})):
+        assert error_of(misspelt) == (400, "INVALID_PARAMETER",
+                                      "topk is not an option of any model; did you mean top_k?")
     assert client.post("/predict", json={"instances": [{"c": 1}, {}]}).json["predictions"] == [["c"], []]
     assert error_of(client.post("/predict", json={"instances": [{}, [1]]})) == (
         400, "INVALID_PARAMETER", "instances[1] must be an object, got a list")
