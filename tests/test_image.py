@@ -51,9 +51,9 @@ def test_the_model_is_converted_by_what_the_dockerfile_copies_for_it(tmp_path):
     [stage] = re.findall(r"^FROM scratch AS converter\n(.*?)\n\n", DOCKERFILE, re.M | re.S)
     for line in re.findall(r"^COPY (.*)", stage.replace("\\\n", ""), re.M):
         *sources, target = line.split()
-        for source in map(ROOT.joinpath, sources):
+        for source in [path for pattern in sources for path in ROOT.glob(pattern)]:
             if source.is_dir():
-                shutil.copytree(source, tmp_path / target.strip("/"))
+                shutil.copytree(source, tmp_path / target.strip("/"), dirs_exist_ok=True)
             else:
                 (tmp_path / target.strip("/")).mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, tmp_path / target.strip("/"))
