@@ -62,10 +62,8 @@ RUN pip install --require-hashes -r /locks/gpu.txt && python3 /slim.py /opt/venv
 # --- the model, converted; depends on what converts it and on nothing else of the application ---
 FROM scratch AS checkpoint
 FROM scratch AS converter
-COPY app/__init__.py app/__main__.py app/config.py app/errors.py app/handing_down.py app/model_settings.py \
-     app/setting_formats.py app/suggestions.py /app/
-COPY app/server/__init__.py app/server/counters.py app/server/log_config.py app/server/logs.py app/server/machine.py \
-     app/server/text_logs.py /app/server/
+COPY app/*.py /app/
+COPY app/server /app/server
 COPY app/tasks/__init__.py app/tasks/options.py /app/tasks/
 COPY app/engine /app/engine
 COPY app/media /app/media

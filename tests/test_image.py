@@ -51,9 +51,9 @@ def test_the_model_is_converted_by_what_the_dockerfile_copies_for_it(tmp_path):
     [stage] = re.findall(r"^FROM scratch AS converter\n(.*?)\n\n", DOCKERFILE, re.M | re.S)
     for line in re.findall(r"^COPY (.*)", stage.replace("\\\n", ""), re.M):
         *sources, target = line.split()
-        for source in map(ROOT.joinpath, sources):
+        for source in [path for pattern in sources for path in ROOT.glob(pattern)]:
             if source.is_dir():
-                shutil.copytree(source, tmp_path / target.strip("/"))
+                shutil.copytree(source, tmp_path / target.strip("/"), dirs_exist_ok=True)
             else:
                 (tmp_path / target.strip("/")).mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, tmp_path / target.strip("/"))
@@ -93,8 +93,20 @@ def slim_python(tmp_path_factory):
     return folder / "bin/python"
 
 
-def test_what_is_left_in_the_image_answers_the_same(slim_python, service, tmp_path):
-    slim = Service(tmp_path, service.variables, python=slim_python)
+@pytest.fixture
+def read_only_python(slim_python, tmp_path):
+    """The same, in a place where /dev/shm and /tmp are read-only, if the tests run as root."""
+    if os.geteuid():
+        return slim_python
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec unshare --mount sh -c 'mount -t tmpfs -o ro none /dev/shm && "
+                       f"mount --bind -o ro /tmp /tmp && exec {slim_python} \"$@\"' sh \"$@\"\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_what_is_left_in_the_image_answers_the_same(read_only_python, service, tmp_path):
+    slim = Service(tmp_path, service.variables, python=read_only_python)
     try:
         slim.wait_ready()
         versions = requests.get(f"{slim.url}/info", timeout=10).json()["versions"]
@@ -114,6 +126,9 @@ def test_what_is_left_in_the_image_answers_the_same(slim_python, service, tmp_pa
         ours, theirs = (requests.post(path, json=tensor, timeout=30) for path in paths)
         assert ours.status_code == theirs.status_code == 200, ours.text
         assert ours.json()["outputs"] == theirs.json()["outputs"]
+        if os.geteuid() == 0:
+            opened = [os.readlink(path) for path in Path(f"/proc/{slim.workers()[0]}/fd").iterdir()]
+            assert any(path.startswith("/memfd:heartbeat") for path in opened)
         for path in ("/metrics", "/docs", "/openapi.json", "/"):
             assert requests.get(slim.url + path, timeout=10).status_code == 200
     finally:
