@@ -55,7 +55,7 @@ def test_what_can_only_fail_is_refused_before_a_model_is_prepared(tmp_path, take
     variables = {"MODEL_NAME": "resnet18", "MODEL_DIR": str(tmp_path / "models"),
                  **{name: text.format(taken=taken) for name, text in variables.items()}}
     done = subprocess.run([sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=tmp_path, timeout=60,
-                          env=environment(**variables), capture_output=True, text=True, check=False)
+                          env=environment(LOG_FORMAT="text", **variables), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == message.format(taken=taken) + "\n"
     assert not (tmp_path / "models").exists()
