@@ -126,8 +126,9 @@ test-examples: $(VENV)-voice-cloning/installed  ## Run the tests of examples/; V
 test-int8: $(VENV)/tests-installed  ## Run the longer tests of PRECISION=int8 and auto
 	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist load -m slow tests/prepare/test_quantize.py $(ARGS)
 
-test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's and deploy/'s configurations and make jobs-demo with the real programs
-	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_jobs_demo.py tests/test_compose.py tests/test_balancers.py tests/test_monitoring.py $(ARGS)
+test-deploy: $(VENV)/tests-installed  ## Run compose.yaml's and deploy/'s configurations, make jobs-demo and what images consist of with the real programs
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/test_image.py tests/test_jobs_demo.py \
+		tests/test_compose.py tests/test_balancers.py tests/test_monitoring.py $(ARGS)
 
 SECONDS := 60
 

@@ -153,7 +153,8 @@ class Settings:
         """Settings from the environment, then from env_file, then from `defaults` ({variable: text}; by default what
         SERVICE_DEFAULTS lists), then their own defaults. Raises SettingsError."""
         if defaults is None:
-            defaults = dict(pair.partition("=")[::2] for pair in os.environ.get("SERVICE_DEFAULTS", "").split())
+            listed = re.split(r"\s+(?=[A-Z0-9_]+=)", os.environ.get("SERVICE_DEFAULTS", ""))
+            defaults = dict(pair.partition("=")[::2] for pair in listed)
         if HANDED_DOWN not in os.environ and os.path.exists(env_file):
             from app import setting_names
             defaults = defaults | setting_names.of_file(env_file, os.environ)

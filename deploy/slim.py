@@ -37,6 +37,8 @@ CONVERSION = """
 # libheif asks for when it is loaded, one that returns 0, which means that there is none.
 LINKED = [("cv2/cv2.abi3.so", "libopenblas", "abort"), ("cv2/cv2.abi3.so", "libavif", "abort"),
           ("pillow_heif.libs/libheif-*", "libx265", "heif_have_decoder_for_format")]
+# A part of C++'s own library that both were built with: what stands in for it must throw, too, and not return.
+THROWS = {"_ZSt28__throw_bad_array_new_lengthv": "__cxa_throw_bad_array_new_length"}
 OF_LINKED = """
     opencv_python_headless.libs/libaom-*  opencv_python_headless.libs/libgfortran-*
     opencv_python_headless.libs/libquadmath-*
@@ -59,12 +61,12 @@ def unlink_library(user, library, stand_in):
     """Remove `library`; `user` (ELF, 64 bits, little-endian) then calls `stand_in` instead of its functions."""
     theirs = {name for _, _, name, section in Elf(library).symbols() if section}
     elf = Elf(user)
-    stand_in = elf.data.index(stand_in.encode() + b"\0", elf.strings) - elf.strings
     needed, libc = elf.needed()[library.name], next(v for k, v in elf.needed().items() if k.startswith("libc.so"))
     struct.pack_into("<Q", elf.data, needed[0], libc[1])  # libc twice is as good as once
     for at, version_at, name, section in elf.symbols():
         if not section and name in theirs:
-            struct.pack_into("<I", elf.data, at, stand_in)
+            other = THROWS.get(name, stand_in).encode() + b"\0"
+            struct.pack_into("<I", elf.data, at, elf.data.index(other, elf.strings) - elf.strings)
             struct.pack_into("<H", elf.data, version_at, 1)  # any version
     mode = user.stat().st_mode
     user.unlink()  # the folder may be a copy that shares files with another one

@@ -174,6 +174,18 @@ def test_what_is_set_wins_over_the_defaults_of_make_run(tmp_path, env_file, envi
     assert done.stdout.splitlines()[-1] == f"{log_format} {fallback}"
 
 
+def test_service_defaults_may_hold_white_space(monkeypatch, tmp_path):
+    """As an image has them that is built with PREPROCESSING."""
+    monkeypatch.setenv("SERVICE_DEFAULTS", "LABELS_PATH=/my labels.txt MODEL_PATH= PREPROCESSING=resize=256 crop=224 "
+                                           "mean=0.5,0.5,0.5  LOG_FORMAT=text\tTOP_K=3")
+    for name in ("LABELS_PATH", "MODEL_PATH", "PREPROCESSING", "LOG_FORMAT", "TOP_K"):
+        monkeypatch.delenv(name, raising=False)
+    settings = Settings.load(tmp_path / "none")
+    assert settings.preprocessing == "resize=256 crop=224 mean=0.5,0.5,0.5"
+    assert (str(settings.labels_path), settings.model_path) == ("/my labels.txt", None)
+    assert (settings.log_format, settings.top_k) == ("text", 3)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("API_KEY=secret", "line 1 of .env: API_KEY is not a setting; did you mean API_KEYS?"),
     ("TOP_K=3\n\n# a comment\n\nMODLE_NAME=a", "line 5 of .env: MODLE_NAME is not a setting; did you mean MODEL_NAME?"),

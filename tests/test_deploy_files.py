@@ -17,7 +17,8 @@ DEPLOY = ROOT / "deploy"
 UNIT = DEPLOY / "image-classifier-service.service"
 SETTINGS = {name.upper() for name in (*Settings.__dataclass_fields__, *OptionalSettings.__dataclass_fields__)}
 DEFAULTS = Settings.parse({})
-LONGEST_STOP_S = DEFAULTS.drain_seconds + DEFAULTS.request_timeout
+LONGEST_STOP_S = DEFAULTS.drain_seconds + DEFAULTS.finish_seconds
+DOCKER_KILLS_AFTER_S = 10
 KUBERNETES = {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
               if one["metadata"]["name"] == "model-server"}
 POD = KUBERNETES["Deployment"]["spec"]["template"]["spec"]
@@ -65,6 +66,18 @@ def test_the_unit_leaves_the_service_time_to_stop_and_a_place_for_its_models():
     assert {value.split("/")[:2] == ["%S", unit("StateDirectory")] for value in variables.values()} == {True}
 
 
+# --- Docker ---
+
+def test_docker_and_compose_need_no_option_to_let_the_service_stop():
+    assert LONGEST_STOP_S < DOCKER_KILLS_AFTER_S
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    worker = services["worker"]  # whose jobs have longer
+    for name in ("service", "replica"):
+        assert "DRAIN_SECONDS" not in services[name]["environment"]
+        assert int(services[name].get("stop_grace_period", "10s")[:-1]) > LONGEST_STOP_S
+    assert int(worker["stop_grace_period"][:-1]) > int(worker["environment"]["DRAIN_SECONDS"])
+
+
 # --- Kubernetes ---
 
 def test_kubernetes_asks_for_paths_and_settings_that_exist(client):
@@ -78,8 +91,9 @@ def test_kubernetes_asks_for_paths_and_settings_that_exist(client):
 
 
 def test_kubernetes_waits_until_the_service_has_stopped():
-    drain_s = float(KUBERNETES["ConfigMap"]["data"]["DRAIN_SECONDS"])
-    assert POD["terminationGracePeriodSeconds"] > drain_s + DEFAULTS.request_timeout
+    drain_s, finish_s = (float(KUBERNETES["ConfigMap"]["data"][name]) for name in ("DRAIN_SECONDS", "FINISH_SECONDS"))
+    assert POD["terminationGracePeriodSeconds"] > drain_s + finish_s
+    assert finish_s > DEFAULTS.request_timeout
     readiness = POD["containers"][0]["readinessProbe"]
     assert readiness["periodSeconds"] * readiness["failureThreshold"] < drain_s
 

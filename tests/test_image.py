@@ -16,6 +16,7 @@ from conftest import ROOT, Service, encoded, photo
 
 sys.path.append(str(ROOT / "deploy"))
 import lock
+import slim
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PACKAGES = Path(sysconfig.get_path("purelib"))
@@ -47,6 +48,7 @@ def test_locks_agree_with_each_other():
     assert locked("gpu").keys() >= {"torch", "torchvision", "nvidia-cublas"}
 
 
+@pytest.mark.slow  # make test-deploy
 def test_the_model_is_converted_by_what_the_dockerfile_copies_for_it(tmp_path):
     [stage] = re.findall(r"^FROM scratch AS converter\n(.*?)\n\n", DOCKERFILE, re.M | re.S)
     for line in re.findall(r"^COPY (.*)", stage.replace("\\\n", ""), re.M):
@@ -105,6 +107,7 @@ def read_only_python(slim_python, tmp_path):
     return program
 
 
+@pytest.mark.slow  # make test-deploy
 def test_what_is_left_in_the_image_answers_the_same(read_only_python, service, tmp_path):
     slim = Service(tmp_path, service.variables, python=read_only_python)
     try:
@@ -135,6 +138,7 @@ def test_what_is_left_in_the_image_answers_the_same(read_only_python, service, t
         assert slim.stop() == 0
 
 
+@pytest.mark.slow  # make test-deploy
 def test_what_is_left_in_the_image_finds_faces(slim_python, tmp_path):
     photo("astronaut").save(tmp_path / "face.png")
     find = "import sys; from PIL import Image; from app.media import faces; " \
@@ -144,6 +148,27 @@ def test_what_is_left_in_the_image_finds_faces(slim_python, tmp_path):
     assert ours == theirs
 
 
+def test_the_service_calls_nothing_of_opencv_that_aborts_in_the_image():
+    """Of OpenCV, slim.py takes linear algebra and AVIF out: cv2.solve and cv2.imdecode, say, would end the process."""
+    code = "".join(path.read_text() for path in ROOT.glob("app/**/*.py"))
+    called = set(re.findall(r"\bcv2\.(\w+)", code)) - {"error", "data"}
+    assert {name for name in called if not name.isupper()} <= {
+        "CascadeClassifier", "VideoCapture", "cvtColor", "groupRectangles", "setNumThreads"}
+    assert all(", cv2.CAP_FFMPEG, " in line for line in re.findall(r"cv2\.VideoCapture\(.*", code))
+    assert not re.search(r"from cv2|import cv2 as", code)
+
+
+@pytest.mark.slow  # make test-deploy
+def test_what_stands_in_for_a_library_throws_where_that_one_does(slim_python):
+    [before], [after] = (folder.glob("pillow_heif.libs/libheif-*") for folder in (
+        PACKAGES, next(slim_python.parent.parent.glob("lib/python3*/site-packages"))))
+    had, has = ([name for _, _, name, section in slim.Elf(path).symbols() if not section] for path in (before, after))
+    pairs = [(old, new) for old, new in zip(had, has, strict=True) if old != new]
+    assert ("x265_cleanup", "heif_have_decoder_for_format") in pairs
+    assert [new for old, new in pairs if "throw" in old] == [slim.THROWS[old] for old, _ in pairs if "throw" in old]
+
+
+@pytest.mark.slow  # make test-deploy
 def test_a_model_that_is_not_in_the_image_needs_torch(slim_python, tmp_path):
     folder = tmp_path / "models"
     folder.mkdir(mode=0o500)
@@ -154,6 +179,7 @@ def test_a_model_that_is_not_in_the_image_needs_torch(slim_python, tmp_path):
     assert len(made.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow  # make test-deploy
 def test_an_image_keeps_the_sha256_of_its_checkpoint(checkpoint, command, tmp_path):
     """deploy/convert.sh leaves it in place of the checkpoint, whose model is found by it."""
     path = tmp_path / "my.pt"
