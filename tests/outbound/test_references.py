@@ -165,10 +165,10 @@ def test_libraries_for_s3_log_no_more_than_warnings():
 def test_who_sends_no_file_or_a_url_in_its_place_is_told_how_to_send_one(referring):
     answer = post(referring, {})
     assert answer.json()["error"] == "MISSING_FILE"
-    assert '{"url": "…"}' in answer.json()["message"]
+    assert '{"url": "URL"}' in answer.json()["message"]
     answer = post(referring, {"image": "http://example.org/cat.png"})
     assert answer.json()["error"] == "INVALID_PARAMETER"
-    assert 'to send a URL, use {"url": "…"}' in answer.json()["message"]
+    assert 'to send a URL, use {"url": "URL"}' in answer.json()["message"]
 
 
 @pytest.mark.parametrize("url", [5, ["http://example.org/"], {"url": "x"}, True])
@@ -260,7 +260,7 @@ def test_what_is_fetched_counts_among_the_bodies(referring, origin):
 
 
 def test_a_client_whose_url_is_not_searched_for_is_told_why(referring, origin):
-    answer = post(referring, {"url": origin.url + "/cat.png", "more": "a" * 2**18})
+    answer = post(referring, {"url": origin.url + "/cat.png", "_more": "a" * 2**18})
     assert (answer.status_code, answer.json()["error"]) == (400, "MISSING_FILE")
     assert "256 KiB" in answer.json()["message"]
 
