@@ -98,7 +98,8 @@ def nworkers_changed(server, new, old):
 def on_starting(server):
     """Prepare the model once, before the workers; if that fails, the service does not start."""
     # Until Gunicorn sets its own: process 1 of a container would ignore it, another would leave the download running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped before the model was ready"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit("stopped before the model was ready"))
     for sentence in doubtful:
         server.log.warning(sentence)
     cores = planned_cores(settings)
@@ -174,7 +175,8 @@ def post_worker_init(worker):
         sample = f"-F file=@{file}" if task.is_file else task.curl_sample()
         instead = "; ".join(f" {model.name} instead of {name} (its weights could not be downloaded)"
                             for model in loader.models() for name in model.instead.values())
-        worker.log.info(f"serving{instead}", extra={"url": url, "try": f"curl {sample} {url}/predict"})
+        key = "-H 'Authorization: Bearer KEY' " if settings.api_keys else ""
+        worker.log.info(f"serving{instead}", extra={"url": url, "try": f"curl {key}{sample} {url}/predict"})
 
 
 def child_exit(server, worker):

@@ -55,7 +55,7 @@ def files(fields, task):
         return [upload({"url": value}, name)]
     if name != uploads.INSTANCES:
         return [upload(value, name)]
-    return [upload(one, field) for one, field in instances(value, "{\"b64\": \"…\"}")]
+    return [upload(one, field) for one, field in instances(value, "{\"b64\": \"BASE64\"}")]
 
 
 def upload(value, field):
@@ -128,7 +128,7 @@ def from_base64(value, field, media_type=FILE_TYPE):
     for _ in range(2):
         if isinstance(value, dict) and len(value) == 1:
             value = next(iter(value.values()))
-    takes = "base64, a base64 data: URL or {\"b64\": \"…\"}"
+    takes = "base64, a base64 data: URL or {\"b64\": \"BASE64\"}"
     if not isinstance(value, str):
         raise invalid_parameter(field, takes, json_type(value))
     url = DATA_URL.match(value)
@@ -136,7 +136,7 @@ def from_base64(value, field, media_type=FILE_TYPE):
         if media_type and (not media_type.fullmatch(url["type"].lower())
                            or not url["type"] and not url["parameters"]):
             raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"The data: URL in {field} holds "
-                               f"{url['type'][:40] or 'text/plain'}; send one that holds image/… or video/….")
+                               f"{url['type'][:40] or 'text/plain'}; send one that holds image/* or video/*.")
         if not url["parameters"].lower().endswith(";base64"):
             raise invalid_parameter(field, takes, "a data: URL without ;base64")
         value = value[url.end():]
@@ -145,6 +145,6 @@ def from_base64(value, field, media_type=FILE_TYPE):
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as e:
         is_url = media_type and re.match(r"(https?|s3)://", value, re.I)
-        raise invalid_parameter(field, takes, "a URL; to send a URL, use {\"url\": \"…\"}" if is_url else
+        raise invalid_parameter(field, takes, "a URL; to send a URL, use {\"url\": \"URL\"}" if is_url else
                                 "text that cannot be decoded") from e
 

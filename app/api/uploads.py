@@ -286,7 +286,7 @@ def parse_body(fields, task):
         body = request.get_data(cache=False)
         files = [Upload(body, None, "the body")] if body or request.mimetype else []
     if not files:
-        raise missing_file(task.how_to_send + (', or as JSON {"url": "…"}' if current_app.extensions["fetch"] else ""))
+        raise missing_file(task.how_to_send + (', or as {"url": "URL"}' if current_app.extensions["fetch"] else ""))
     return files
 
 

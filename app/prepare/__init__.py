@@ -154,7 +154,7 @@ def of_ready(settings):
     """Of the models that are ready, the one whose name is like MODEL_NAME: the end of a message, or ""."""
     from app.suggestions import did_you_mean
     manifests = [bundle.read(path.parent) for path in settings.model_dir.glob("bundles/*/manifest.json")]
-    return did_you_mean(settings.model_name, {manifest.name for manifest in manifests if manifest})
+    return did_you_mean(settings.model_name, {one.name for one in manifests if one} - {settings.model_name})
 
 
 def make_bundle(settings, name, engine):

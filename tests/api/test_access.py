@@ -123,6 +123,7 @@ def test_a_refused_upload_gets_its_answer(start_service):
                 assert answer.headers["Connection"] == "close"  # so that the next request opens another
         connection.request("POST", "/predict", body=WHITE, headers={"X-API-Key": "first-key-0123456789"})
         assert connection.getresponse().status == 200
+    assert "curl -H 'Authorization: Bearer KEY' -F file=@" in service.log  # how to try it
 
 
 # --- guessing ---

@@ -165,10 +165,10 @@ def test_libraries_for_s3_log_no_more_than_warnings():
 def test_who_sends_no_file_or_a_url_in_its_place_is_told_how_to_send_one(referring):
     answer = post(referring, {})
     assert answer.json()["error"] == "MISSING_FILE"
-    assert '{"url": "…"}' in answer.json()["message"]
+    assert '{"url": "URL"}' in answer.json()["message"]
     answer = post(referring, {"image": "http://example.org/cat.png"})
     assert answer.json()["error"] == "INVALID_PARAMETER"
-    assert 'to send a URL, use {"url": "…"}' in answer.json()["message"]
+    assert 'to send a URL, use {"url": "URL"}' in answer.json()["message"]
 
 
 @pytest.mark.parametrize("url", [5, ["http://example.org/"], {"url": "x"}, True])

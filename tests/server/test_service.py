@@ -320,7 +320,8 @@ print(settings.top_k, settings.tta, Settings.load().port)"""
     assert done.stdout == "3 True 5000\n"
 
 
-def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_weights_come_ends_it_and_the_download(number, start_service, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         service = start_service(MODEL_NAME="resnet18", MODEL_DIR=str(tmp_path / "models"),
@@ -329,7 +330,7 @@ def test_sigterm_while_the_weights_come_ends_it_and_the_download(start_service, 
         with connection:
             (preparing,) = service.workers()
             assert os.getpriority(os.PRIO_PROCESS, preparing) == os.nice(0)  # nobody is served yet
-            service.process.send_signal(signal.SIGTERM)
+            service.process.send_signal(number)
             assert service.process.wait(30) != 0
             assert not Path(f"/proc/{preparing}").exists()
     assert "stopped before the model was ready" in service.log
