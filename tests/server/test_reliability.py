@@ -480,7 +480,8 @@ def test_idle_connections_do_not_hold_up_the_stop(start_service):
 
 @pytest.mark.parametrize(("arguments", "line"), [
     ("-k sync", "-k/--worker-class cannot be chosen"), ("--threads 4", "--threads cannot be chosen"),
-    ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be at least 1")])
+    ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be from 1 to 256, got 0"),
+    ("-w 257", "-w/--workers must be from 1 to 256, got 257")])
 def test_gunicorns_options_that_do_not_fit_are_refused_in_one_line(start_service, arguments, line):
     service = start_service(GUNICORN_CMD_ARGS=arguments)
     assert service.process.wait(60) != 0
