@@ -82,10 +82,13 @@ def nworkers_changed(server, new, old):
         if getattr(server.cfg, name) != value:
             sys.exit(f"error: {OPTIONS[name]} cannot be chosen: the service has a worker class of its own, which loads "
                      "its model after the fork and needs no threads for connections")
-    for option, value in (("-w/--workers", new), ("--keep-alive", server.cfg.keepalive)):
-        if value < 1:
-            sys.exit(f"error: {option} must be at least 1, got {value}")
+    if server.cfg.keepalive < 1:
+        sys.exit(f"error: --keep-alive must be at least 1, got {server.cfg.keepalive}")
     if new != plan.workers:  # -w: this many workers share the cores
+        try:
+            Settings.parse({"WORKERS": str(new)})  # the workers would refuse it, again and again
+        except StartError:
+            sys.exit(f"error: -w/--workers must be from 1 to 256, got {new}")
         settings = dataclasses.replace(settings, workers=new)
         plan = plan_of(settings)
         os.environ["WORKERS"] = str(new)

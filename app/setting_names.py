@@ -59,10 +59,12 @@ def of_file(path, environment):
         if name in names or OF_OTHERS.fullmatch(name) and not slip(name, names) or name in referred_to(path, text):
             continue
         from app.suggestions import did_you_mean
-        others = ": no model in MODELS is called so" if name.endswith(tuple(f"__{one}" for one in names)) else \
+        of_model = name.endswith(tuple(f"__{one}" for one in names))
+        others = ": no model in MODELS is called so" if of_model else \
             ", nor known to belong to another program: docs/settings.md lists both; begin names of your own with X_"
-        meant = did_you_mean(name, names) or others
-        raise SettingsError(f"line {line} of {path}: {printable(name)} is not a setting{meant}")
+        meant = did_you_mean(name, [one for one in names if "__" in one] if of_model else names)
+        shown = printable(name) if meant or name == name.upper() else "this name"  # the rest of a secret may end with =
+        raise SettingsError(f"line {line} of {path}: {shown} is not a setting{meant or others}")
     for name in filter(OF_LIBRARIES.fullmatch, texts):
         environment.setdefault(name, texts[name])
     return texts

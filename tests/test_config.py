@@ -198,6 +198,10 @@ def test_service_defaults_may_hold_white_space(monkeypatch, tmp_path):
     ("MODELS=cats@1=resnet18\nCATS__1__TOPK=3", "line 2 of .env: CATS__1__TOPK is not a setting; did you mean "
                                                 "CATS__1__TOP_K?"),
     ("CATS__TOP_K=3", "line 1 of .env: CATS__TOP_K is not a setting: no model in MODELS is called so"),
+    ("MODELS=cats=resnet18,dogs=resnet18\nB__TOP_K=3",
+     "line 2 of .env: B__TOP_K is not a setting: no model in MODELS is called so"),
+    ("API_KEYS=a\nZm9vYmFyYg==", "line 2 of .env: this name is not a setting, nor known to belong to another program: "
+                                 "docs/settings.md lists both; begin names of your own with X_"),  # a secret's rest
     ("export PORT=1\nPORT: 5000", "line 2 of .env cannot be parsed: write PORT=value"),
     ("API_KEYS", "line 1 of .env cannot be parsed: write API_KEYS=value"),
     ("API_KEYS=\"a, b\nPORT=1", "line 1 of .env cannot be parsed: write API_KEYS=value, with quotes around a value "

@@ -10,5 +10,5 @@ def give_way(cores):
     may use, of which half are used here."""
     os.nice(NICE)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or forbidden
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-max(1, cores // 2):])
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

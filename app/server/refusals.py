@@ -31,7 +31,7 @@ def overloaded(worker, req, headers, error):
     endpoint = endpoint_of(req.path)
     counters.count_answer(endpoint, req.method, error.status, error.code)
     answer, length = answer_in_one_shape(error, request_id), headers.get("CONTENT-LENGTH", "0")
-    client = client_of(req, headers, worker.wsgi.extensions["settings"].trusted_proxies)
+    client = client_of(req, worker.wsgi.extensions["settings"].trusted_proxies)
     log.info("request", extra={
         "request_id": request_id, "method": req.method, "path": req.path, "status": error.status,
         "duration_ms": round(1000 * (time.monotonic() - started), 2),
@@ -40,9 +40,10 @@ def overloaded(worker, req, headers, error):
     return answer
 
 
-def client_of(req, headers, trusted_proxies):
-    """The client's address, as Werkzeug's ProxyFix finds it."""
-    forwarded = [address.strip() for address in headers.get("X-FORWARDED-FOR", "").split(",")]
+def client_of(req, trusted_proxies):
+    """The client's address, as Werkzeug's ProxyFix finds it: a proxy may append a header instead of an address."""
+    forwarded = [address.strip() for name, value in req.headers if name == "X-FORWARDED-FOR"
+                 for address in value.split(",")]
     if trusted_proxies and len(forwarded) >= trusted_proxies and forwarded[-trusted_proxies]:
         return forwarded[-trusted_proxies]
     return req.peer_addr[0] if isinstance(req.peer_addr, tuple) else None

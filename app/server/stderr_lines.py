@@ -32,7 +32,7 @@ def is_wanted():
     """Whether LOG_FORMAT is json. Asked before the settings are read, as they may be wrong."""
     found = re.findall(r"LOG_FORMAT=(\w*)", os.environ.get("SERVICE_DEFAULTS", ""))
     with contextlib.suppress(OSError, ValueError):
-        found += IN_FILE.findall(Path(".env").read_text())
+        found += IN_FILE.findall(Path(".env").read_text(encoding="utf-8-sig"))
     return os.environ.get("LOG_FORMAT", ["", *found][-1]).strip().lower() != "text"
 
 

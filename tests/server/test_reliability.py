@@ -22,14 +22,19 @@ import gevent.socket
 import pytest
 import requests
 from conftest import ROOT, Service, encoded, free_port, need
+from gunicorn.config import Config
+from gunicorn.http import wsgi
+from gunicorn.http.message import Request
+from gunicorn.http.unreader import IterUnreader
 from gunicorn.workers.ggevent import GeventWorker
 from hanging_model import copy_model_dir, replace_model
 from mutations import mutated, pictures
 from PIL import Image
 from traffic import CAT, Load, descriptors, health_status, open_request, wait_until, workers_ready
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.engine.bundle import Prepared
-from app.server import board, counters, machine
+from app.server import board, counters, machine, refusals
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Fair, Worker
 
 # A model of one's own that starts in half the time, for tests in which it does not matter what is inferred.
@@ -355,6 +360,17 @@ def test_a_refusal_on_a_kept_connection_has_an_id_of_its_own(start_service):
     assert [line["status"] for line in lines] == [503]
 
 
+@pytest.mark.parametrize("proxies", [0, 1, 2, 3])
+@pytest.mark.parametrize("addresses", [[], [b"192.0.2.1"], [b"192.0.2.1, 192.0.2.2"], [b"192.0.2.1", b"192.0.2.2"],
+                                       [b"192.0.2.1,192.0.2.2", b"192.0.2.3"]])
+def test_the_client_of_a_refusal_is_the_applications(addresses, proxies):
+    lines = b"".join(b"X-Forwarded-For: %b\r\n" % one for one in addresses)
+    req = Request(Config(), IterUnreader([b"POST /predict HTTP/1.1\r\nHost: x\r\n%b\r\n" % lines]), ("192.0.2.9", 5))
+    environ = wsgi.create(req, None, req.peer_addr, ("127.0.0.1", "5000"), Config())[1]
+    ProxyFix(lambda environ, start: [], x_for=proxies)(environ, None)
+    assert refusals.client_of(req, proxies) == environ["REMOTE_ADDR"]
+
+
 def test_max_requests_do_not_wait_for_idle_connections(start_service):
     service = start_service(GUNICORN_CMD_ARGS="--max-requests 5", **LIGHT).wait_ready()
     before = service.workers()
@@ -480,7 +496,8 @@ def test_idle_connections_do_not_hold_up_the_stop(start_service):
 
 @pytest.mark.parametrize(("arguments", "line"), [
     ("-k sync", "-k/--worker-class cannot be chosen"), ("--threads 4", "--threads cannot be chosen"),
-    ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be at least 1")])
+    ("--preload", "--preload cannot be chosen"), ("-w 0", "-w/--workers must be from 1 to 256, got 0"),
+    ("-w 257", "-w/--workers must be from 1 to 256, got 257")])
 def test_gunicorns_options_that_do_not_fit_are_refused_in_one_line(start_service, arguments, line):
     service = start_service(GUNICORN_CMD_ARGS=arguments)
     assert service.process.wait(60) != 0
