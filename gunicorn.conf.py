@@ -7,6 +7,10 @@ import resource
 import signal
 import sys
 
+# Until Gunicorn sets its own: process 1 of a container would ignore SIGTERM, another would leave a download running.
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: sys.exit("stopped before the model was ready"))
+
 from gunicorn.workers import base
 from gunicorn.workers.workertmp import WorkerTmp
 
@@ -100,9 +104,6 @@ def nworkers_changed(server, new, old):
 
 def on_starting(server):
     """Prepare the model once, before the workers; if that fails, the service does not start."""
-    # Until Gunicorn sets its own: process 1 of a container would ignore it, another would leave the download running.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit("stopped before the model was ready"))
     for sentence in doubtful:
         server.log.warning(sentence)
     cores = planned_cores(settings)

@@ -1,6 +1,7 @@
 """The commands of `python3 -m app` and their options. What a command needs is imported when it runs."""
 import argparse
 import dataclasses
+import importlib.util
 import json
 import logging.config
 import os
@@ -299,6 +300,8 @@ def lines_of(done):
 
 
 def make_and_check(arguments):
+    if not any(importlib.util.find_spec(engine) for engine in ("openvino", "torch")):
+        raise ModuleNotFoundError(name="openvino")  # of a Python that happens to have the few packages that come first
     from app import chosen_model, model_settings
     from app.config import Settings
     from app.prepare import make, naming

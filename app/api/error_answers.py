@@ -10,7 +10,7 @@ from app.errors import ServiceError, internal_error, out_of_memory
 # The codes and messages for errors that the framework raises.
 FRAMEWORK = {
     404: ("NOT_FOUND", "There is nothing at this path; GET / lists the endpoints."),
-    405: ("METHOD_NOT_ALLOWED", "This path does not allow this method; the Allow header lists those it does."),
+    405: ("METHOD_NOT_ALLOWED", "This path does not take this method; the Allow header lists those it takes."),
     413: ("FILE_TOO_LARGE", "The request is larger than this service accepts; GET /info lists the limits."),
     415: ("UNSUPPORTED_MEDIA_TYPE", "Send the file as multipart/form-data in the field 'file'."),
 }
@@ -19,9 +19,19 @@ OF_TRITON = re.compile(  # what its clients may ask besides V2
     r"repository/models/[^/]+/(load|unload)|(systemsharedmemory|cudasharedmemory)/.+)")
 
 
-def not_of_v2(path):
-    """The message for a path below /v2 that there is not."""
-    return f"{path[:200]} of Triton is not supported here." if OF_TRITON.fullmatch(path) else FRAMEWORK[404][1]
+OF_JOBS = re.compile(r"/jobs(/.*)?|/predict/async|/models/[^/]+/jobs")
+
+
+def not_found(path):
+    """The message for a path that there is not."""
+    settings = current_app.extensions["settings"]
+    if settings.open_inference and OF_TRITON.fullmatch(path):
+        return f"{path[:200]} of Triton is not supported here."
+    if OF_JOBS.fullmatch(path) and not (settings.optional and settings.optional.jobs):
+        return "This service runs no jobs: JOBS=on turns them on."
+    if path.startswith("/history") and not (settings.optional and settings.optional.history):
+        return "This service keeps no history: HISTORY=on turns it on."
+    return FRAMEWORK[404][1]
 
 
 def render(error):
@@ -46,8 +56,10 @@ def render_http_exception(e):
     if e.code is not None and e.code < 400:  # a redirect is an answer, not an error
         return e
     code, message = FRAMEWORK.get(e.code, (None, None))
-    if e.code == 404 and current_app.extensions["settings"].open_inference:
-        message = not_of_v2(request.path)
+    if e.code == 404:
+        message = not_found(request.path)
+    elif methods := sorted(set(getattr(e, "valid_methods", None) or ()) - {"HEAD", "OPTIONS"}):
+        message = f"This path takes {' and '.join(methods)}, not {request.method}."
     if code is None and e.code is not None and e.code >= 500:
         code, message = "INTERNAL_ERROR", "The service failed; its log has the reason under the request ID."
     elif code is None:

@@ -77,7 +77,7 @@ ERRORS = {
     "404": ("There is nothing at this path, or no such model.", ["NOT_FOUND"],
             "There is nothing at this path; GET / lists the endpoints."),
     "405": ("This path does not allow this method.", ["METHOD_NOT_ALLOWED"],
-            "This path does not allow this method; the Allow header lists those it does."),
+            "This path takes POST, not GET."),
     "413": ("Too large, in bytes, pixels or seconds.",
             ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE", "VIDEO_TOO_LARGE", "VIDEO_TOO_LONG"],
             "The file has 20971520 bytes; at most 10485760 are allowed."),
