@@ -27,8 +27,6 @@ class OpenVINOEngine:
             precision = "fp32" if chosen == "bf16" and not native_bf16 else chosen
         if precision == "bf16" and not native_bf16:
             raise EngineError("PRECISION is bf16, but this processor does not support bf16; use fp32 or auto")
-        if precision == "fp16":
-            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.precision, self.framework = precision, f"openvino {openvino.__version__.split('-')[0]}"
         self.tensor, self.threads, self.folder, self.core = openvino.Tensor, streams, folder, core
         self.overdue, self.lock = [], threading.Lock()  # [(request, pool, since)] whose callers have left

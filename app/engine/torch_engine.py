@@ -15,10 +15,6 @@ class TorchEngine:
         self.device, self.rebuild = torch.device(device), rebuild
         self.on_gpu = self.device.type == "cuda"
         precision = settings.precision
-        if precision == "int8":
-            raise EngineError("PRECISION is int8, which needs ENGINE=openvino on a CPU")
-        if precision == "fp16" and not self.on_gpu:
-            raise EngineError("PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16 or auto")
         self.framework = f"torch {torch.__version__}"
         try:
             self.start(manifest, folder, streams, settings, precision)

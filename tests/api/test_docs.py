@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import requests
 from conftest import need, photo
+from pages import CAT, PHONE, find, find_all, resize, scrolls_sideways, wait
 from selenium.webdriver.common.keys import Keys
-from test_page import CAT, PHONE, chromium, find, find_all, resize, scrolls_sideways, wait  # noqa: F401
 from videos import pan_over, write
 
 PREDICT, BATCH, INFER = "#operations-Predict-predict", "#operations-Predict-predictBatch", \
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's
 
 
 @pytest.fixture
-def docs(chromium, service):  # noqa: F811
+def docs(chromium, service):
     """A browser on /docs, 1280 × 800."""
     resize(chromium, (1280, 800))
     chromium.get(service.url + "/docs")

@@ -138,12 +138,6 @@ def test_bf16_agrees_with_fp32_as_far_as_it_can(loaded):
     assert 0 < np.abs(a - b).max() < 0.05
 
 
-@pytest.mark.parametrize("engine", ["openvino", "torch"])
-def test_fp16_is_for_gpus(loaded, engine):
-    with pytest.raises(EngineError, match="PRECISION is fp16, which is for GPUs"):
-        loaded(engine, PRECISION="fp16")
-
-
 def test_self_test_notices_a_wrong_answer(loaded):
     loader = loaded("openvino")
     with loader.lease() as model:

@@ -260,7 +260,7 @@ def test_what_is_fetched_counts_among_the_bodies(referring, origin):
 
 
 def test_a_client_whose_url_is_not_searched_for_is_told_why(referring, origin):
-    answer = post(referring, {"url": origin.url + "/cat.png", "more": "a" * 2**18})
+    answer = post(referring, {"url": origin.url + "/cat.png", "_more": "a" * 2**18})
     assert (answer.status_code, answer.json()["error"]) == (400, "MISSING_FILE")
     assert "256 KiB" in answer.json()["message"]
 

@@ -224,4 +224,5 @@ def test_without_torch_a_missing_model_is_not_blamed_on_the_folder(model_dir, ap
                                                 "MODEL_NAME": "efficientnet_lite1"})
         assert done.returncode == 1
         assert done.stderr == (f"error: efficientnet_lite1 is not ready in MODEL_DIR {folder}, and preparing it needs "
-                               f"torch, which is not installed here{meant}\n")
+                               f"torch, which is not installed here: prepare it where torch is, such as in the image "
+                               f"full, and mount that MODEL_DIR here (docs/operations.md){meant}\n")

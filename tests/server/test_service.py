@@ -96,7 +96,7 @@ def test_health_command_asks_the_service_itself(service):
     assert healthy.returncode == 0
     assert json.loads(healthy.stdout)["status"] == "healthy"
     nobody = ask(PORT=str(free_port()))
-    assert (nobody.returncode, nobody.stdout[:10]) == (1, "no answer:")
+    assert (nobody.returncode, nobody.stdout[:10]) == (1, "no answer ")
 
 
 def test_uploads_are_not_written_to_disk(service):

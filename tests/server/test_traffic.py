@@ -167,8 +167,8 @@ def change(shares):
     return {{**shares, sys.argv[1]: shares.get(sys.argv[1], 0) + 1}}
 for i in range(100):
     area.write(change)"""
-    writers = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT) for name in ("a", "b", "a", "b")]
     area, seen = area_of(service), []
+    writers = [subprocess.Popen([sys.executable, "-c", code, name], cwd=ROOT) for name in ("a", "b", "a", "b")]
     while any(writer.poll() is None for writer in writers):
         shares = area.read()
         assert shares["cats"] == AT_FIRST["cats"]
