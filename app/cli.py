@@ -81,7 +81,10 @@ def answers(loader, options, paths, crops=None, how=None, overlays=None):
             model.task.answer_kind().seen(image).save(crops / f"{flat_name(path)}-{index}.png")
 
         def answer():
-            data = read_input(path, model.task, settings)
+            try:
+                data = read_input(path, model.task, settings)
+            except OSError as e:
+                raise ServiceError(400, "MISSING_FILE", f"The file cannot be read: {e.strerror}.") from e
             found = model.answer(data, options, Call(deadline, stages, path.name, see if crops else None), how)
             if overlays:
                 save_overlays(found, data, options, Call(deadline, stages, path.name), overlays / flat_name(path))
@@ -100,9 +103,7 @@ def answers(loader, options, paths, crops=None, how=None, overlays=None):
             return loader.slots.run(answer, deadline, stages, admitted=True)
         except ServiceError as e:
             return e
-        except OSError as e:
-            return ServiceError(400, "MISSING_FILE", f"The file cannot be read: {e.strerror}.")
-        except Exception as e:  # of a model of one's own
+        except Exception as e:  # of a model of one's own, or of a crop that cannot be written
             logging.getLogger(__name__).debug("%s", path, exc_info=e)
             return ServiceError(500, "INTERNAL_ERROR", f"{type(e).__name__}: {e}".splitlines()[0])
     hub = get_hub()

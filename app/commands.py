@@ -99,7 +99,14 @@ def of_health(command):
 def of_smoke(command):
     command.add_argument("url", metavar="URL", help="where the service is, such as https://example.org/vision")
     command.add_argument("--key", metavar="KEY", help="one of the service's API_KEYS")
-    command.add_argument("--timeout", type=float, default=30, metavar="SECONDS", help="for each request (default 30)")
+    command.add_argument("--timeout", type=seconds, default=30, metavar="SECONDS",
+                         help="for each request: above 0, at most 3600 (default 30)")
+
+
+def seconds(text):
+    if not 0 < float(text) <= 3600:
+        raise ValueError
+    return float(text)
 
 
 def of_predict(command):

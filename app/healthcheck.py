@@ -3,8 +3,10 @@ imports little, and reads nothing of the settings but these two: editing .env ma
 """
 import os
 import socket
+import time
 
 TIMEOUT_S = 2.5  # less than the three seconds of the image's HEALTHCHECK
+MOST = 65536     # bytes of an answer: it has some hundred
 
 
 def main(url=None):
@@ -32,12 +34,14 @@ def url_of_settings():
 def ask(url):
     """(one line, exit code) for the answer to GET /health, of http://HOST:PORT, https:// or unix:PATH. Never uses a
     proxy; of this machine's own service, no certificate is checked. Raises OSError, ValueError."""
+    until = time.monotonic() + TIMEOUT_S
     scheme, _, place = url.partition(":")
     with connect(scheme, place) as connection:
         connection.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
         answer = b""
-        while piece := connection.recv(65536):
+        while len(answer) < MOST and (piece := connection.recv(MOST)):
             answer += piece
+            connection.settimeout(max(0.001, until - time.monotonic()))  # for one that trickles
     head, _, body = answer.partition(b"\r\n\r\n")
     status = head.split(b"\r\n")[0].split()
     if len(status) < 2 or not status[0].startswith(b"HTTP/"):

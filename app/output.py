@@ -29,7 +29,7 @@ class Output:
         if self.path:
             self.is_new = not self.path.exists()
             try:
-                self.file = open(self.path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115 - see __exit__
+                self.file = open(self.path, "a", 1, encoding="utf-8", errors="replace")  # noqa: SIM115 - see __exit__
             except OSError as e:
                 raise CommandError(f"{self.path} cannot be written: {e.strerror}") from e
 

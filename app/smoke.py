@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import ssl
 import struct
@@ -58,6 +59,10 @@ class Service:
             raise Useless(f"{url} is no URL: {e}") from e
         if parts.scheme not in ("http", "https") or not self.host:
             raise Useless(f"{url} is no URL such as http://127.0.0.1:5000")
+        if re.search(r"[^!-~]", parts.path):
+            raise Useless(f"{url} is no URL: write its path with %20 and the like")
+        if re.search(r"[^!-~]", key or ""):
+            raise Useless("this key cannot be sent: a key has only letters, digits and signs of ASCII")
         self.connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.path, self.timeout_s = parts.path.rstrip("/"), timeout_s
         self.headers = {"User-Agent": "smoke", **({"X-API-Key": key} if key else {})}
@@ -71,6 +76,8 @@ class Service:
             answer = Answer(connection.getresponse())
         except (OSError, http.client.HTTPException) as e:
             raise Useless(f"{connection.host}:{connection.port}: {why(e)}") from e
+        except UnicodeError as e:  # of the host's name
+            raise Useless(f"{self.host} is no host: {e}") from e
         finally:
             connection.close()
         if answer.status in (301, 302, 307, 308):

@@ -1,4 +1,5 @@
 """The command line gives the API's answers, for one file and for many; its exit code tells whether all went well."""
+import ast
 import base64
 import contextlib
 import csv
@@ -322,9 +323,21 @@ def test_a_python_without_the_packages_is_told_what_to_install(command, missing,
     assert done.stderr.count("\n") == 1
 
 
+def test_an_old_python_is_told_so(tmp_path):
+    main = ROOT / "app/__main__.py"
+    ast.parse(main.read_text(), feature_version=(3, 8))
+    code = "import runpy, sys; sys.version_info = (3, 9); sys.argv = ['app', 'predict', 'x']; " \
+           "runpy.run_module('app', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {sys.executable} is older than Python 3.11: run make run first")
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["predct"], "; did you mean predict?"), (["predict", "a.jpg", "--frmaes", "3"], "; did you mean --frames?"),
     (["reload", "--prt=1"], "unrecognized arguments: --prt=1; did you mean --port?"),
+    (["smoke", "localhost", "--timeout", "0"], "argument --timeout: invalid seconds value: '0'\n"),
     (["health", "--colour"], "unrecognized arguments: --colour\n"), (["predict", "a.jpg", "--csv", "--json"],
                                                                       "not allowed with argument --csv")])
 def test_a_wrong_command_or_option_gets_a_suggestion(arguments, message, monkeypatch, capsys):
@@ -408,11 +421,15 @@ def start(settings, app):
     """
     started = []
 
-    def start(*arguments, **more):
+    def start(*arguments, closing=None, **more):
+        def before():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have what they start in the background ignore it
+            if closing:
+                os.close(closing)
         variables = more.pop("variables", {})
         started.append(subprocess.Popen(
             [sys.executable, "-m", "app", *map(str, arguments)], cwd=ROOT, start_new_session=True, **{
-                "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}, text=True, env={
+                "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}, text=True, preexec_fn=before, env={
                 **os.environ, "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(settings.model_dir), "DEVICE": "cpu",
                 "PYTHONUNBUFFERED": "1", **variables}))
         return started[-1]
@@ -460,6 +477,26 @@ def test_a_reader_that_leaves_ends_predictions_silently(start, tmp_path):
     assert process.stdout.readline().startswith('"file"')
     process.stdout.close()
     assert (process.wait(30), process.stderr.read()) == (1, "")
+
+
+def test_output_that_cannot_be_written_is_said_in_one_line(start):
+    picture = TESTS / "images/chelsea.jpg"
+    with open("/dev/full", "w") as full:
+        running = [start("predict", picture, stdout=full, variables={"PYTHONUNBUFFERED": ""}),
+                   start("predict", picture, "--output", "/dev/full")]
+        for process in running:
+            _, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_closed_streams_change_nothing(start, tmp_path):
+    picture = str(TESTS / "images/chelsea.jpg")
+    first = start("predict", picture, "--output", tmp_path / "a.csv", stdout=None, closing=1)
+    second = start("predict", picture, "nothing.jpg", "--json", stderr=None, closing=2)
+    out, _ = second.communicate(timeout=60)
+    assert [json.loads(line)["status"] for line in out.splitlines()] == ["success", "error"]
+    assert (first.wait(60), second.returncode) == (0, 1)
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
 
 
 def test_progress_is_shown_on_a_terminal_alone(start, tmp_path):

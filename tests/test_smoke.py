@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
@@ -124,6 +125,11 @@ def test_smoke_says_what_is_wrong_with_the_url(service, command, smoked):
         service.url.replace("http", "https"))[1]["health"][1]
     assert "there is no such host" in smoked("http://nowhere.invalid")[1]["health"][1]
     assert "this is not the URL of the service" in smoked(service.url + "/docs")[1]["health"][1]
+    for url, key, why in ((f"{service.url}/a b", "x", "write its path with %20 and the like"),
+                          (service.url, "sec\nret", "this key cannot be sent: ")):
+        code, out, err = command(["smoke", url, "--key", key], {})
+        assert (code, out, why in err, "ret" in err) == (1, "", True, False)
+    assert "is no host: " in smoked("http://exämple..org")[1]["health"][1]
     assert command(["smoke", "ftp://x"], {}) == (1, "", "error: ftp://x is no URL such as http://127.0.0.1:5000\n")
 
 
@@ -163,6 +169,21 @@ def test_health_is_that_of_the_settings_and_no_proxy_is_used(service, tmp_path):
         assert run("health", HOST=host, PORT="1")[1].startswith(f"no answer from http://{named}:1: ")
     assert run("health", PORT="x") == (1, "no answer from http://127.0.0.1:x: expected http://HOST:PORT, "
                                           "https://HOST:PORT or unix:PATH\n", "")
+
+
+def test_health_of_a_service_whose_answer_never_ends():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                while True:  # until the client leaves
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                    time.sleep(0.1)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert run("health", url) == (1, f"no answer from {url}: timed out\n", "")
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", ["IPv6", "unix"])

@@ -9,6 +9,7 @@ import re
 import threading
 
 import pytest
+import requests
 from conftest import Service, encoded, photo
 from pages import (
     CAT,
@@ -35,7 +36,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from servers import free_port
 
-KEY = "a-key-of-'the'-page"
+KEY, UNUSED_KEY = "a-key-of-'the'-page", "a-key-that-nobody-has-used"
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
 
 
@@ -151,7 +152,7 @@ def guarded(tmp_path_factory, settings, app):
     running = Service(tmp_path_factory.mktemp("guarded"), {
         "MODEL_NAME": "wide_resnet101_2", "MODEL_FALLBACK": "efficientnet_lite0", "DEVICE": "cpu",
         "WEIGHTS_MIRROR": f"http://127.0.0.1:{free_port()}", "MODEL_DIR": str(settings.model_dir),
-        "API_KEYS": KEY, "RATE_LIMIT": "4/second"})
+        "API_KEYS": f"{KEY},{UNUSED_KEY}", "RATE_LIMIT": "4/second"})
     yield running.wait_ready()
     running.kill()
 
@@ -222,6 +223,18 @@ def test_with_a_key_and_a_limit(chromium, guarded, small, tmp_path):
     browser.execute_script("sessionStorage.clear()")
     browser.get("about:blank")
     browser.get_log("browser")
+
+
+def test_a_page_that_is_refused_at_first_waits(chromium, guarded):
+    chromium.get(guarded.url + "/static/icon.svg")
+    chromium.execute_script("sessionStorage.setItem('api-key', arguments[0])", UNUSED_KEY)
+    statuses = {requests.get(guarded.url + "/info", headers={"X-API-Key": "guessed"}).status_code for _ in range(40)}
+    assert statuses == {401, 429}
+    chromium.get(guarded.url + "/")
+    wait(chromium, lambda: find(chromium, "#pause").is_displayed())
+    assert "Too many requests without a valid key" in find(chromium, "#pause-words").text
+    assert find(chromium, "#problem").text == ""
+    chromium.get("about:blank")
 
 
 # --- files, links ---

@@ -6,7 +6,7 @@ import {setUpKey, showKeyIsUsed, whenKeyIsAccepted} from "./key.js";
 import {refusal} from "./limits.js";
 import {chosenOptions, showOptions} from "./options.js";
 import {TASKS, setUpPanels} from "./panels.js";
-import {untilBack, untilFree, whenBack} from "./pauses.js";
+import {rest, untilBack, untilFree, whenBack} from "./pauses.js";
 import {add, count, setUpResults, showSnippetsAgain} from "./results.js";
 import {ask, here, isAway} from "./service.js";
 
@@ -33,6 +33,7 @@ async function describe() {
     ({body} = await ask(chosen ? `info?model=${encodeURIComponent(chosen)}` : "info"));
   } catch (error) {
     if (isAway(error)) return untilBack();  // and then again, see below
+    if (error.wait) return rest(error.message, error.wait).then(describe);
     return error.status === 401 ? undefined : complain(error.message);
   }
   if ($("#which").value !== chosen) return;
