@@ -156,6 +156,9 @@ def test_unknown_path_and_wrong_method(client):
     response = client.get("/predict")
     assert error_of(response) == (405, "METHOD_NOT_ALLOWED")
     assert response.headers["Allow"] == "OPTIONS, POST, PUT"
+    assert response.json["message"] == "This path takes POST and PUT, not GET."
+    assert "JOBS=on" in client.post("/jobs").json["message"]
+    assert "HISTORY=on" in client.get("/history").json["message"]
     assert error_of(client.delete("/health")) == (405, "METHOD_NOT_ALLOWED")
 
 
