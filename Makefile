@@ -58,10 +58,15 @@ $(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/inst
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+PARTS := $(addprefix tests/,data history insight jobs open_inference outbound tracing)
+PYTEST := env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
-test: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests
-	@env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder \
-		$(ARGS)
+test: $(VENV)/tests-installed  ## Run the tests of everything but the optional parts
+	@$(PYTEST) $(PARTS:%=--ignore=%) $(ARGS)
+
+test-parts: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests of the optional parts: jobs, history, tracing, insight, V2
+	@$(PYTEST) $(PARTS) $(ARGS)
 
 lint: $(VENV)/tests-installed  ## Run ruff and import-linter
 	@$(BIN)/ruff check .
@@ -173,5 +178,5 @@ lint-images: $(VENV)-release/installed  ## Check the Dockerfile, the workflows, 
 	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	@$(VENV)-release/bin/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
-.PHONY: help run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
+.PHONY: help run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-parts test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -67,7 +67,7 @@ def key_of(name, version):
 def model_metadata(name, version=None):
     loader = current_app.extensions["model"]
     if name == "stats" and not any(state["name"] == name for state in loader.states()):  # Triton's of all models
-        raise ServiceError(404, "NOT_FOUND", error_answers.not_of_v2(request.path))
+        raise ServiceError(404, "NOT_FOUND", error_answers.not_found(request.path))
     signature = signatures.of(loader.tasks(key_of(name, version))[0], loader.settings)
     versions = [state["version"] for state in loader.states() if state["name"] == name and "version" in state]
     return jsonify({"name": name, **({"versions": versions} if versions else {}), "platform": signature.platform(),

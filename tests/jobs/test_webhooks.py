@@ -19,6 +19,8 @@ from app.data.database import Database
 from app.errors import ServiceError
 from app.jobs import webhooks
 
+pytestmark = pytest.mark.usefixtures("own_board")  # what they count is not for /metrics of later tests
+
 SECRET = "a secret of 23 characters".replace(" ", "_")
 ACCEPTED = b"HTTP/1.1 204 No Content\r\n\r\n"
 

@@ -170,7 +170,7 @@ def test_huge_but_finite_numbers(ocean_app):
 def test_paths_methods_and_models_that_there_are_not(client):
     assert_error(client.get("/v2/nothing"), 404, "nothing at this path")
     assert_error(client.get("/v2/"), 404, "nothing at this path")
-    assert_error(client.get(INFER), 405, "method")
+    assert_error(client.get(INFER), 405, "This path takes POST, not GET.")
     assert_error(client.get("/v2/models/x"), 404, "no model x")
     assert_error(client.get("/v2/models/x/ready"), 404, "no model x")
     assert_error(infer(client, image(), path="/v2/models/efficientnet_lite0/versions/1/infer"), 404, "no model")
