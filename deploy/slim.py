@@ -32,11 +32,12 @@ CONVERSION = """
     openvino/frontend/jax  numpy/typing
 """
 
-# (library, another that it is linked to without need, the function that stands in for all of the other's): for OpenCV's
-# linear algebra and AVIF, which Pillow reads, abort(), as the service never calls them; for the encoder of HEIC, which
-# libheif asks for when it is loaded, one that returns 0, which means that there is none.
-LINKED = [("cv2/cv2.abi3.so", "libopenblas", "abort"), ("cv2/cv2.abi3.so", "libavif", "abort"),
-          ("pillow_heif.libs/libheif-*", "libx265", "heif_have_decoder_for_format")]
+# (library, another that it is linked to without need, the function that stands in for all of the other's): for the
+# encoder of HEIC, which libheif asks for when it is loaded, one that returns 0, which means that there is none.
+LINKED = [("pillow_heif.libs/libheif-*", "libx265", "heif_have_decoder_for_format")]
+# For OpenCV's linear algebra and its reading of files abort(): the service calls neither. A class of one's own may, so
+# only the image for built-in models goes without.
+OF_OPENCV = [("cv2/cv2.abi3.so", "libopenblas", "abort"), ("cv2/cv2.abi3.so", "libavif", "abort")]
 # A part of C++'s own library that both were built with: what stands in for it must throw, too, and not return.
 THROWS = {"_ZSt28__throw_bad_array_new_lengthv": "__cxa_throw_bad_array_new_length"}
 OF_LINKED = """
@@ -115,12 +116,13 @@ def main(folder, kind):
     slim(packages, ALWAYS)
     if kind == "cpu":
         slim(packages, CONVERSION)
-    for pattern, name, stand_in in LINKED:
+    for pattern, name, stand_in in LINKED + OF_OPENCV * (kind == "cpu"):
         for user in packages.glob(pattern):
             for library in packages.glob(f"*.libs/{name}*"):
                 if library.name in Elf(user).needed():
                     unlink_library(user, library, stand_in)
-    slim(packages, OF_LINKED)
+    if kind == "cpu":
+        slim(packages, OF_LINKED)
 
 
 if __name__ == "__main__":

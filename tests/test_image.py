@@ -73,6 +73,13 @@ def test_the_model_is_converted_by_what_the_dockerfile_copies_for_it(tmp_path):
 def slim_python(tmp_path_factory):
     """The interpreter of an environment that has the packages of the image `cpu`, and nothing else."""
     folder = tmp_path_factory.mktemp("slim")
+    before, after = slimmed(folder, "cpu")
+    assert after < 0.7 * before
+    return folder / "bin/python"
+
+
+def slimmed(folder, kind):
+    """Makes an environment of the locked packages and slims it; returns its sizes in bytes before and after."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     target = next(folder.glob("lib/python3*/site-packages"))
 
@@ -86,13 +93,11 @@ def slim_python(tmp_path_factory):
                 except OSError:  # on another file system
                     shutil.copy2(source, target / file)
     before = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    done = subprocess.run([sys.executable, ROOT / "deploy/slim.py", folder, "cpu"], check=False, capture_output=True,
+    done = subprocess.run([sys.executable, ROOT / "deploy/slim.py", folder, kind], check=False, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     assert "x86_64" not in sysconfig.get_platform() or done.stderr == "", "a pattern finds nothing any more"
-    after = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert after < 0.7 * before
-    return folder / "bin/python"
+    return before, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture
@@ -156,6 +161,17 @@ def test_the_service_calls_nothing_of_opencv_that_aborts_in_the_image():
         "CascadeClassifier", "VideoCapture", "cvtColor", "groupRectangles", "setNumThreads"}
     assert all(", cv2.CAP_FFMPEG, " in line for line in re.findall(r"cv2\.VideoCapture\(.*", code))
     assert not re.search(r"from cv2|import cv2 as", code)
+
+
+@pytest.mark.slow  # make test-deploy
+def test_classes_of_ones_own_find_all_of_opencv_in_the_image_full(tmp_path):
+    before, after = slimmed(tmp_path / "full", "full")
+    assert after < 0.9 * before
+    code = "import sys, cv2, numpy as np; print(cv2.solve(2 * np.eye(2), np.ones((2, 1)))[0], " \
+           "cv2.imdecode(np.fromfile(sys.argv[1], np.uint8), cv2.IMREAD_COLOR).shape)"
+    done = subprocess.run([tmp_path / "full/bin/python", "-c", code, ROOT / "tests/images/chelsea.jpg"], check=False,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True (300, 451, 3)\n"), done.stderr
 
 
 @pytest.mark.slow  # make test-deploy
