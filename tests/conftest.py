@@ -36,6 +36,7 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
+         "api/test_page_results.py", "test_clients.py", "test_cli.py", "server/test_start.py", "test_smoke.py",
          "api/test_page_results.py",
          "history/test_history_service.py", "api/test_openapi.py", "tracing/test_tracing.py", "tasks/test_insight.py",
          "open_inference/test_clients_v2.py", "api/test_stream.py", "tasks/test_answers.py",
@@ -43,8 +44,8 @@ FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reloa
          "tasks/test_ocean.py", "jobs/test_results.py", "tasks/test_own.py", "media/test_media.py",
          "prepare/test_bundles.py", "prepare/test_quantize.py", "api/test_access.py", "api/test_metrics.py",
          "server/test_versions.py",
-         "test_model_repository.py", "test_cli.py", "prepare/test_networks.py", "media/test_faces.py",
-         "media/test_codecs.py", "test_bench_load.py", "prepare/test_download.py", "test_clients.py"]
+         "test_model_repository.py", "prepare/test_networks.py", "media/test_faces.py",
+         "media/test_codecs.py", "test_bench_load.py", "prepare/test_download.py", "api/test_docs.py"]
 SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
 
 
