@@ -37,7 +37,6 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
          "api/test_page_results.py", "test_clients.py", "test_cli.py", "server/test_start.py", "test_smoke.py",
-         "api/test_page_results.py",
          "history/test_history_service.py", "api/test_openapi.py", "tracing/test_tracing.py", "tasks/test_insight.py",
          "open_inference/test_clients_v2.py", "api/test_stream.py", "tasks/test_answers.py",
          "engine/test_engines.py", "jobs/test_api.py", "server/test_service.py", "data/test_database.py",
