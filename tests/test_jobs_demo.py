@@ -34,13 +34,19 @@ def start_demo(folder, model_dir):
                        "MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", "API_KEYS": "for-another-service",
                        **variables}
         started.append(subprocess.Popen([sys.executable, ROOT / "deploy/jobs_demo.py", *arguments], env=environment,
-                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+                                        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        preexec_fn=listen_to_ctrl_c))
         return started[-1]
     yield start
     for process in started:
         if process.poll() is None:
             process.terminate()
         process.communicate(timeout=60)
+
+
+def listen_to_ctrl_c():
+    """Shells have what they start in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def left_behind(folder):
