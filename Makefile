@@ -11,7 +11,8 @@ help:  ## List the targets
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing the packages into $(VENV): about two minutes and 1.5 GB, once"
+	@$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(VENV)/jobs-installed: $(VENV)/installed app/jobs/requirements.txt
