@@ -35,7 +35,11 @@ def master(most=None):
     import app.server.lifecycle
     import app.server.log_config
     import app.server.machine
-    import app.server.refusals  # noqa: F401
+    import app.server.model_swap
+    import app.server.refusals
+    import app.server.start_checks
+    import app.server.stopping
+    import app.setting_names  # noqa: F401
     from app.config import Settings
     from app.engine.bundle import Prepared
     from app.server import board, shared_memory
