@@ -8,7 +8,15 @@ DEFAULTS := LOG_FORMAT=text MODEL_FALLBACK=efficientnet_lite0
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/installed: requirements.txt
+# A PYTHON that is named must be the version that .venv has, once that is there.
+RELEASE := 'import sys; print("%d.%d" % sys.version_info[:2])'
+python-fits:
+ifeq ($(origin PYTHON),command line)
+	@if [ -x $(BIN)/python ] && [ "$$($(PYTHON) -c $(RELEASE))" != "$$($(BIN)/python -c $(RELEASE))" ]; then \
+		echo "$(VENV) has Python $$($(BIN)/python -c $(RELEASE)): to use $(PYTHON), remove it first (rm -r $(VENV))" >&2; exit 1; fi
+endif
+
+$(VENV)/installed: requirements.txt | python-fits
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages into $(VENV): about two minutes and 1.5 GB, once"
@@ -62,9 +70,16 @@ $(VENV)-v2-clients/installed: tests/open_inference/requirements.txt $(VENV)/inst
 PARTS := $(addprefix tests/,data history insight jobs open_inference outbound tracing)
 PYTEST := env -u MODEL_FALLBACK -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
+# In seconds of processor time: five minutes of two cores.
+BUDGET := 600
+
 # Files start in the order of tests/conftest.py. The tests start Python some hundred times: it may keep its bytecode.
 test: $(VENV)/tests-installed  ## Run the tests of everything but the optional parts
-	@$(PYTEST) $(PARTS:%=--ignore=%) $(ARGS)
+	@$(BIN)/python tests/cost.py $(BUDGET) $(PYTEST) $(PARTS:%=--ignore=%) $(ARGS)
+
+test-web: $(VENV)/tests-installed  ## Run the longer tests of the page and /docs in Chromium, and schemathesis
+	@env -u MODEL_FALLBACK $(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/api/test_openapi.py \
+		tests/api/test_page_results.py tests/api/test_docs.py $(ARGS)
 
 test-parts: $(VENV)/tests-installed $(VENV)-v2-clients/installed  ## Run the tests of the optional parts: jobs, history, tracing, insight, V2
 	@$(PYTEST) $(PARTS) $(ARGS)
@@ -90,8 +105,10 @@ $(VENV)-audit/installed: tests/requirements-audit.txt $(VENV)/installed
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-audit: $(VENV)-audit/installed $(VENV)/tests-installed $(RIVALS:%=$(VENV)-rival-%/installed)  ## Look up all packages, those of the tests and the benchmark too, in PyPI's list of vulnerabilities
-	@$(VENV)-audit/bin/python tests/audit.py $(BIN)/python $(RIVALS:%=$(VENV)-rival-%/bin/python) $(if $(ARGS),-- $(ARGS))
+AUDITED := $(RIVALS:%=$(VENV)-rival-%) $(VENV)-voice-cloning $(VENV)-v2-clients
+
+audit: $(VENV)-audit/installed $(VENV)/tests-installed $(AUDITED:%=%/installed)  ## Look up all packages, those of the tests, the examples and the benchmark too, in PyPI's list of vulnerabilities
+	@$(VENV)-audit/bin/python tests/audit.py $(BIN)/python $(AUDITED:%=%/bin/python) $(if $(ARGS),-- $(ARGS))
 
 bench: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Benchmark against the limit and the alternatives (35 minutes, on an idle machine)
 	@$(BIN)/python -m bench $(ARGS)
@@ -99,7 +116,7 @@ bench: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Benchmar
 bench-quick: $(RIVALS:%=$(VENV)-rival-%/installed) $(VENV)/int8-installed  ## Run a shorter benchmark (8 minutes)
 	@$(BIN)/python -m bench --quick $(ARGS)
 
-bench-jobs: $(VENV)/tests-installed  ## Benchmark jobs: 1, 2 and 4 workers, with and without servers (6 minutes)
+bench-jobs: $(VENV)/tests-installed  ## Benchmark jobs, history and tracing; ARGS="--only history" (25 minutes)
 	@$(BIN)/python -m bench.jobs $(ARGS)
 
 bench-scale: $(VENV)/tests-installed  ## Measure several instances behind HAProxy, if it is installed, and write bench/scale.md (5 minutes)
@@ -179,5 +196,5 @@ lint-images: $(VENV)-release/installed  ## Check the Dockerfile, the workflows, 
 	@$(VENV)-release/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	@$(VENV)-release/bin/kubernetes-validate --strict --quiet deploy/kubernetes.yaml
 
-.PHONY: help run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-parts test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
+.PHONY: help python-fits run worker jobs-demo smoke test lint lines audit bench bench-quick bench-jobs bench-scale exam test-parts test-web test-examples test-int8 test-deploy fuzz version image image-run lock sbom lint-images
 .PRECIOUS: $(VENV)-rival-%/installed

@@ -22,7 +22,7 @@ from app.api.uploads import Upload
 from app.config import StartError
 from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
-from app.output import CommandError, Output, printable
+from app.output import CommandError, Output, shown
 from app.server.counters import Stages
 from app.tasks import Call
 from app.tasks import options as task_options
@@ -36,17 +36,8 @@ MOST_SHOWN = 20  # of the labels that cannot be used
 
 def load(arguments):
     """(loader, model, options) for a command. Raises StartError, or ServiceError for a bad option."""
-    settings = dataclasses.replace(chosen_model.load(), workers=1, log_format="text")  # this process gets all cores
-    key, chosen = chosen_model.choose(settings, arguments.model)
-    chosen_model.say_unused(settings, key, chosen)
-    with only_errors_logged():  # that a fallback is in use is said here in fewer words
-        loader = load_model(chosen)
+    loader = getattr(arguments, "loader", None) or load_chosen(arguments)
     model = loader.current
-    if model.fallback_reason:
-        chosen_model.say_fallback(model, chosen)
-    elif settings.models:  # as the API calls it
-        model.name, _, version = key.partition("@")
-        model.version = version or None
 
     def option(name, is_file=False):
         value = vars(arguments).get(f"option:{name}")
@@ -55,6 +46,21 @@ def load(arguments):
         except OSError as e:
             raise CommandError(f"{value} cannot be read: {e.strerror}") from e
     return loader, model, task_options.read(option, model.task)
+
+
+def load_chosen(arguments):
+    """The ModelLoader with the model of a command. Raises StartError."""
+    settings = dataclasses.replace(chosen_model.load(), workers=1, log_format="text")  # this process gets all cores
+    key, chosen = chosen_model.choose(settings, arguments.model)
+    chosen_model.say_unused(settings, key, chosen)
+    with only_errors_logged():  # that a fallback is in use is said here in fewer words
+        loader = load_model(chosen)
+    if loader.current.fallback_reason:
+        chosen_model.say_fallback(loader.current, chosen)
+    elif settings.models:  # as the API calls it
+        loader.current.name, _, version = key.partition("@")
+        loader.current.version = version or None
+    return loader
 
 
 @contextlib.contextmanager
@@ -253,7 +259,7 @@ def read_labels(kind, header, rows, csv_path):
     if not labelled:
         raise CommandError(f"none of the {counted(len(rows), 'label')} can be used: {errors[0]}") from errors[0]
     for error in errors[:MOST_SHOWN]:
-        print(printable(str(error)), file=sys.stderr)
+        print(shown(str(error)), file=sys.stderr)
     if len(errors) > MOST_SHOWN:
         print(f"and {len(errors) - MOST_SHOWN} more labels that cannot be used", file=sys.stderr)
     return labelled, len(errors)

@@ -41,7 +41,11 @@ def main():
     try:
         return COMMANDS[arguments.command].run(arguments)
     except (StartError, ServiceError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        lines = str(e).split("\n")  # of several services, one for each
+        if not all(map(str.isprintable, lines)):
+            from app.output import shown
+            lines = map(shown, lines)
+        print("error:", "\n".join(lines), file=sys.stderr)
         return 1
 
 
@@ -57,6 +61,9 @@ def parsed(argv):
         if name in argv:  # the others need neither the packages nor code of the user's
             about.add_options(command)
     arguments, unknown = parser.parse_known_args(argv)
+    if unknown and (loader := with_own_model(commands.choices[arguments.command], arguments)):
+        arguments, unknown = parser.parse_known_args(argv)
+        arguments.loader = loader
     if unknown:
         from app.suggestions import did_you_mean
         command = commands.choices[arguments.command]
@@ -64,6 +71,28 @@ def parsed(argv):
         command.error(f"unrecognized arguments: {' '.join(unknown)}"
                       f"{did_you_mean(unknown[0].partition('=')[0], known)}")
     return arguments
+
+
+def with_own_model(command, arguments):
+    """Where an option is unknown, it may be one that a class of the user's makes when it is loaded: a ModelLoader that
+    has done so, with such options added to the command; else None."""
+    from app import chosen_model
+    from app.config import StartError
+    if arguments.command not in ("predict", "evaluate"):
+        return None
+    try:
+        settings = chosen_model.choose(chosen_model.load(), arguments.model)[1]
+        if ":" not in settings.model_name:
+            return None
+        from app import cli
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        loader = cli.load_chosen(arguments)
+    except StartError:  # the command says so
+        return None
+    known = re.findall(r"--[a-z][a-z-]*", command.format_usage())
+    add_declared(command, [option for option in loader.current.task.options
+                           if "--" + option.name.replace("_", "-") not in known], settings)
+    return loader
 
 
 # --- the options of each command ---

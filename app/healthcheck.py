@@ -46,8 +46,21 @@ def ask(url):
     status = head.split(b"\r\n")[0].split()
     if len(status) < 2 or not status[0].startswith(b"HTTP/"):
         raise ValueError("it speaks no HTTP")
-    line = " ".join(body.decode(errors="replace").split())[:2000]
-    return line or head.decode(errors="replace").splitlines()[0], 0 if status[1] == b"200" else 1
+    line = " ".join(body.decode(errors="replace").split())[:2000] or head.decode(errors="replace").splitlines()[0]
+    if status[1] == b"200" and not is_healthy(body):
+        return f"what answers at {url} is not this service: {line[:200]}", 1
+    return line, 0 if status[1] == b"200" else 1
+
+
+def is_healthy(body):
+    """Whether this is what the service, or a worker of jobs, answers when it is ready."""
+    import json
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("status") == "healthy" and not found.keys().isdisjoint(
+        ("model_loaded", "workers"))
 
 
 def connect(scheme, place):

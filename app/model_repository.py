@@ -182,7 +182,7 @@ class ModelRepository(ModelLoader):
 
     def wait_for(self, key, deadline):
         """Wait until a model is loaded, in a place of the queue; the first who waits has it loaded."""
-        if time.monotonic() < self.failed_at.get(key, -RETRY_LOAD_AFTER_S) + RETRY_LOAD_AFTER_S:
+        if self.has_failed(key):
             raise unavailable(key)
         self.slots.check_room()
         result = self.loads.get(key)
@@ -198,6 +198,10 @@ class ModelRepository(ModelLoader):
             self.slots.onlookers -= 1
         if error is not None:
             raise error
+
+    def has_failed(self, key):
+        """Whether the model could not be loaded, and it is too early to try again."""
+        return time.monotonic() < self.failed_at.get(key, -RETRY_LOAD_AFTER_S) + RETRY_LOAD_AFTER_S
 
     def load_for(self, key, result, loop):
         error = None

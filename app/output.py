@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from app.config import StartError
 from app.errors import ServiceError
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # by the ending of --output
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these, spreadsheets take a text for a formula
 
 
@@ -45,7 +47,7 @@ class Output:
     def begin(self, kind, options, paths, has_labels=False):
         """kind: of app/tasks/answers.py. Writes the header of a table or of CSV."""
         self.kind, self.has_labels = kind, has_labels
-        self.width = max(4, *(len(str(path)) for path in paths)) if paths else 4
+        self.width = max(4, *(len(shown(str(path))) for path in paths)) if paths else 4
         self.titles = kind.csv_titles(options)
         if self.format == "table":
             self.write_row("file", kind.columns())
@@ -74,14 +76,14 @@ class Output:
             if self.format != "csv":
                 self.write(line)
             else:
-                print(printable(line), file=sys.stdout if self.file else sys.stderr)
+                print(shown(line), file=sys.stdout if self.file else sys.stderr)
 
     def say(self, line):
         """On standard error."""
-        tqdm.write(printable(line), file=sys.stderr)
+        tqdm.write(shown(line), file=sys.stderr)
 
     def write_row(self, path, columns):
-        self.write("  ".join([str(path).ljust(self.width), *columns]))
+        self.write(shown("  ".join([shown(str(path)).ljust(self.width), *columns])))
 
     def write_csv(self, cells):
         line = io.StringIO()
@@ -105,6 +107,12 @@ class Output:
 def printable(text):
     """Without halves of surrogate pairs."""
     return text.encode(errors="replace").decode()
+
+
+def shown(text):
+    """For a terminal: control characters, which might move its cursor or worse, and those that turn the direction of
+    writing are escaped, as in \\x1b."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), printable(text))
 
 
 def safe_path(path):

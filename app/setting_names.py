@@ -13,6 +13,7 @@ from dotenv.parser import parse_stream
 
 from app import config, model_settings, optional_settings, setting_formats
 from app.config import SettingsError
+from app.suggestions import nearest
 
 # What else a .env may hold, for docker compose and other programs that read the same file. docs/settings.md lists it.
 OF_OTHERS = re.compile(
@@ -27,6 +28,10 @@ OF_LIBRARIES = re.compile(r"(?i:(http|https|all|no)_proxy)|\w+_NUM_THREADS|CUDA_
 # What Kubernetes and docker --link set for a service called X: X_SERVICE_PORT, and X_PORT=tcp://….
 OF_SERVICE_LINKS = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 LINK = re.compile(r"(tcp|udp|sctp)://")
+# What other programs call these, without underscores.
+CALLED_ELSEWHERE = {"MODEL": "MODEL_NAME", "WEIGHTS": "MODEL_PATH", "CHECKPOINT": "MODEL_PATH", "GPU": "DEVICE",
+                    "CUDA": "DEVICE", "THREADS": "CORES", "ADDRESS": "HOST", "BIND": "HOST", "MAXSIZE": "MAX_FILE_SIZE",
+                    "MAXUPLOADSIZE": "MAX_FILE_SIZE", "MAXCONTENTLENGTH": "MAX_FILE_SIZE"}
 SHORT = 4  # letters of a name, one of which may well be another in a name that has nothing to do with it
 
 
@@ -58,13 +63,13 @@ def of_file(path, environment):
     for line, name in lines:
         if name in names or OF_OTHERS.fullmatch(name) and not slip(name, names) or name in referred_to(path, text):
             continue
-        from app.suggestions import did_you_mean
         of_model = name.endswith(tuple(f"__{one}" for one in names))
         others = ": no model in MODELS is called so" if of_model else \
             ", nor known to belong to another program: docs/settings.md lists both; begin names of your own with X_"
-        meant = did_you_mean(name, [one for one in names if "__" in one] if of_model else names)
+        meant = likeliest(name, [one for one in names if "__" in one] if of_model else names)
         shown = printable(name) if meant or name == name.upper() else "this name"  # the rest of a secret may end with =
-        raise SettingsError(f"line {line} of {path}: {shown} is not a setting{meant or others}")
+        raise SettingsError(f"line {line} of {path}: {shown} is not a setting"
+                            f"{f'; did you mean {meant}?' if meant else others}")
     for name in filter(OF_LIBRARIES.fullmatch, texts):
         environment.setdefault(name, texts[name])
     return texts
@@ -97,22 +102,41 @@ def referred_to(path, text):
 def misspelt(environment):
     """Sentences about the variables of an environment that seem to be meant as settings and are none."""
     names, found = known(environment), []
+    of_models = tuple(f"__{field.name.upper()}" for field in config.SETTINGS if field.metadata["each"])
     for name, text in environment.items():
-        if name not in names and not OF_SERVICE_LINKS.fullmatch(name) and not LINK.match(text) \
-                and (meant := slip(name, names)):
-            found.append(f"{printable(name)} in the environment is not a setting; did you mean {meant}?")
+        if name in names or OF_SERVICE_LINKS.fullmatch(name) or LINK.match(text):
+            continue
+        if slip(name, names):
+            found.append(f"{printable(name)} in the environment is not a setting; did you mean "
+                         f"{likeliest(name, names)}?")
+        elif environment.get("MODELS") and name.endswith(of_models):
+            found.append(f"{printable(name)} in the environment is not used: no model in MODELS is called so")
     return found
 
 
 def slip(name, names):
-    """The setting that a name differs from by one letter, a transposition, or its case and underscores; or None."""
-    def plain(one):
-        return one.replace("_", "").upper()
-    for one in names:
-        if plain(name) == plain(one) or name in (one + "S", one.removesuffix("S")) or len(one) > SHORT and is_near(
-                name.upper(), one):
-            return one
-    return None
+    """Whether a name differs from a setting by one letter, a transposition, or its case and underscores."""
+    return any(plain(name) == plain(one) or name in (one + "S", one.removesuffix("S")) or len(one) > SHORT and is_near(
+        name.upper(), one) for one in names)
+
+
+def likeliest(name, names):
+    """The setting that somebody who wrote this name probably meant, or None."""
+    word, parts = plain(name), {one: one.split("_") for one in names if "__" not in one}
+    first = {one: ["".join(words[:i]) for i in range(1, len(words))] for one, words in parts.items()}
+    last = {one: ["".join(words[i:]) for i in range(1, len(words))] for one, words in parts.items()}
+    for fits in (lambda one: plain(one) == word, lambda one: one == CALLED_ELSEWHERE.get(word),
+                 lambda one: plain(one) in (word + "S", word.removesuffix("S")),
+                 lambda one: word in first.get(one, ()),
+                 lambda one: len(one) > SHORT and is_near(word, plain(one)),
+                 lambda one: word in last.get(one, ()) or word + "S" in last.get(one, ())):
+        if found := next(filter(fits, names), None):
+            return found
+    return nearest(name, names)
+
+
+def plain(name):
+    return name.replace("_", "").upper()
 
 
 def is_near(a, b):

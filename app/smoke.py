@@ -121,7 +121,8 @@ def health(service, seen):
 
 
 def info(service, seen):
-    model = seen["model"] = service.ask("/info").json["model"]
+    model = seen["model"] = service.ask("/info" + ("?" + urllib.parse.urlencode({"model": seen["name"]})
+                                                   if seen["name"] else "")).json["model"]
     return ", ".join(str(model[name]) for name in ("name", "engine", "precision") if model.get(name))
 
 
@@ -145,7 +146,7 @@ def refusal(service, seen):
     if "model" not in seen:
         raise Skipped("what the model takes is unknown")
     is_file = "json" not in seen["model"]["takes"] and "text" not in seen["model"]["takes"]
-    answer = service.ask("/predict", b"{" if not is_file else b"this is no file of a kind that the model takes",
+    answer = service.ask(path_of(seen), b"{" if not is_file else b"this is no file of a kind that the model takes",
                          "application/json" if not is_file else sample_of(seen["model"])[1], expect=400)
     body = answer.json if isinstance(answer.json, dict) else {}
     if body.get("status") != "error" or not body.get("message") or \
@@ -176,7 +177,8 @@ def open_inference(service, seen):
         raise Skipped("OPEN_INFERENCE is off")
     if "answer" not in seen:
         raise Skipped("there was no answer to compare with")
-    path = f"/v2/models/{urllib.parse.quote(seen['model']['name'])}"
+    version = f"/versions/{seen['model']['version']}" if seen["model"].get("version") else ""
+    path = f"/v2/models/{urllib.parse.quote(seen['model']['name'])}{version}"
     first = next((one["name"] for one in service.ask(path).json["inputs"] if one["datatype"] == "BYTES"), None)
     if first is None:
         raise Skipped("the model takes no bytes")
@@ -193,8 +195,9 @@ def open_inference(service, seen):
     return "the answer of /predict"
 
 
-CHECKS = {"health": health, "info": info, "predict": prediction, "again": again, "error": refusal, "metrics": metrics,
-          "docs": docs, "v2": open_inference}
+OF_SERVICE = {"health": health, "metrics": metrics, "docs": docs}
+OF_MODEL = {"info": info, "predict": prediction, "again": again, "error": refusal, "v2": open_inference}
+CHECKS = ("health", "info", "predict", "again", "error", "metrics", "docs", "v2")
 
 
 # --- the sample, and what is known of its answer ---
@@ -225,7 +228,11 @@ def tone():
 
 
 def predict(service, seen):
-    return service.ask("/predict", *seen["sample"]).json
+    return service.ask(path_of(seen), *seen["sample"]).json
+
+
+def path_of(seen):
+    return f"/models/{urllib.parse.quote(seen['name'], safe='@')}/predict" if seen["name"] else "/predict"
 
 
 def judge(model, answer):
@@ -261,29 +268,39 @@ def same(one, other):
     return one == other
 
 
+def others(service):
+    """[{"name": NAME or NAME@VERSION}] of further models: all but a default one without versions."""
+    listed = [(one["name"] + (f"@{one['version']}" if one.get("version") else ""), one.get("default"))
+              for one in service.ask("/models", expect=None).json.get("models", ())]
+    return [{"name": name} for name, is_default in listed if not is_default or "@" in name] if len(listed) > 1 else []
+
+
 def main(url, key=None, timeout_s=30):
     """Run all checks and print a line for each. Returns the exit code."""
-    started, results, seen = time.monotonic(), [], {}
+    started, results, seen, checks = time.monotonic(), [], {"name": None}, [(name, None) for name in CHECKS]
     try:
         service = Service(url, key, timeout_s)
     except Useless as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    for name, check in CHECKS.items():
+    for name, about in checks:
         began, is_useless = time.monotonic(), False
         try:
-            result, said = "ok", check(service, seen)
+            result, said = "ok", (OF_SERVICE | OF_MODEL)[name](service, about or seen)
+            if name == "info" and not about:
+                checks += [(check, other) for other in others(service) for check in OF_MODEL]
         except Skipped as e:
             result, said = "skipped", e
         except Failed as e:
             result, said, is_useless = "FAILED", e, isinstance(e, Useless)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:  # of another content than expected
             result, said = "FAILED", f"the answer is not as expected: {type(e).__name__} {e}"
-        print(f"{result:7}  {name:7}  {1000 * (time.monotonic() - began):5.0f} ms  {said}", flush=True)
+        of_model = f"{about['name']}: " if about else ""
+        print(f"{result:7}  {name:7}  {1000 * (time.monotonic() - began):5.0f} ms  {of_model}{said}", flush=True)
         results.append(result)
         if is_useless:
             break
-    more = [(results.count("skipped"), "skipped"), (len(CHECKS) - len(results), "not tried")]
+    more = [(results.count("skipped"), "skipped"), (len(checks) - len(results), "not tried")]
     print(", ".join([f"{results.count('ok')} ok", f"{results.count('FAILED')} FAILED",
                      *(f"{number} {what}" for number, what in more if number),
                      f"{1000 * (time.monotonic() - started):.0f} ms in all"]))

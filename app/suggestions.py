@@ -10,7 +10,8 @@ def plain(word):
 def nearest(word, known):
     """The name in `known` that is most like the word, or None if none is near."""
     by_plain = {plain(name): name for name in sorted(known, reverse=True)}
-    found = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.76)
+    found = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.76) or [
+        name for name in by_plain if len(name) > 2 and sorted(name) == sorted(plain(word))]  # short, in another order
     return by_plain[found[0]] if found else None
 
 

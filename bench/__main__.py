@@ -5,6 +5,7 @@
 import argparse
 import datetime
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import requests
 from app.engine import bundle
 from app.server.machine import usable_cores
 from bench import inputs, report, services
-from bench.machine import cpu_s, has_bf16, machine
+from bench.machine import AVX2_ONLY, cpu_s, has_bf16, machine
 from bench.report import LARGE, LIGHT, MEDIUM, OVER_CAPACITY, RIVALS, SIZES, SMALL
 
 HERE = Path(__file__).parent
@@ -68,10 +69,11 @@ def quieter(measure, describe):
 
 class Bench:
     def __init__(self, arguments):
-        self.quick, self.cores, self.machine = arguments.quick, usable_cores(), machine()
+        self.quick, self.only, self.cores, self.machine = arguments.quick, arguments.only, usable_cores(), machine()
         self.work = HERE / "work"
         self.work.mkdir(exist_ok=True)
         inputs.make(self.work / "inputs")
+        self.models_folder = self.work / f"models{'-' + arguments.isa if arguments.isa else ''}"
         self.expected = json.loads((self.work / "inputs/expected.json").read_text())
         self.extra = dict(assignment.split("=", 1) for assignment in arguments.set)
         precisions = ["fp32", "int8"] + ["bf16"] * has_bf16(self.machine)
@@ -89,7 +91,7 @@ class Bench:
     def variables(self, system):
         """For the environment of a system."""
         name, _, kind = system.partition(" ")
-        shared = {"MODEL_DIR": str(self.work / "models"), "DEVICE": "cpu", **self.extra}
+        shared = {"MODEL_DIR": str(self.models_folder), "DEVICE": "cpu", **self.extra}
         if system == LIGHT:
             return {"MODEL_NAME": "efficientnet_lite0", "PRECISION": "fp32", **shared}
         weights = {"MODEL_NAME": "resnet50", "MODEL_PATH": str(self.work / "inputs/resnet50.pt")}
@@ -99,7 +101,7 @@ class Bench:
 
     def exported(self):
         """The model.xml that this service exported for fp32."""
-        found = [path for path in (self.work / "models/bundles").glob("resnet50-*-openvino*/model.xml")
+        found = [path for path in (self.models_folder / "bundles").glob("resnet50-*-openvino*/model.xml")
                  if bundle.read(path.parent) and bundle.read(path.parent).quantization is None]
         return max(found, key=lambda path: path.stat().st_mtime)
 
@@ -233,6 +235,7 @@ class Bench:
                                              "numpy")
         return {"date": datetime.date.today().isoformat(), "machine": self.machine,
                 "mode": "quick" if self.quick else "full", "rounds": self.rounds, "settings": self.extra,
+                "only": self.only,
                 "versions": versions | rival_versions(), "models": self.models, "ocean": self.ocean,
                 "results": {system: found for system, found in self.results.items() if system != "ocean"}}
 
@@ -240,6 +243,8 @@ class Bench:
 def rival_versions():
     versions = {}
     for name, packages in {"litserve": ["litserve"], "fastapi": ["fastapi", "uvicorn"], "bentoml": ["bentoml"]}.items():
+        if not Path(services.rival_python(name)).exists():  # with --only, it may never have been installed
+            continue
         code = f"import importlib.metadata as m; print(*[m.version(p) for p in {packages}])"
         done = subprocess.run([services.rival_python(name), "-c", code], capture_output=True, text=True, check=False)
         versions |= dict(zip(packages, done.stdout.split(), strict=False))
@@ -251,12 +256,17 @@ def main():
     parser.add_argument("--quick", action="store_true", help="about eight minutes instead of thirty-five")
     parser.add_argument("--rounds", type=int, help="default: 3, or 1 with --quick")
     parser.add_argument("--only", action="append", metavar="SYSTEM", help="this fp32, limit bf16, litserve torch, …")
+    parser.add_argument("--isa", choices=["avx2"], help="emulate a processor that has no more: all systems are limited")
     parser.add_argument("--set", action="append", default=[], metavar="VARIABLE=VALUE", help="of this service")
-    parser.add_argument("--output", type=Path, help="default: bench/results.json, or results-quick.json with --quick")
+    parser.add_argument("--output", type=Path, help="default: bench/results.json, or results-quick.json with --quick, "
+                                                            "results-avx2.json with --isa avx2")
     arguments = parser.parse_args()
+    if arguments.isa:
+        os.environ.update(AVX2_ONLY)
     outcome = Bench(arguments).run()
     outcome["targets"] = report.targets(outcome)
-    output = arguments.output or HERE / ("results-quick.json" if arguments.quick else "results.json")
+    kind = f"-{arguments.isa}" if arguments.isa else "-quick" if arguments.quick else ""
+    output = arguments.output or HERE / f"results{kind}.json"
     output.write_text(json.dumps(outcome, indent=1))
     print(report.markdown(outcome))
     print(f"\nWritten to {output}", file=sys.stderr)

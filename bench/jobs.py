@@ -1,11 +1,20 @@
-"""How many jobs a second workers get done, beside what /predict answers: make bench-jobs
+"""What jobs, history and tracing cost, and get done: make bench-jobs
 
-Jobs of one picture each, ResNet-50's inputs at 500 × 375 with EfficientNet-Lite0. The jobs wait in the queue while the
-workers are stopped (SIGSTOP); from when they go on, the time to the last end counts. Before and after each, bench.load
-puts eight connections on /predict of the same service while the workers are idle.
+--only jobs      jobs a second with 1, 2 and 4 processes of a worker, over files and over servers, beside what /predict
+                 answers: jobs of one picture each, 500 x 375, with EfficientNet-Lite0. They wait in the queue while the
+                 workers are stopped (SIGSTOP); from when they go on, the time to the last end counts. Then bench.load
+                 puts eight connections on /predict of the same service while the workers are idle.
+--only history   latency of /predict at 15 requests a second without a history, with one in SQLite and in PostgreSQL,
+                 interleaved
+--only tracing   the same without tracing, with a collector of traces, and with one that is away
+--only off       with everything off: from the start to the first answer, memory after 100 predictions and a lone
+                 prediction; with --before COMMIT beside those of another commit, interleaved
+
+Wants an otherwise idle machine.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -25,12 +34,13 @@ from bench.machine import machine
 from tests.servers import Postgres, Redis
 
 MODEL = {"MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu"}
+OFF = {**{name.upper(): "" for name in OptionalSettings.__dataclass_fields__}, **MODEL}  # also of what .env says
 SUBMITTERS = 4
+RATE, EACH_S = 15, 20  # requests a second, seconds
 
 
 def variables_of(engine, folder, servers):
-    variables = {**{name.upper(): "" for name in OptionalSettings.__dataclass_fields__}, **MODEL, "JOBS": "on",
-                 "DATA_DIR": str(folder / "data"), "MAX_JOBS": "100000", "LONG_WORKERS": "0"}
+    variables = {**OFF, "JOBS": "on", "DATA_DIR": str(folder / "data"), "MAX_JOBS": "100000", "LONG_WORKERS": "0"}
     if engine == "servers":
         variables |= {"JOBS_BROKER": servers[0].database(), "DATABASE_URL": servers[1].database()}
     return variables
@@ -92,71 +102,173 @@ def jobs_per_second(url, workers, pictures, number):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.jobs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.jobs", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["jobs", "history", "tracing", "off"])
     parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3, 6 of history and tracing, 12 of off")
     parser.add_argument("--workers", default="1,2,4")
+    parser.add_argument("--before", metavar="COMMIT")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-jobs-"))
     inputs.make(services.ROOT / "bench/work/inputs")
     files = sorted(map(str, (services.ROOT / "bench/work/inputs").glob("500x375-*.jpg")))
-    pictures = [Path(file).read_bytes() for file in files]
-    servers = Redis(folder).start(), Postgres(folder).start()
-    rows = {}
+    print(machine()["name"])
+    for name, experiment in (("jobs", jobs), ("history", history), ("tracing", tracing), ("off", off)):
+        if arguments.only in (None, name):
+            experiment(arguments, folder, files)
+
+
+@contextlib.contextmanager
+def servers(folder):
+    """Redis and PostgreSQL."""
+    started = Redis(folder).start(), Postgres(folder).start()
     try:
-        for _ in range(arguments.rounds):
+        yield started
+    finally:
+        for server in started:
+            server.stop()
+        started[1].remove()
+
+
+def said(rows):
+    """Print all measurements, for whoever wants more than medians."""
+    print(json.dumps({" ".join(map(str, name if isinstance(name, tuple) else (name,))): found
+                      for name, found in rows.items()}))
+
+
+def jobs(arguments, folder, files):
+    pictures, rows = [Path(file).read_bytes() for file in files], {}
+    with servers(folder) as started:
+        for _ in range(arguments.rounds or 3):
             for engine in ("embedded", "servers"):
                 for count in map(int, arguments.workers.split(",")):
-                    measure(engine, count, folder, servers, files, pictures, arguments.jobs, rows)
-    finally:
-        for server in servers:
-            server.stop()
-        servers[1].remove()
-    print(machine()["name"])
+                    measure(engine, count, folder, started, files, pictures, arguments.jobs, rows)
     for (engine, count), found in rows.items():
         submitted, done, predictions = (statistics.median(column) for column in zip(*found, strict=True))
         print(f"{engine:9} {count} workers: {done:6.1f} jobs/s, {submitted:6.1f} submitted/s, /predict "
               f"{predictions:6.1f}/s, ratio {done / predictions:.2f}")
-    print(json.dumps({f"{engine} {count}": found for (engine, count), found in rows.items()}))
+    said(rows)
+
+
+def history(arguments, folder, files):
+    with servers(folder) as (_, postgres):
+        latencies("history", {"off": {}, "SQLite": {"HISTORY": "on"}, "PostgreSQL": {
+            "HISTORY": "on", "DATABASE_URL": postgres.database()}}, arguments, folder, files)
+
+
+def tracing(arguments, folder, files):
+    from tests.otlp_receiver import Receiver
+    collector, to = Receiver(), "OTEL_EXPORTER_OTLP_ENDPOINT"
+    latencies("tracing", {"off": {}, "on": {to: collector.url}, "away": {
+        to: f"http://127.0.0.1:{services.free_port()}"}}, arguments, folder, files)
+    assert collector.spans
+    collector.stop()
+
+
+def latencies(what, kinds, arguments, folder, files):
+    """Of a service with the variables of each kind, in turn."""
+    rows = {}
+    for turn in range(arguments.rounds or 6):
+        for kind in [*kinds][turn % 3:] + [*kinds][:turn % 3]:
+            own = Path(tempfile.mkdtemp(dir=folder))
+            with Service({**OFF, "DATA_DIR": str(own / "data"), **kinds[kind]}, own) as service:
+                found = service.load(files, rate=RATE, even=True, warm_s=2, seconds=EACH_S)
+                assert set(found["statuses"]) == {"200"}, found["statuses"]
+                dropped = [line for line in requests.get(service.url + "/metrics", timeout=10).text.splitlines()
+                           if line.startswith("model_server_history_dropped_total") and not line.endswith(" 0.0")]
+                assert not dropped, dropped
+            rows.setdefault(kind, []).append([found["latency_ms"][name] for name in ("p50", "p99")])
+    for kind, found in rows.items():
+        p50, p99 = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{what} {kind:10} p50 {p50:5.1f} ms, p99 {p99:5.1f} ms")
+    said(rows)
+
+
+def off(arguments, folder, files):
+    rows, trees = {}, {"now": services.ROOT}
+    if arguments.before:
+        trees["before"] = folder / "before"
+        git("worktree", "add", "--detach", trees["before"], arguments.before)
+    try:
+        for turn in range((arguments.rounds or 12) + 1):
+            for name in [*trees][::1 if turn % 2 else -1]:
+                with Service(OFF, Path(tempfile.mkdtemp(dir=folder)), trees[name]) as service:
+                    service.load(files, connections=1, warm_s=0, seconds=2)
+                    found = [service.seconds_to_ready, services.pss_mb(service.process.pid),
+                             service.load(files, connections=1, warm_s=0, seconds=2)["latency_ms"]["p50"]]
+                if turn:  # the first start prepares the model
+                    rows.setdefault(name, []).append(found)
+    finally:
+        if arguments.before:
+            git("worktree", "remove", "--force", trees["before"])
+    for name, found in rows.items():
+        ready, memory, alone = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"everything off, {name:6} {ready:.3f} s to the first answer, {memory:.1f} MB, a lone prediction "
+              f"{alone:.1f} ms")
+    said(rows)
+
+
+def git(*arguments):
+    subprocess.run(["git", *map(str, arguments)], cwd=services.ROOT, check=True, capture_output=True)
+
+
+class Service:
+    """A service of a tree, stopped at the end of the block. seconds_to_ready: from its start to its first answer."""
+
+    def __init__(self, variables, folder, tree=services.ROOT):
+        self.port = services.free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        started = time.perf_counter()
+        with open(folder / "service.log", "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=tree, stdout=log, stderr=log,
+                start_new_session=True, env=services.environment({
+                    **variables, "HOST": "127.0.0.1", "PORT": str(self.port), "DRAIN_SECONDS": "0",
+                    "PYTHONPATH": str(tree)}))
+        until = time.monotonic() + services.READY_WITHIN_S
+        while not self.answers():
+            if time.monotonic() > until or self.process.poll() is not None:
+                self.stop()
+                raise RuntimeError(f"the service did not become ready: {(folder / 'service.log').read_text()[-2000:]}")
+            time.sleep(0.01)
+        self.seconds_to_ready = time.perf_counter() - started
+
+    def answers(self):
+        try:
+            return requests.get(self.url + "/health", timeout=5).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def load(self, files, **how):
+        """bench.load's result on /predict."""
+        return call("bench.load", {"path": "/predict", "files": files, "port": self.port, "tolerance": 1e-3,
+                                   "expected": services.answers(self.port, files), **how})
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
 
 def measure(engine, count, folder, servers, files, pictures, number, rows):
     own = Path(tempfile.mkdtemp(dir=folder))
     variables = variables_of(engine, own, servers)
-    probe = {"path": "/predict", "files": files, "expected": None, "tolerance": None}
     with open(own / "workers.log", "w") as log:
         workers = Workers(count, variables, log)
-        service = None
         try:
-            port = services.free_port()
-            service = subprocess.Popen([sys.executable, "-m", "gunicorn", "app:create_app()"], cwd=services.ROOT,
-                                       stdout=log, stderr=log, start_new_session=True, env=services.environment(
-                                           {**variables, "HOST": "127.0.0.1", "PORT": str(port), "DRAIN_SECONDS": "0"}))
-            workers.wait_ready()
-            url = f"http://127.0.0.1:{port}"
-            wait_for(url)
-            probe["expected"] = services.answers(port, files)
-            done = jobs_per_second(url, workers, pictures, number)
-            predictions = call("bench.load", {**probe, "port": port, "connections": 8, "warm_s": 1, "seconds": 4,
-                                              "tolerance": 1e-3})["throughput"]
-            rows.setdefault((engine, count), []).append((*done, predictions))
+            with Service(variables, own) as service:
+                workers.wait_ready()
+                done = jobs_per_second(service.url, workers, pictures, number)
+                predictions = service.load(files, connections=8, warm_s=1, seconds=4)["throughput"]
         finally:
             workers.stop()
-            if service:
-                service.terminate()
-                service.wait(30)
-
-
-def wait_for(url):
-    until = time.monotonic() + services.READY_WITHIN_S
-    while time.monotonic() < until:
-        try:
-            if requests.get(url + "/health", timeout=5).status_code == 200:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.05)
-    raise RuntimeError("the service did not become ready")
+    rows.setdefault((engine, count), []).append((*done, predictions))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,13 @@ CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTION_SETS = {"avx2": "AVX2", "avx512f": "AVX-512F", "avx_vnni": "AVX_VNNI", "avx512_vnni": "AVX512_VNNI",
                     "avx512_bf16": "AVX512_BF16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16"}
 
+# Keeps OpenVINO and torch (both through oneDNN), torch's own kernels and MKL from using more than AVX2.
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def is_emulated():
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") == AVX2_ONLY["ONEDNN_MAX_CPU_ISA"]
+
 
 def processor(cpuinfo=CPUINFO):
     """{cpu: model name, cpu_family_model: such as 26/2, instruction_sets: those of INSTRUCTION_SETS that it has}."""
@@ -18,7 +25,8 @@ def processor(cpuinfo=CPUINFO):
     flags = fields.get("flags", "").split()
     return {"cpu": fields.get("model name", platform.machine()),
             "cpu_family_model": f"{fields.get('cpu family')}/{fields.get('model')}",
-            "instruction_sets": [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]}
+            "instruction_sets": [name for flag, name in INSTRUCTION_SETS.items()
+                                 if flag in flags and (flag == "avx2" or not is_emulated())]}
 
 
 def has_avx512(machine):
@@ -39,6 +47,8 @@ def machine():
     found = processor()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     described = f"family/model {found['cpu_family_model']}; {', '.join(found['instruction_sets'])}"
+    if is_emulated():
+        described += ", emulated: limited to AVX2"
     return {"name": f"{found['cpu']} ({described}), {usable_cores()} cores, {gib:.0f} GiB", **found,
             "cores": usable_cores(), "kernel": platform.release(), "python": platform.python_version()}
 

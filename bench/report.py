@@ -190,7 +190,7 @@ def costs(quantization, precision):
 
 def targets(outcome):
     """The targets, each as {number, target, measured, verdict}: "met", "missed" or "not measured". Those that the
-    processor or the machine cannot have are left out."""
+    processor or the machine cannot have are left out, and with --only those that were not measured at all."""
     found, machine = [], outcome["machine"]
 
     def add(number, target, values, reached, digits=2):
@@ -261,5 +261,6 @@ def targets(outcome):
             {"": ratio(throughput(outcome, system, SMALL, share), best)}, at_least(wanted))
         add(7, f"the others refused at once (p95 ≤ {REFUSED_AT_ONCE_MS} ms)",
             {"ms": median(outcome, system, f"{SMALL} {share}", "refused_ms", "p95")}, at_most(REFUSED_AT_ONCE_MS), 0)
-    found.append({"number": "8", "target": "on a GPU", "measured": "no GPU", "verdict": NOT_JUDGED})
-    return found
+    if outcome.get("only"):
+        return [target for target in found if target["measured"] != NOT_JUDGED]
+    return [*found, {"number": "8", "target": "on a GPU", "measured": "no GPU", "verdict": NOT_JUDGED}]

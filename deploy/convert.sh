@@ -4,6 +4,10 @@ set -eu
 for engine; do
     DEVICE=cpu ENGINE=$engine /opt/venv/bin/python -m app prepare
 done
+# int8 that was made on a processor with VNNI cannot be served on one without, where PRECISION=auto then serves fp32.
+if grep -qs '"vnni": true' models/bundles/*/manifest.json && grep -qs '"chosen": "int8"' models/bundles/*/manifest.json; then
+    DEVICE=cpu ENGINE=openvino PRECISION=fp32 /opt/venv/bin/python -m app prepare
+fi
 rm -rf models/weights
 chmod -R g=u models
 mkdir /kept

@@ -60,7 +60,7 @@ class Program:
         environment = {name: value for name, value in os.environ.items() if name not in OTHERS}
         environment = {"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(ROOT / "models"), **environment,
                        "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder), **self.variables}
-        with open(log_path, "w") as log:
+        with open(log_path, "w") as log, later_interrupt():
             # In the folder, so that no .env is read; in a session of its own, so that Ctrl-C is for this script alone.
             self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                             cwd=self.folder, env=environment, user=self.user, start_new_session=True)
@@ -79,6 +79,19 @@ class Program:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
         self.process.wait()
+
+
+@contextlib.contextmanager
+def later_interrupt():
+    """Ctrl-C takes effect at the end of the block: in the middle of Popen, nobody would know what it has started."""
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def program(name):

@@ -36,7 +36,7 @@ PHOTOS = Path(skimage.__file__).parent / "data"
 
 # What takes longest, or waits longest, begins first, so that no process is left alone with it at the end.
 FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reload.py", "api/test_page.py",
-         "api/test_page_results.py", "test_clients.py", "test_cli.py", "server/test_start.py", "test_smoke.py",
+         "test_clients.py", "test_cli.py", "server/test_start.py", "test_smoke.py",
          "history/test_history_service.py", "api/test_openapi.py", "tracing/test_tracing.py", "tasks/test_insight.py",
          "open_inference/test_clients_v2.py", "api/test_stream.py", "tasks/test_answers.py",
          "engine/test_engines.py", "jobs/test_api.py", "server/test_service.py", "data/test_database.py",
@@ -45,7 +45,7 @@ FIRST = ["server/test_reliability.py", "jobs/test_worker.py", "server/test_reloa
          "server/test_versions.py",
          "test_model_repository.py", "prepare/test_networks.py", "media/test_faces.py",
          "media/test_codecs.py", "test_bench_load.py", "prepare/test_download.py", "api/test_docs.py"]
-SLOW = ["examples/test_iris.py", "examples/test_speech.py"]
+SLOW = ["api/test_page_results.py", "examples/test_iris.py", "examples/test_speech.py"]
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -60,11 +60,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path, len(FIRST)))
 
 
+gc.disable()  # until all modules of tests are imported, as nearly all that they make stays
+
+
 def pytest_collection_finish():
     """What the tests' modules have imported stays: the service's own garbage collections, each of which would take half
     a second here, need not look through it."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def documentation():
@@ -79,11 +82,13 @@ def photo(name):
         return image
 
 
+# Of encoders that take several times as long by default.
+FAST = {"PNG": {"compress_level": 1}, "AVIF": {"speed": 10}, "HEIF": {"enc_params": {"preset": "ultrafast"}}}
+
+
 def encoded(image, format="PNG", **options):
     """A PIL image as a file's bytes. HEIF does not become known to Pillow by this: that is the service's own task."""
-    buffer = io.BytesIO()
-    if format == "PNG":
-        options = {"compress_level": 1, **options}  # a third of the time
+    buffer, options = io.BytesIO(), {**FAST.get(format, {}), **options}
     if format == "HEIF":
         pillow_heif.from_pillow(image).save(buffer, **options)
     else:

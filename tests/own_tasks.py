@@ -88,6 +88,21 @@ class Length(OwnTask):
         return f"{options['prefix']} {seconds}"
 
 
+class Voices(OwnTask):
+    """Has an option that only loading it makes."""
+    takes = "text"
+    options = (integer("times", 1, 9, default=1),)
+
+    def load(self):
+        self.options += (choice("voice", ("joe", "ann"), default="joe"),)
+
+    def decode(self, value, options):
+        return f"{options['voice']}: {value * options['times']}"
+
+    def predict(self, batch):
+        return batch
+
+
 class Members(OwnTask):
     """Says which members its input has: all of the body but the options."""
     takes = "json"

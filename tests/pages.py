@@ -28,7 +28,8 @@ def start_chromium(folder):
                  "disable-background-networking", "disable-component-update", f"user-data-dir={folder}",
                  "use-fake-ui-for-media-stream", "use-fake-device-for-media-stream", "disable-dev-shm-usage",
                  "hide-scrollbars", f"use-file-for-fake-video-capture={folder / 'camera.mjpeg'}",
-                 f"host-resolver-rules=MAP {INSECURE_HOST} 127.0.0.1"):
+                 f"host-resolver-rules=MAP {INSECURE_HOST} 127.0.0.1",
+                 "app=data:,"):  # a window without tabs and an address bar, which take a quarter of a page's time
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     options.add_experimental_option("perfLoggingPrefs", {"enableNetwork": True, "enablePage": False})

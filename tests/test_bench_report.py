@@ -1,8 +1,9 @@
 """The benchmark's report: targets by processor, what was disturbed, what was not measured."""
 import pytest
 
+from app.prepare.bundles import has_vnni
 from bench import report
-from bench.machine import cpu_s, has_avx512, has_bf16, has_low_precision, processor
+from bench.machine import cpu_s, has_avx512, has_bf16, has_low_precision, machine, processor
 
 ZEN_3 = "fpu sse4_2 avx avx2 fma"
 ZEN_5 = ZEN_3 + " avx512f avx512vl avx512_vnni avx512_bf16"
@@ -43,6 +44,13 @@ def test_the_processor_is_named_with_the_instruction_sets_that_matter(tmp_path):
     assert found["instruction_sets"] == ["AVX2", "AVX-512F", "AVX512_VNNI", "AVX512_BF16"]
 
 
+def test_an_emulated_processor_has_avx2_alone_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine_with(tmp_path, ZEN_5)["instruction_sets"] == ["AVX2"]
+    assert "emulated: limited to AVX2" in machine()["name"]
+    assert not has_vnni()
+
+
 @pytest.mark.parametrize(("flags", "avx512", "bf16", "low_precision"), [
     (ZEN_3, False, False, False), (ALDER_LAKE, False, False, True), (ZEN_3 + " avx512f", True, False, False),
     (ZEN_5, True, True, True), (ZEN_3 + " amx_tile amx_bf16 amx_int8", False, True, True)])
@@ -71,6 +79,13 @@ def test_a_target_is_met_or_missed_by_its_ratio(tmp_path, served, verdict):
     outcome = outcome_of(machine_with(tmp_path, ZEN_5), {"this fp32": served, "litserve torch": 10})
     assert verdicts(outcome, "≥ 2 × LitServe + torch, fp32") == [verdict, verdict]
     assert set(verdicts(outcome, "≥ 1.3 × each alternative with OpenVINO")) == {"not measured"}
+
+
+def test_with_only_some_systems_only_what_was_measured_is_listed(tmp_path):
+    measured = {"this int8": 30, "limit int8": 31}
+    outcome = outcome_of(machine_with(tmp_path, ZEN_5), measured, only=list(measured))
+    assert [(target["target"], target["verdict"]) for target in report.targets(outcome)] == [
+        ("≥ 0.95 × limit, c=8, int8", "met"), ("≥ 0.90 × limit, c=8, int8, 4000x3000", "met")]
 
 
 def test_the_strongest_alternative_decides(tmp_path):

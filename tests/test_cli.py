@@ -174,6 +174,20 @@ def test_csv_of_a_classifier_cannot_be_taken_for_formulas(run, tmp_path, monkeyp
     assert [output.safe_text(text) for text in ("=1", "+1", "-1", "@x", "a-b")] == ["'=1", "'+1", "'-1", "'@x", "a-b"]
 
 
+def test_control_characters_of_names_do_not_reach_the_terminal(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lite0, name = {"MODEL_NAME": "efficientnet_lite0", "MODEL_PATH": "", "TOP_K": "1"}, "a\x1b[31m\n\u202e.jpg"
+    (tmp_path / name).write_bytes(encoded(photo("coffee"), "JPEG"))
+    code, out, err = run("predict", name, "b\x1b[2J.jpg", **lite0)
+    assert (code, [line.split("  ")[0].strip() for line in out.splitlines()]) == (1, ["file", r"a\x1b[31m\n\u202e.jpg"])
+    assert r"b\x1b[2J.jpg: MISSING_FILE: " in err
+    assert "\x1b" not in out + err
+    assert json.loads(run("predict", name, "--json", **lite0)[1])["file"] == name  # these are exact
+    assert rows_of(run("predict", name, "--csv", **lite0)[1])[0]["file"] == name
+    code, out, err = run("predict", "none\x1b", "-o", "no\x1b/x", **lite0)
+    assert (code, err) == (1, "error: no\\x1b/x cannot be written: No such file or directory\n")
+
+
 def test_output_goes_to_a_file_in_the_format_of_its_name(run, folder, tmp_path):
     picture, old = folder / "astronaut.png", tmp_path / "old.csv"
     old.write_text("an older, longer text\n" * 100)
@@ -300,6 +314,18 @@ def test_wrong_labels_are_refused_in_one_line(run, folder, tmp_path, text, messa
     (["--frames", "99"], "frames must be an integer from 1 to 32, got 99")])
 def test_bad_options_are_refused_in_one_line(run, folder, arguments, message):
     assert run("predict", folder, *arguments) == (1, "", f"error: {message}\n")
+
+
+def test_options_that_a_class_makes_when_it_is_loaded(run, tmp_path, capsys):
+    (tmp_path / "hi.txt").write_text("hi")
+    own = {"MODEL_NAME": "own_tasks:Voices", "MODEL_PATH": ""}
+    code, out, _ = run("predict", "--voice", "ann", tmp_path / "hi.txt", "--times", "2", **own)
+    assert (code, out.split()[-2:]) == (0, ['"ann:', 'hihi"'])
+    assert run("predict", tmp_path / "hi.txt", "--voice", "bob", **own)[2] == (
+        "error: voice must be one of joe, ann, got bob\n")
+    with pytest.raises(SystemExit):
+        run("predict", tmp_path / "hi.txt", "--vioce", "ann", **own)
+    assert "unrecognized arguments: --vioce ann; did you mean --voice?" in capsys.readouterr().err
 
 
 def test_empty_folder_and_missing_checkpoint(run, tmp_path):

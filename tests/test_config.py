@@ -174,6 +174,26 @@ def test_what_is_set_wins_over_the_defaults_of_make_run(tmp_path, env_file, envi
     assert done.stdout.splitlines()[-1] == f"{log_format} {fallback}"
 
 
+@pytest.mark.parametrize(("origin", "code"), [("argument", 2), ("environment", 0), ("same", 0)])
+def test_another_python_than_that_of_the_environment_is_refused(tmp_path, origin, code):
+    for name in ("Makefile", "app"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/installed").touch()
+    for name, says in ((".venv/bin/python", "3.11"), (".venv/bin/gunicorn", "served"), ("another", "3.99")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {says}\n")
+        (tmp_path / name).chmod(0o755)
+    python = str(tmp_path / (".venv/bin/python" if origin == "same" else "another"))
+    others = {k: v for k, v in os.environ.items() if k not in (*NAMES, "MAKEFLAGS", "MAKELEVEL", "PYTHON")}
+    done = subprocess.run([need("make"), "run", *[f"PYTHON={python}"] * (origin != "environment")], cwd=tmp_path,
+                          env=others | ({"PYTHON": python} if origin == "environment" else {}), capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, "served" in done.stdout) == (code, not code)
+    assert done.stderr.splitlines()[:1] == (
+        [f".venv has Python 3.11: to use {python}, remove it first (rm -r .venv)"] if code else [])
+
+
 def test_service_defaults_may_hold_white_space(monkeypatch, tmp_path):
     """As an image has them that is built with PREPROCESSING."""
     monkeypatch.setenv("SERVICE_DEFAULTS", "LABELS_PATH=/my labels.txt MODEL_PATH= PREPROCESSING=resize=256 crop=224 "
@@ -249,10 +269,30 @@ def test_the_file_may_set_what_is_for_other_programs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "meant"), [
     ("API_KEY", "API_KEYS"), ("MODLE_NAME", "MODEL_NAME"), ("TOPK", "TOP_K"), ("PORTS", "PORT"),
     ("LOGLEVEL", "LOG_LEVEL"), ("cache_url", "CACHE_URL"), ("CACHE_URI", "CACHE_URL"), ("DATABASE_UR", "DATABASE_URL"),
-    ("WORKER", "WORKERS"), ("OTEL_TRACE_EXPORTER", "OTEL_TRACES_EXPORTER"), ("CATS__TOPK", "CATS__TOP_K")])
+    ("WORKER", "WORKERS"), ("OTEL_TRACE_EXPORTER", "OTEL_TRACES_EXPORTER"), ("CATS__TOPK", "CATS__TOP_K"),
+    ("CORS", "CORS_ORIGINS"), ("MODEL", "MODEL_NAME"), ("CAT__TOP_K", "CATS__TOP_K")])
 def test_a_variable_that_is_nearly_a_setting_is_noticed(name, meant):
     assert setting_names.misspelt({"MODELS": "cats=resnet18", name: "1"}) == [
         f"{name} in the environment is not a setting; did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("MODEL", "MODEL_NAME"), ("MODELNAME", "MODEL_NAME"), ("WORKER", "WORKERS"), ("GPU", "DEVICE"), ("TOPK", "TOP_K"),
+    ("MAXSIZE", "MAX_FILE_SIZE"), ("MAX_SIZE", "MAX_FILE_SIZE"), ("LOGLEVEL", "LOG_LEVEL"), ("LOG", "LOG_LEVEL"),
+    ("APIKEY", "API_KEYS"), ("KEY", "API_KEYS"), ("PORTS", "PORT"), ("TIMEOUT", "REQUEST_TIMEOUT"),
+    ("CORS", "CORS_ORIGINS"), ("ORIGINS", "CORS_ORIGINS"), ("CORE", "CORES"), ("CACHE", "CACHE_URL"),
+    ("RATE_LIMITS", "RATE_LIMIT"), ("LABELS", "LABELS_PATH"), ("WEIGHTS", "MODEL_PATH"),
+    ("BATCH_SIZE", "MAX_BATCH_SIZE"), ("QUEUE", "MAX_QUEUE"), ("FALLBACK", "MODEL_FALLBACK"), ("DB_URL", None),
+    ("DATABASE", "DATABASE_URL"), ("PRECISON", "PRECISION"), ("PROXIES", "TRUSTED_PROXIES"), ("JOB", "JOBS"),
+    ("MODELS_DIR", "MODEL_DIR"), ("MY_OWN", None)])
+def test_what_was_probably_meant(name, meant):
+    assert setting_names.likeliest(name, NAMES) == meant
+
+
+def test_a_variable_for_no_model_is_noticed():
+    assert setting_names.misspelt({"MODELS": "cats=resnet18", "DOGS__TOP_K": "1", "AIRFLOW__CORE__X": "1"}) == [
+        "DOGS__TOP_K in the environment is not used: no model in MODELS is called so"]
+    assert setting_names.misspelt({"DOGS__TOP_K": "1"}) == []
 
 
 def test_nothing_is_noticed_in_the_environments_of_shells_and_pods():

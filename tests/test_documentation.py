@@ -11,6 +11,7 @@ from conftest import ROOT
 from app import create_app
 from app.config import Settings
 from app.history import recorder
+from app.jobs import metrics as jobs_metrics
 from app.server import counters
 from bench import report
 
@@ -87,7 +88,7 @@ def test_every_endpoint_is_documented(everything):
 
 def error_codes():
     """What the code calls its errors: {code: a place that has it}. Found are calls and pairs that have a status next to
-    a name in capitals, `Refused("…")`, `{"error": "…"}` and the lists of openapi.py."""
+    a name in capitals, `Refused("…")`, `{"error": "…"}` and the lists of openapi_answers.py."""
     found = {}
     for path in sorted((ROOT / "app").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -101,7 +102,7 @@ def error_codes():
             elif isinstance(node, ast.Dict):
                 values = [value for key, value in zip(node.keys, node.values, strict=True)
                           if getattr(key, "value", None) == "error"]
-            elif isinstance(node, ast.List) and path.name == "openapi.py":
+            elif isinstance(node, ast.List) and path.name in ("openapi.py", "openapi_answers.py"):
                 values = [one for one in node.elts if "_" in str(getattr(one, "value", ""))]
             for value in values:
                 text = getattr(value, "value", None)
@@ -150,7 +151,7 @@ def test_every_make_target_that_is_named_exists():
 def test_metrics_that_are_named_exist():
     named = set(re.findall(r"model_server_(\w+)", ALL))
     assert len(named) > 15
-    measures = counters.MEASURES | recorder.MEASURES
+    measures = counters.MEASURES | recorder.MEASURES | jobs_metrics.OF_THE_SERVICE
     known = {name + "_total" if measure.kind == "counter" else name for name, measure in measures.items()}
     assert named - known == set()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, need
 
+from deploy import jobs_demo
+
 SERVERS = ("redis-server", "initdb", "postgres")
 
 pytestmark = pytest.mark.slow  # make test-deploy
@@ -90,6 +92,21 @@ def test_interrupted_demo_leaves_nothing_behind(start_demo, folder):
     out, errors = demo.communicate(timeout=60)
     assert (demo.returncode, errors) == (130, ""), out + errors
     assert left_behind(folder) == []
+
+
+def test_interrupt_that_meets_the_start_of_a_program_leaves_it_to_be_stopped(tmp_path, monkeypatch):
+    start = subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        process = start(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return process
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    program = jobs_demo.Program(tmp_path, "sleep", ["sleep", "60"])
+    with pytest.raises(KeyboardInterrupt):
+        program.start(lambda: True)
+    program.stop()
+    assert program.process.returncode == -signal.SIGTERM
 
 
 def test_demo_says_which_server_is_missing(start_demo, folder, tmp_path):

@@ -16,7 +16,7 @@ from conftest import ROOT, Service
 from own_tasks import Length, Sum
 from servers import free_port
 
-from app import create_app, smoke
+from app import create_app, healthcheck, smoke
 from app.config import Settings
 
 NAMES = ["health", "info", "predict", "again", "error", "metrics", "docs", "v2"]
@@ -39,6 +39,7 @@ def smoked(command):
         *lines, last = out.splitlines()
         found = [re.fullmatch(r"(ok|FAILED|skipped) +(\w+) +\d+ ms  (.+)", line).groups() for line in lines]
         return code, {name: (result, said) for result, name, said in found}, last
+    call.command = command
     return call
 
 
@@ -80,6 +81,18 @@ def test_smoke_of_models_of_ones_own(cls, says, smoked):
     assert (code, {result for result, _ in found.values()}) == (0, {"ok"}), found
     assert list(found) == NAMES
     assert found["predict"][1] == "a model of one's own has answered"
+
+
+def test_smoke_asks_each_of_several_models(model_dir, app, smoked):
+    settings = Settings.parse({"MODELS": "lite@1=efficientnet_lite0,lite@2=own_tasks:Length,sum=own_tasks:Sum",
+                               "DEVICE": "cpu", "MODEL_DIR": str(model_dir)})
+    with served(create_app(settings)) as url:
+        code, out, _ = smoked.command(["smoke", url], {})
+    *lines, last = out.splitlines()
+    assert (code, {line.split()[0] for line in lines}, len(lines)) == (0, {"ok"}, 23), out
+    for name in ("lite@1", "lite@2", "sum"):
+        assert [line.split()[1] for line in lines if f" ms  {name}: " in line] == [*smoke.OF_MODEL]
+    assert last.startswith("23 ok, 0 FAILED, ")
 
 
 def test_smoke_of_ocean_behind_keys(ocean_settings, ocean_app, smoked):
@@ -169,6 +182,22 @@ def test_health_is_that_of_the_settings_and_no_proxy_is_used(service, tmp_path):
         assert run("health", HOST=host, PORT="1")[1].startswith(f"no answer from http://{named}:1: ")
     assert run("health", PORT="x") == (1, "no answer from http://127.0.0.1:x: expected http://HOST:PORT, "
                                           "https://HOST:PORT or unix:PATH\n", "")
+
+
+@pytest.mark.parametrize("body", [b"<html>It works!</html>", b'{"status": "ok"}', b'{"status": "healthy"}', b""])
+def test_health_of_another_program(body):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + body)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        text, code = healthcheck.ask(url)
+        thread.join()
+    assert (code, text) == (1, f"what answers at {url} is not this service: {body.decode() or 'HTTP/1.1 200 OK'}")
 
 
 def test_health_of_a_service_whose_answer_never_ends():

@@ -26,8 +26,9 @@ def register(app, settings):
         from flask_cors import CORS
         CORS(app, origins=list(settings.cors_origins), send_wildcard="*" in settings.cors_origins,
              methods=["GET", "HEAD", "POST", "PUT", "DELETE"], max_age=600,
-             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Inference-Header-Content-Length",
-                            "X-API-Key", "X-Request-ID", "X-Request-Timeout", *filter(None, [settings.split_header])],
+             allow_headers=["Authorization", "Baggage", "Content-Encoding", "Content-Type", "Idempotency-Key",
+                            "Inference-Header-Content-Length", "Traceparent", "Tracestate", "X-API-Key", "X-Request-ID",
+                            "X-Request-Timeout", *filter(None, [settings.split_header])],
              expose_headers=["Idempotent-Replayed", "Inference-Header-Content-Length", "Location", "Retry-After",
                              "Server-Timing", "X-Cache", "X-Model", "X-Request-ID"])
     if settings.api_keys or settings.rate_limit:

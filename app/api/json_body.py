@@ -76,7 +76,7 @@ def url_of(value):
 def not_fetched():
     if current_app.extensions["fetch"] is None:
         return uploads.missing_file("inputs by URL are off in this service, INPUT_URLS turns them on; send the file")
-    return uploads.missing_file("with inputs by URL, a body may have at most 256 KiB")
+    return uploads.missing_file("this path does not fetch inputs by URL; send the file")
 
 
 def instances(value, of):

@@ -2,7 +2,7 @@
 import itertools
 import platform
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, current_app, request
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -21,7 +21,8 @@ bp = Blueprint("metrics", __name__)
 def metrics():
     encode, content_type = choose_encoder(request.headers.get("Accept"))
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Sums())
+    for collector in (Sums(), *current_app.extensions.get("collectors", ())):
+        registry.register(collector)
     return Response(encode(registry), content_type=content_type)
 
 
@@ -55,9 +56,8 @@ class Sums:
         sums = {name: {labels: [MEASURES[name].join(column) for column in zip(*rows, strict=True)]
                        for labels, rows in by_labels.items()} for name, by_labels in found.items()}
         sums["info"] = {(VERSION, platform.python_version()): [1.0]}
-        sums["draining"] = {(): [float(board.is_draining())]}
-        sums["workers_ready"] = {(): [float(counters.ready_workers())]}
-        return sums
+        ready = float(counters.ready_workers())
+        return sums | {"draining": {(): [float(board.is_draining())]}, "workers_ready": {(): [ready]}}
 
 
 def cumulative(buckets, values):

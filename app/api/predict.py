@@ -1,4 +1,5 @@
 """POST /predict and /models/NAME/predict: one input, one answer; and the way to batches."""
+import contextlib
 import operator
 import select
 
@@ -20,22 +21,21 @@ def predict(name=None):
     loader.slots.check_room()  # before the body is read
 
     def read(option, model):
-        with g.stages("read"):
-            g.model = model
-            upload = uploads.one_file(model.task, settings)
-            chosen = options.read(option, model.task)
-            return upload.filename, upload.read(settings), chosen, Call(deadline, g.stages, upload.field)
+        g.model = model
+        upload, chosen = uploads.one_file(model.task, settings), options.read(option, model.task)
+        return upload.filename, upload.read(settings), chosen, Call(deadline, g.stages, upload.field)
 
     def in_slot(call):
         return loader.slots.run(call, deadline, g.stages, client_is_there)
 
     def answer(run):
-        with g.stages("read"):
-            option = run(uploads.sent_options)
-        if options.STREAM.value(option, settings):
-            return None, None, None, option
-        with loader.lease(name or option("model"), client) as model:
-            filename, data, chosen, call = run(read, option, model)
+        with contextlib.ExitStack() as leased:
+            with g.stages("read"):
+                option = run(uploads.sent_options)
+                if options.STREAM.value(option, settings):
+                    return None, None, None, option
+                model = leased.enter_context(loader.lease(name or option("model"), client))
+                filename, data, chosen, call = run(read, option, model)
             if cache:
                 found, is_hit = cache.fetch(model, data, chosen, lambda: in_slot(
                     lambda: model.answer(data, chosen, call)), deadline, g.stages)

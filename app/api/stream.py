@@ -9,7 +9,7 @@ import itertools
 
 import gevent
 from flask import Response, current_app, g, json, request, stream_with_context
-from gevent.queue import Queue
+from gevent.queue import Empty, Queue
 
 from app.api import requests, uploads
 from app.api.batch import batch_of_files, outcome
@@ -23,6 +23,7 @@ from app.tasks import Call, options, videos
 from app.tasks.from_pictures import FromPictures
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect the events
+SILENT_S, SILENCE = 15, ":\n\n"  # after so long without an event, a comment: proxies end connections that seem idle
 LIVE = ("multipart/x-mixed-replace", "video/x-motion-jpeg")  # Content-Types of bodies that are answered as they arrive
 
 
@@ -159,7 +160,11 @@ def of_files(model, files, chosen, deadline, is_there):
             run_batch(slots, [functools.partial(one, i) for i in range(len(files))])
         audience.check()
     with audience:
-        for i, found in produced(work):
+        for one in produced(work):
+            if one is SILENCE:
+                yield one
+                continue
+            i, found = one
             is_error = isinstance(found, ServiceError)
             counters.count("batch_files", found.code if is_error else "")
             if is_error and len(files) == 1:
@@ -200,8 +205,8 @@ class Audience:
 
 def produced(work):
     """Yield what work(put) puts, which runs in a greenlet of its own: that never waits for who takes it, as how much it
-    is depends on the request alone. Raises what it raises."""
-    queue = Queue()
+    is depends on the request alone. After the first, also SILENCE. Raises what it raises."""
+    queue, within_s = Queue(), None
 
     def run():
         try:
@@ -211,9 +216,16 @@ def produced(work):
             queue.put(e)
     greenlet = gevent.spawn(contextvars.copy_context().run, run)
     try:
-        while (item := queue.get()) is not None:
+        while True:
+            try:
+                item = queue.get(timeout=within_s)
+            except Empty:
+                item = SILENCE
+            if item is None:
+                return
             if isinstance(item, Exception):
                 raise item
             yield item
+            within_s = SILENT_S
     finally:
         greenlet.kill(block=False)

@@ -51,7 +51,7 @@ class FormParser(FormDataParser):
         container = self.stream_factory(content_length, content_type, filename)
         container.write(memoryview(body)[head.end():-len(last)])
         container.seek(0)
-        stream.seek(0, io.SEEK_END)
+        stream.truncate(0)  # the file is in memory once
         return stream, self.cls(), self.cls([(name, FileStorage(container, filename, name, content_type))])
 
 
@@ -90,9 +90,10 @@ class Upload:
             data = json_body.from_base64(data, self.field)
         if not data:
             raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
-        kind, most = ("video", settings.max_video_size) if is_video(data) else ("file", settings.max_file_size)
-        if len(data) > most:
-            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {len(data)} bytes; at most {most} are allowed.")
+        kind, setting = ("video", "MAX_VIDEO_SIZE") if is_video(data) else ("file", "MAX_FILE_SIZE")
+        if len(data) > (most := getattr(settings, setting.lower())):
+            from app.sizes import too_many
+            raise ServiceError(413, "FILE_TOO_LARGE", f"The {kind} has {too_many(len(data), most, setting)}.")
         return data
 
 
@@ -185,12 +186,13 @@ def receive(most, deadline, bodies, key):
         return b""
     if declared is not None and declared > most:
         raise RequestEntityTooLarge
+    read = getattr(stream, "read1", None)  # see server/worker.py
     bodies.receiving[key] = gevent.getcurrent()
     try:
         with gevent.Timeout(max(0, deadline.remaining()), DeadlineExceeded("read")):
             while declared is None or body.tell() < declared:
-                most_now = min(PIECE, max(SMALL_PIECE, body.tell()))  # little of a dripped body is uncounted
-                piece = stream.read(most_now if declared is None else min(most_now, declared - body.tell()))
+                most_now = PIECE if read else min(PIECE, max(SMALL_PIECE, body.tell()))  # little is uncounted
+                piece = (read or stream.read)(most_now if declared is None else min(most_now, declared - body.tell()))
                 if not piece:
                     break
                 body.write(piece)

@@ -8,7 +8,8 @@ from flask import Response, current_app, request
 from app.api import json_body, uploads
 from app.errors import ServiceError, invalid_parameter
 from app.tasks import Task
-from app.tasks.own import Instances, is_unicode
+from app.tasks.own import Instances
+from app.tasks.own_inputs import is_unicode
 
 # --- inputs ---
 
@@ -110,7 +111,10 @@ def option_file(name, sent):
         return None
     if not request.is_json and not hasattr(sent[0], "stream"):
         raise invalid_parameter(name, f"a file: with curl, -F {name}=@file", "text")
-    return sent[0].stream.getvalue() if hasattr(sent[0], "stream") else json_body.from_base64(sent[0], name, None)
+    if hasattr(sent[0], "stream"):
+        return sent[0].stream.getvalue()
+    content = json_body.upload(sent[0], name).content
+    return content if isinstance(content, bytes) else json_body.from_base64(content, name, None)
 
 
 # --- answers ---

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import sqlalchemy
-from sqlalchemy import event
+from sqlalchemy import event, select
 
-from app.data.schema import REVISION
+from app.data.schema import REVISION, service
 
 CONNECT_WITHIN_S = 2
 STATEMENT_WITHIN_S = 3    # less than background.py waits, so that the reason is known
@@ -44,7 +44,7 @@ class Database:
         self.engine = sqlalchemy.create_engine(
             self.url, connect_args=arguments, pool_size=POOL, max_overflow=0, pool_timeout=CONNECT_WITHIN_S,
             hide_parameters=True, **of_backend)
-        self.current, self.lock = False, threading.Lock()
+        self.current, self.lock, self.known_name = False, threading.Lock(), None
         if self.is_sqlite:
             event.listen(self.engine, "connect", connected)
             event.listen(self.engine, "begin", begin)
@@ -69,6 +69,13 @@ class Database:
                 return
             with statements_end(connection):
                 yield connection
+
+    def name(self):
+        """By which what belongs to this database is told from that of others."""
+        if self.known_name is None:
+            with self.read() as connection:
+                self.known_name = connection.execute(select(service.c.id)).scalar_one()
+        return self.known_name
 
     # --- migrations ---
 

@@ -16,11 +16,10 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0002"  # of the last migration
+REVISION = "0004"  # of the last migration
 
 metadata = MetaData()
 BigNumber = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys by itself
-
 
 
 def host_of_url(context):
@@ -36,6 +35,7 @@ jobs = Table(
     Column("owner", String(64), nullable=False),           # SHA-256 of the key that asked; "" without keys
     Column("state", String(10), nullable=False),           # queued, running, succeeded, failed, cancelled
     Column("queue", String(10), nullable=False),           # short, long
+    Column("turn", BigNumber, nullable=False, server_default="0"),  # of its queue; the lowest one is next
     Column("request_id", String(128), nullable=False),
     Column("model", String(64), nullable=False),
     Column("version", String(32)),
@@ -69,6 +69,8 @@ jobs = Table(
     Index("jobs_by_time", "created_at", "id"),
     Index("jobs_unfinished", "state", "dispatched_at", postgresql_where=text("state IN ('queued', 'running')"),
           sqlite_where=text("state IN ('queued', 'running')")),
+    Index("jobs_in_turn", "queue", "turn", "created_at", postgresql_where=text("state = 'queued'"),
+          sqlite_where=text("state = 'queued'")),
     Index("jobs_expiry", "expires_at"),
 )
 
@@ -76,14 +78,29 @@ deliveries = Table(
     "deliveries", metadata,
     Column("id", String(32), primary_key=True),            # which receivers tell repeats by
     Column("job_id", String(32), nullable=False, index=True),
+    Column("owner", String(64), nullable=False, server_default=text("''")),  # as of jobs
     Column("url", Text, nullable=False),
     Column("host", String(255), nullable=False, default=host_of_url),
     Column("state", String(10), nullable=False),           # pending, delivered, failed
     Column("created_at", Double, nullable=False),
     Column("next_at", Double),                             # when it is due, or the lease of who is delivering it ends
     Column("attempts_json", Text, nullable=False),         # [{"at", "status" or null, "error" or null, "ms"}, …]
+    Column("bytes", BigNumber, nullable=False, server_default="0"),  # of the job's result
     Column("trace_json", Text),                            # as of jobs
     Index("deliveries_due", "state", "next_at", "host"),
+)
+
+service = Table(  # one row
+    "service", metadata,
+    Column("id", String(32), primary_key=True),            # of a UUID4: the name of all that share this database
+)
+
+workers = Table(
+    "workers", metadata,
+    Column("id", String(255), primary_key=True),           # INSTANCE/process ID
+    Column("seen_at", Double, nullable=False),
+    Column("queues_json", Text, nullable=False),           # ["short", …]: those from which it takes jobs
+    Column("models_json", Text, nullable=False),           # ["NAME" or "NAME@VERSION", …]
 )
 
 history = Table(

@@ -9,12 +9,46 @@ import shutil
 import time
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.config import StartError
+
 SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
 
 
-def Storage(url):
+def Storage(url, is_traced=False):
     """The storage behind STORAGE_URL: a folder's absolute path, or s3://bucket/prefix."""
-    return Bucket(url) if url.startswith("s3://") else Folder(url)
+    return Bucket(url, is_traced) if url.startswith("s3://") else Folder(url)
+
+
+class Own:
+    """What belongs to the services of one database in a storage that they may share with others: all keys are in a
+    folder of its name. So whatever is swept up there is theirs."""
+
+    def __init__(self, database, optional):
+        self.storage, self.database = Storage(optional.storage, optional.tracing), database
+
+    def inside(self, key):
+        try:
+            return f"jobs-{self.database.name()}/{key}"
+        except (SQLAlchemyError, StartError) as e:
+            raise OSError(f"{type(e).__name__}: {e}".splitlines()[0]) from e
+
+    def put(self, key, data):
+        self.storage.put(self.inside(key), data)
+
+    def get(self, key, most_bytes):
+        try:
+            return self.storage.get(self.inside(key), most_bytes)
+        except FileNotFoundError:  # of a job that a version without such folders has accepted
+            return self.storage.get(key, most_bytes)
+
+    def delete_all(self, prefix):
+        for key in (self.inside(prefix), prefix):  # the latter as in get
+            self.storage.delete_all(key)
+
+    def prefixes(self, older_than_s):
+        return self.storage.prefixes(self.inside("")[:-1], older_than_s)
 
 
 def checked(key):
@@ -61,12 +95,12 @@ class Folder:
             else:
                 path.unlink()
 
-    def prefixes(self, older_than_s):
-        """The first parts of all keys that nothing was added to for so many seconds."""
-        before, found = time.time() - older_than_s, []
-        if not self.path.is_dir():
+    def prefixes(self, folder, older_than_s):
+        """The next parts of all keys in a folder that nothing was added to for so many seconds."""
+        path, before, found = self.path / checked(folder), time.time() - older_than_s, []
+        if not path.is_dir():
             return found
-        for entry in os.scandir(self.path):
+        for entry in os.scandir(path):
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 if SEGMENT.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_mtime < before:
                     found.append(entry.name)
@@ -92,13 +126,13 @@ def sync(folder):
 class Bucket:
     """The same in S3."""
 
-    def __init__(self, url):
+    def __init__(self, url, is_traced):
         from app.outbound.event_loop import run
         from app.outbound.http import TooLarge
         from app.outbound.s3 import S3
         self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-        self.s3, self.run, self.too_large = S3(), run, TooLarge
+        self.s3, self.run, self.too_large = S3(is_traced), run, TooLarge
 
     def put(self, key, data):
         self.run(self.s3.put(self.bucket, self.prefix + checked(key), data))
@@ -114,9 +148,9 @@ class Bucket:
         ours = (self.prefix + prefix, self.prefix + prefix + "/")
         self.run(self.s3.delete(self.bucket, [key for key, _ in found if key == ours[0] or key.startswith(ours[1])]))
 
-    def prefixes(self, older_than_s):
-        newest = {}
-        for key, changed in self.run(self.s3.listed(self.bucket, self.prefix)):
-            first = key.removeprefix(self.prefix).partition("/")[0]
+    def prefixes(self, folder, older_than_s):
+        newest, start = {}, f"{self.prefix}{checked(folder)}/"
+        for key, changed in self.run(self.s3.listed(self.bucket, start)):
+            first = key.removeprefix(start).partition("/")[0]
             newest[first] = max(changed, newest.get(first, changed))
         return [first for first, changed in newest.items() if changed < time.time() - older_than_s]

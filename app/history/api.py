@@ -23,7 +23,7 @@ bp = Blueprint("history", __name__)
 MOST = 1000
 COLUMNS = ("time", "request_id", "position", "model", "version", "weights", "input_sha256", "class", "confidence",
            "milliseconds", "cached", "options", "predictions")
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # the wide ones mean the same in some
 AWAY = "The history cannot be read now; try again later."
 
 ENDPOINTS = {"/history": "GET the predictions that were made, newest first, as JSON or CSV",

@@ -1,5 +1,6 @@
 """What the OpenAPI document says of the history."""
-from app.api.openapi import EVERYWHERE, SECURITY, errors, header, query, ref, success
+from app.api.openapi_answers import EVERYWHERE, SECURITY, errors, header, ref, success
+from app.api.openapi_inputs import query
 from app.history.api import AWAY, COLUMNS, MOST
 
 TEXT, NUMBER, SOME = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}

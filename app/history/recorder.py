@@ -126,8 +126,13 @@ class Recorder:
             try:
                 self.write_batch()
             except (DataError, IntegrityError, ValueError) as e:  # what is refused now would be refused again
+                half = len(self.batch) // 2
+                if half:  # the others need not suffer from it
+                    self.rows.extendleft(reversed(self.batch[half:]))
+                    self.batch = self.batch[:half]
+                    continue
                 self.log("has lost predictions", e)
-                self.drop(len(self.batch))
+                self.drop(1)
             except (SQLAlchemyError, StartError, OSError) as e:
                 self.is_repeated = True
                 self.log("cannot be written now", e)

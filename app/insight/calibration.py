@@ -157,7 +157,7 @@ def golden_section(function, low, high):
 
 def check_number(count):
     if count < FEWEST:
-        raise CalibrationError(f"{count} labelled files are too few to calibrate with: at least {FEWEST} are needed, "
+        raise CalibrationError(f"too few labelled files to calibrate with: {count}; at least {FEWEST} are needed, "
                                f"as each of {FOLDS} parts is judged by the others; some hundreds are better")
 
 

@@ -45,7 +45,8 @@ class Observer:
                 arguments.report])):
             with replacing(path, only_try=True):
                 pass
-        self.answered, self.failures = [], []  # (path, predictions, label, Seen); (path, ServiceError)
+        # (path, predictions, label, Seen); (path, a ServiceError without the traceback, which keeps the file's bytes)
+        self.answered, self.failures = [], []
         self.counts, self.logits = [], None  # views per file; a file of (views, K) float32
         self.error = None  # a StartError, which the other results survive
 
@@ -59,7 +60,7 @@ class Observer:
 
     def add(self, path, answer, label):
         if isinstance(answer, ServiceError):
-            self.failures.append((path, answer))
+            self.failures.append((path, ServiceError(answer.status, answer.code, answer.message)))
             return
         outputs, scores = (answer["metadata"].pop(name) for name in ("outputs", "scores"))
         self.answered.append((path, answer["predictions"], label,
@@ -97,7 +98,8 @@ class Observer:
 
     def calibrated(self, fit):
         """The content of calibration.json."""
-        return {"temperature": round(fit.temperature, 6), "pictures": len(self.answered),
+        return {"temperature": round(fit.temperature, 6), "precision": self.task.engine.precision,
+                "pictures": len(self.answered),
                 "ece_before": round(fit.before.ece, 6), "ece_after": round(fit.after.ece, 6),
                 "nll_before": round(fit.before.nll, 6), "nll_after": round(fit.after.nll, 6),
                 "accuracy": round(float(fit.before.right.mean()), 6), "bins": calibration.BINS,

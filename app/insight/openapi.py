@@ -1,5 +1,5 @@
 """What the OpenAPI document says of /embed."""
-from app.api.openapi import OF_A_PREDICTION, SECURITY, errors, ref, success
+from app.api.openapi_answers import OF_A_PREDICTION, SECURITY, errors, ref, success
 
 OTHERS = ("top_k", "explain", "explain_class", "embedding", "stream")  # options of /predict
 TEXT, SOME = {"type": "string"}, {"type": "integer", "minimum": 0}

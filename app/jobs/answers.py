@@ -23,7 +23,8 @@ def job_body(row, deliveries):
 
 def callback(row, deliveries):
     last = deliveries[-1] if deliveries else None
-    return {"url": row["callback_url"], "state": last and last["state"],
+    return {"url": row["callback_url"], "id": last and last["id"], "state": last and last["state"],
+            "next_at": last and last["next_at"],
             "attempts": [with_reason(made) for made in json.loads(last["attempts_json"])] if last else []}
 
 

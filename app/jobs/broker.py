@@ -6,6 +6,7 @@ import os
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES
 from redis import Redis, RedisError
 
 QUEUES = ("short", "long")
@@ -25,6 +26,7 @@ class Broker:
             options = {"data_folder_in": str(self.folder), "data_folder_out": str(self.folder),
                        "control_folder": str(self.folder / "control"), "polling_interval": POLL_S}
             self.remove_damaged()
+            TRANSPORT_ALIASES["filesystem"] = "app.jobs.folder:Transport"
         else:
             options = {"socket_timeout": timeout_s, "socket_connect_timeout": PUBLISH_WITHIN_S,
                        "socket_keepalive": True, "health_check_interval": 10}

@@ -1,8 +1,10 @@
 """What the OpenAPI document says of jobs."""
 import copy
 
+from app import sizes
 from app.api.listing import LATEST_S
-from app.api.openapi import EVERYWHERE, SECURITY, errors, header, query, ref, success
+from app.api.openapi_answers import EVERYWHERE, SECURITY, errors, header, ref, success
+from app.api.openapi_inputs import query
 
 ID = {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}, "description": "The job's `id`."}
 KEY = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
@@ -59,8 +61,8 @@ def job_paths(paths, settings):
         common = {"parameters": [*further, *parameters], "responses": submitted}
         return {"post": {"summary": "Submit what /predict or /predict/batch takes, and get the result later",
                          "description": f"At most {settings.optional.max_job_files} files, together at most "
-                                        f"{settings.optional.max_job_size} bytes. Several files, or one in `files`, "
-                                        "are answered as by /predict/batch.",
+                                        f"{sizes.words(settings.optional.max_job_size)}. Several files, or one in "
+                                        "`files`, are answered as by /predict/batch.",
                          "operationId": name, **common, "requestBody": {"required": True, "content": form}},
                 "put": {"summary": "The same for a raw body", "operationId": f"{name}ByPut", **common,
                         "requestBody": {"required": True, "content": raw}}}
@@ -136,8 +138,8 @@ def signature(name, schema, description):
 WEBHOOK = {
     "summary": "What is posted to callback_url when a job has ended", "operationId": "jobEnded", "tags": ["Jobs"],
     "security": [],
-    "description": "Any status from 200 to 299 within 10 seconds accepts it; redirects are not followed. It may arrive "
-                   "twice, with the same id.",
+    "description": "Any status from 200 to 299 within 10 seconds accepts it; redirects are not followed. 410 ends "
+                   "the attempts, Retry-After delays the next one. It may arrive twice, with the same id.",
     "parameters": [
         signature("Webhook-Id", {"type": "string"}, "The message's `id`."),
         signature("Webhook-Timestamp", {"type": "string", "pattern": "^[0-9]+$"}, "When it was sent, in Unix seconds."),
@@ -161,8 +163,11 @@ def schemas(existing, most):
     attempt = record({"at": number, "status": {"type": ["integer", "null"]}, "error": {"type": ["string", "null"]},
                       "ms": number})
     attempt["properties"]["error"]["description"] = "Why no answer accepted it, if its status does not say so."
-    callback = record({"url": text, "state": {"enum": ["pending", "delivered", "failed", None],
-                                              "description": "null until the job has ended."},
+    callback = record({"url": text, "id": {"type": ["string", "null"], "description":
+                                                   "The message's Webhook-Id; null until the job has ended."},
+                       "state": {"enum": ["pending", "delivered", "failed", None],
+                                 "description": "null until the job has ended."},
+                       "next_at": {**number_or_null, "description": "When the next attempt is due, while pending."},
                        "attempts": {"type": "array", "items": attempt}})
     several = copy.deepcopy(existing["BatchAnswer"])
     several["properties"]["results"]["maxItems"] = most
@@ -182,14 +187,16 @@ def schemas(existing, most):
         "callback": {"anyOf": [callback, {"type": "null"}]}, "error": {"anyOf": [error, {"type": "null"}]}}
     result = {"description": "What /predict or /predict/batch would have answered.",
               "anyOf": [{"type": "null"}, ref("Answer"), several, none_answered]}
-    version = {"version": {**text, "description": "If the model has several."}}
+    further = {"version": {**text, "description": "If the model has several."},
+               "warning": {**text, "description": "While it is queued, if no worker is there that could run it."}}
     example = {
         "status": "success", "id": EXAMPLE_ID, "state": "queued", "url": f"/jobs/{EXAMPLE_ID}",
         "request_id": "0f4b3c1e-6d1a-4b5e-9d59-3f2c8a7e6b10", "model": "resnet50",
         "queue": "short", "created_at": 1767225600.5, "started_at": None, "ended_at": None, "expires_at": None,
         "attempts": 0, "cancel_requested": False, "progress": {"done": 0, "total": 1, "unit": "files"},
         "callback": None, "error": None, "result": None}
-    return {"Job": {**record({**listed, "result": result}, version), "example": example},
-            "ListedJob": record(listed, version),
+    return {"Job": {**record({**listed, "result": result}, further), "example": example},
+            "ListedJob": record(listed, further),
             "Jobs": record({"status": {"const": "success"}, "jobs": {"type": "array", "items": ref("ListedJob")},
+                            "workers": {**some, "description": "How many processes of workers are there."},
                             "next": {"type": ["string", "null"], "description": "`after` of the next page."}})}

@@ -6,12 +6,30 @@ may be something to do, so that a lost one is sent again and a repeated one does
       └─── worker lost ──┘      at the third loss: failed with WORKER_LOST
 
 Every step is one conditional UPDATE, so that of several processes that try it, one succeeds. All functions block.
+
+Owners take turns: a job's turn comes as many after that of its owner's last one as that has files or frames, but not
+before that of the job that is next when it is submitted, or of the one begun last if none waits. So whoever submits a
+thousand delays others by one.
 """
+import contextlib
 import json
 import time
 import uuid
 
-from sqlalchemy import and_, delete, exists, func, insert, or_, select, tuple_, union_all, update
+from sqlalchemy import (
+    and_,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    not_,
+    or_,
+    select,
+    tuple_,
+    union_all,
+    update,
+)
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.config import StartError
@@ -31,10 +49,15 @@ STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input coul
 AWAY = (SQLAlchemyError, OSError, StartError)  # what a database that is away raises, or one with newer tables
 
 UNFINISHED = ("queued", "running")
+QUEUED, RUNNING = literal_column("'queued'"), literal_column("'running'")  # partial indexes are for constants
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json",
                                                                  "trace_json")]
 
 AGAIN = {"state": "queued", "lease_until": None, "done": 0}  # its number stays: it cannot end the next one
+
+
+class Uncertain(OSError):
+    """The database went away while it was to commit: nobody knows whether it did."""
 
 
 class Lost(Exception):
@@ -47,6 +70,19 @@ class Store:
 
     # --- for the API ---
 
+    @contextlib.contextmanager
+    def committed(self):
+        """A connection in a transaction. Raises Uncertain if the database went away in its commit."""
+        is_complete = False
+        try:
+            with self.database.begin() as connection:
+                yield connection
+                is_complete = True
+        except AWAY as e:
+            if is_complete:
+                raise Uncertain(first_line(e)) from e
+            raise
+
     def find_idempotent(self, owner, key):
         """The row of the job that this client has sent with this Idempotency-Key, or None."""
         with self.database.read() as connection:
@@ -54,14 +90,15 @@ class Store:
 
     def add(self, row):
         """(row as stored, True), or, if another request with the same key came first, (its row, False). The caller
-        publishes the job next. Raises ServiceError OVERLOADED if there are too many unfinished jobs."""
+        publishes the job next. Raises ServiceError OVERLOADED if there are too many unfinished jobs; Uncertain."""
         try:
-            with self.database.begin() as connection:
-                self.check_room(connection, row["owner"], row["input_bytes"])
-                now = clock(connection)
+            with self.committed() as connection:
+                add_alone(connection, row["owner"])
+                mine = self.check_room(connection, row["owner"], row["input_bytes"])
+                turn, now = max(turn_now(connection, row["queue"]), mine.get(row["queue"], 0)), clock(connection)
                 stored = connection.execute(insert(jobs).values(
-                    **row, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0, losses=0, done=0,
-                    cancel_requested=False).returning(*jobs.columns)).mappings().one()
+                    **row, turn=turn, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0,
+                    losses=0, done=0, cancel_requested=False).returning(*jobs.columns)).mappings().one()
                 return dict(stored), True
         except IntegrityError:
             earlier = row["idempotency_key"] and self.find_idempotent(row["owner"], row["idempotency_key"])
@@ -75,18 +112,17 @@ class Store:
             self.check_room(connection, owner, size)
 
     def check_room(self, connection, owner, size):
-        """With keys, each may use half of what there is at most, so that none can keep the others out."""
-        columns = (func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0))
-        unfinished = jobs.c.state.in_(UNFINISHED)
-        found = [(1, "", connection.execute(select(*columns).where(unfinished)).one())]
+        """{queue: the turn after the owner's last job}. With keys, each may use half of what there is at most, so that
+        none can keep the others out. Raises ServiceError OVERLOADED."""
+        found = [(1, "", used(connection))]
         if owner:
-            mine = connection.execute(select(*columns).where(unfinished, jobs.c.owner == owner)).one()
-            found.append((2, " of yours", mine))
-        for share, whose, (count, total) in found:
+            found.append((2, " of yours", used(connection, jobs.c.owner == owner)))
+        for share, whose, (count, total, _) in found:
             if count >= max(1, self.optional.max_jobs // share) or \
                     total + size > max(size, self.optional.max_jobs_storage // share):
                 raise ServiceError(503, "OVERLOADED", f"There are too many unfinished jobs{whose}; try again later.",
                                    retry_after_s=30)
+        return found[-1][2][2]
 
     def rely_on(self, job_id):
         """Whether the job is still there, and then stays: a client that has sent it again is about to be told of it."""
@@ -95,11 +131,16 @@ class Store:
                                            .values(dispatches=jobs.c.dispatches + 1)).rowcount)
 
     def withdraw(self, job_id):
-        """Forget a job that could not be published. Returns whether it is gone: it stays if someone relies on it, or
-        if it was sent again meanwhile."""
-        with self.database.begin() as connection:
-            return bool(connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued",
-                                                              jobs.c.dispatches == 1)).rowcount)
+        """Forget a job that could not be published. Returns whether it is gone: it stays if someone relies on it, if it
+        was sent again or begun meanwhile, or if the database is away too. Raises Uncertain."""
+        is_ours = [jobs.c.id == job_id, jobs.c.state == "queued", jobs.c.dispatches == 1]
+        try:
+            with self.committed() as connection:
+                return bool(connection.execute(delete(jobs).where(*is_ours)).rowcount)
+        except Uncertain:
+            raise
+        except AWAY:
+            return False
 
     def get(self, job_id, owner):
         """The row, or None. owner: whose it must be; None: anybody's."""
@@ -147,14 +188,25 @@ class Store:
 
     # --- for workers ---
 
-    def claim(self, job_id, worker):
-        """Begin an attempt: the row, or None if there is nothing to do. worker: "INSTANCE/process ID"."""
+    def claim(self, queue, models, worker):
+        """Begin an attempt at the job of this queue whose turn it is: its row, or None if there is nothing to do.
+        models: those that the worker has, "NAME" or "NAME@VERSION"; worker: "INSTANCE/process ID"."""
+        # Of two workers that choose at the same time, PostgreSQL gives one the next job; SQLite lets it wait.
+        first = (select(jobs.c.id).where(jobs.c.state == QUEUED, jobs.c.queue == queue, is_of(models))
+                 .order_by(jobs.c.turn, jobs.c.created_at).limit(1).with_for_update(skip_locked=True))
         with self.database.begin() as connection:
             now = clock(connection)
             return row_of(connection.execute(
-                update(jobs).where(jobs.c.id == job_id, jobs.c.state == "queued").values(
+                update(jobs).where(jobs.c.id == first.scalar_subquery(), jobs.c.state == "queued").values(
                     state="running", attempt=jobs.c.attempt + 1, worker=worker, lease_until=now + LEASE_S,
                     started_at=now, done=0).returning(*jobs.columns)))
+
+    def left_to_others(self, queue, models):
+        """The model of a queued job that a worker with these models cannot run, or None."""
+        with self.database.read() as connection:
+            found = connection.execute(select(jobs.c.model, jobs.c.version).where(
+                jobs.c.state == QUEUED, jobs.c.queue == queue, not_(is_of(models))).limit(1)).first()
+        return found and label(*found)
 
     def renew(self, job_id, attempt, done):
         """Say that the attempt goes on. Returns whether it should stop, as the client has cancelled it. Raises Lost."""
@@ -181,23 +233,28 @@ class Store:
         found = connection.execute(
             update(jobs).where(jobs.c.id == job_id, *where).values(
                 state=state, ended_at=now, expires_at=now + self.optional.jobs_ttl, lease_until=None, **values)
-            .returning(jobs.c.callback_url, jobs.c.trace_json)).first()
+            .returning(jobs.c.callback_url, jobs.c.trace_json, jobs.c.owner)).first()
         if found is not None and found.callback_url:
             connection.execute(insert(deliveries).values(
-                id=uuid.uuid4().hex, job_id=job_id, url=found.callback_url, state="pending", created_at=now,
-                next_at=now, attempts_json="[]", trace_json=trace or found.trace_json))
+                id=uuid.uuid4().hex, job_id=job_id, owner=found.owner, url=found.callback_url, state="pending",
+                created_at=now, next_at=now, attempts_json="[]", bytes=len(values.get("result_json") or ""),
+                trace_json=trace or found.trace_json))
         return found is not None
 
     def give_back(self, job_id, attempt):
-        """End the attempt as if it had not been: the storage is away. Its message is sent again after a while. The job
-        fails when that has gone on for too long."""
+        """End the attempt as if it had not been: the storage is away. Its message is sent again after a while, and all
+        that wait now come first. The job fails when that has gone on for too long."""
         with self.database.begin() as connection:
             now, is_mine = clock(connection), running(job_id, attempt)
             if self.end(connection, job_id, "cancelled", [*is_mine, jobs.c.cancel_requested]) or \
                     self.end(connection, job_id, "failed", [*is_mine, jobs.c.created_at < now - STORAGE_AWAY_AT_MOST_S],
                              error_json=json.dumps(STORAGE_AWAY)):
                 return
-            connection.execute(update(jobs).where(*is_mine).values(**AGAIN, dispatched_at=now))
+            others = jobs.alias()
+            last = select(func.coalesce(func.max(others.c.turn), 0)).where(others.c.state == QUEUED,
+                                                                           others.c.queue == jobs.c.queue)
+            connection.execute(update(jobs).where(*is_mine).values(**AGAIN, dispatched_at=now,
+                                                                   turn=last.scalar_subquery() + 1))
 
     def give_back_all(self, instance):
         """Queue the jobs of workers that have ended in the middle of them because they were told to. Returns how many.
@@ -210,23 +267,24 @@ class Store:
 
     # --- for upkeep ---
 
-    def give_up_lost(self, instance=None, is_alive=None, by_lease=True):
+    def give_up_lost(self, instance=None, is_alive=None, leases_count=lambda now: True):
         """[(id, its new state, who had it)] of jobs whose worker was lost: queued again, or final. instance,
-        is_alive(process ID): of the workers that the caller can see, which need no lease to run out. by_lease: whether
-        leases count now."""
+        is_alive(process ID): of the workers that the caller can see, which need no lease to run out. leases_count(now):
+        whether leases count, at this time of the database."""
         columns, changed = (jobs.c.id, jobs.c.attempt, jobs.c.losses, jobs.c.worker, jobs.c.started_at,
                             jobs.c.cancel_requested, jobs.c.lease_until), []
         with self.database.read() as connection:
             now = clock(connection)
+            by_lease, valid = leases_count(now), (now, now + 2 * LEASE_S)  # beyond that: the clock was put back
             of_mine = jobs.c.worker.startswith(f"{instance}/", autoescape=True) if instance else False
+            has_run_out = not_(jobs.c.lease_until.between(*valid)) if by_lease else False
             found = connection.execute(select(*columns).where(
-                jobs.c.state == "running", or_(jobs.c.lease_until < now if by_lease else False, of_mine))
-                .limit(AT_ONCE)).all()
+                jobs.c.state == "running", or_(has_run_out, of_mine)).limit(AT_ONCE)).all()
         for row in found:
-            has_expired = by_lease and row.lease_until < now
+            has_expired = by_lease and not valid[0] <= row.lease_until <= valid[1]
             if not has_expired and is_alive(int(row.worker.rpartition("/")[2])):
                 continue
-            state, values = after_loss(row, self.optional.job_timeout)
+            state, values = after_loss(row, self.optional.job_timeout, valid[1])
             where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
             with self.database.begin() as connection:
                 if state == "queued":
@@ -282,12 +340,13 @@ class Store:
                     jobs.c.id.in_(ids[i:i + AT_ONCE]), jobs.c.state.in_(UNFINISHED))).scalars())
         return found
 
-    def counts(self):
-        """{(queue, state): number} of unfinished jobs."""
+    def backlog(self):
+        """{(queue, state): (number of unfinished jobs, seconds since the oldest one was submitted)}."""
         with self.database.read() as connection:
-            found = connection.execute(select(jobs.c.queue, jobs.c.state, func.count())
-                                       .where(jobs.c.state.in_(UNFINISHED)).group_by(jobs.c.queue, jobs.c.state))
-            return {(queue, state): number for queue, state, number in found}
+            found, now = connection.execute(select(
+                jobs.c.queue, jobs.c.state, func.count(), func.min(jobs.c.created_at)).where(
+                jobs.c.state.in_([QUEUED, RUNNING])).group_by(jobs.c.queue, jobs.c.state)).all(), clock(connection)
+        return {(queue, state): (number, max(0.0, now - since)) for queue, state, number, since in found}
 
 
 def clock(connection):
@@ -295,6 +354,38 @@ def clock(connection):
     if connection.dialect.name == "sqlite":
         return time.time()
     return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar())
+
+
+def label(model, version):
+    return f"{model}@{version}" if version else model
+
+
+def is_of(models):
+    """Whether a job is for one of these models, "NAME" or "NAME@VERSION"."""
+    return func.coalesce(jobs.c.model + "@" + jobs.c.version, jobs.c.model).in_(models)
+
+
+def add_alone(connection, owner):
+    """Let no other process add a job of this owner's until the transaction ends: both would get the same turn, and
+    exceed its share. SQLite has one writer anyway, and without keys there is only one owner."""
+    if owner and connection.dialect.name != "sqlite":
+        connection.execute(select(func.pg_advisory_xact_lock(int(owner[:15], 16))))
+
+
+def turn_now(connection, queue):
+    """The turn of the job that is next in the queue, or if none waits, of the last one that was begun."""
+    def of(turn, state):
+        return select(turn).where(jobs.c.state == state, jobs.c.queue == queue).scalar_subquery()
+    return connection.execute(select(func.coalesce(
+        of(func.min(jobs.c.turn), QUEUED), of(func.max(jobs.c.turn), RUNNING), 0))).scalar()
+
+
+def used(connection, *where):
+    """(number, bytes of the inputs, {queue: the turn after the last one}) of unfinished jobs."""
+    found = connection.execute(select(
+        jobs.c.queue, func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0), func.max(jobs.c.turn + jobs.c.total)
+    ).where(jobs.c.state.in_([QUEUED, RUNNING]), *where).group_by(jobs.c.queue)).all()
+    return sum(row[1] for row in found), sum(row[2] for row in found), {row[0]: row[3] for row in found}
 
 
 def as_json(value):
@@ -319,12 +410,12 @@ def running(job_id, attempt):
     return [jobs.c.id == job_id, jobs.c.state == "running", jobs.c.attempt == attempt]
 
 
-def after_loss(row, job_timeout):
-    """(state, values) of a job whose worker was lost."""
+def after_loss(row, job_timeout, latest):
+    """(state, values) of a job whose worker was lost. latest: the end of the longest lease that there can be."""
     if row.cancel_requested:
         return "cancelled", {}
     # It kept its lease until about then: it hangs, but was not killed earlier.
-    if row.lease_until - LEASE_S + 1.25 * RENEW_EVERY_S >= row.started_at + job_timeout:
+    if latest >= row.lease_until >= row.started_at + job_timeout + LEASE_S - 1.25 * RENEW_EVERY_S:
         return "failed", {"error_json": json.dumps(overdue_error(job_timeout))}
     if row.losses + 1 >= LOSSES:
         return "failed", {"losses": LOSSES, "error_json": json.dumps({

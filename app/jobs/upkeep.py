@@ -8,15 +8,15 @@ import signal
 import threading
 import time
 
-from app.jobs import webhooks
-from app.jobs.answers import job_body
-from app.jobs.broker import QUEUES
-from app.jobs.store import AWAY, LEASE_S, RENEW_EVERY_S, UNFINISHED, first_line
+from app.jobs import presence, webhooks
+from app.jobs.metrics import backlog
+from app.jobs.store import AWAY, LEASE_S, RENEW_EVERY_S, first_line
 from app.server import counters, logs
 from app.server.counters import key
 
 TURN_S = 0.5
 GRACE_S = 3 * RENEW_EVERY_S
+JUMP_S = 2                # by which a clock may go wrong before that is noticed
 JOB_ID = "[0-9a-f]{32}"   # whatever else lies in the storage is not ours
 LEFT_OVER_S = 3600        # the age at which a file in the storage that no unfinished job owns is removed
 
@@ -27,10 +27,12 @@ class Upkeep:
     def __init__(self, optional, database, store, broker, storage, instance):
         self.optional, self.database, self.store = optional, database, store
         self.broker, self.storage, self.instance = broker, storage, instance
+        self.slow_hosts = {}
         steps = [(self.find_lost, TURN_S), (self.send_again, 2), (self.call_back, TURN_S), (self.count, 2),
-                 (self.expire, 3), (self.remove_left_overs, 600)]
+                 (self.expire, 3), (self.remove_left_overs, 600), (self.forget, 60)]
         self.looked_at = time.monotonic()
         self.leases_count_from = self.looked_at + GRACE_S  # the database may have been away until now
+        self.clock_ahead = None  # of the database, of this machine's monotonic one
         self.away = set()  # names of steps that fail, each logged once
         self.stopping = threading.Event()
         # Each in a thread of its own, so that a slow storage or receiver delays nothing else.
@@ -73,7 +75,7 @@ class Upkeep:
             self.leases_count_from = max(self.leases_count_from, now + GRACE_S)
         self.looked_at = now
         try:
-            lost = self.store.give_up_lost(self.instance, is_alive, time.monotonic() > self.leases_count_from)
+            lost = self.store.give_up_lost(self.instance, is_alive, self.leases_count)
         except AWAY:  # then nobody could renew a lease
             self.leases_count_from = time.monotonic() + LEASE_S
             raise
@@ -83,6 +85,16 @@ class Upkeep:
             log.warning("a worker was lost in the middle of a job", extra={"job": job_id, "state": state})
             if state != "queued":
                 self.storage.delete_all(job_id)
+
+    def leases_count(self, now):
+        """Whether leases count, at this time of the database: not while nobody may have been able to renew them, nor
+        just after its clock was set."""
+        ahead, before = now - time.monotonic(), self.clock_ahead
+        self.clock_ahead = ahead
+        if before is not None and abs(ahead - before) > JUMP_S:
+            log.warning("the clock of the database was set by %+.0f s", ahead - before)
+            self.leases_count_from = max(self.leases_count_from, time.monotonic() + GRACE_S)
+        return time.monotonic() > self.leases_count_from
 
     def end_stuck(self, worker):
         """Kill a process of this machine's that has lost its job while it still exists: it renews no lease, so it
@@ -103,21 +115,22 @@ class Upkeep:
             counters.count("jobs_sent_again")
 
     def call_back(self):
-        webhooks.run_due(self.database, self.optional, self.body_of)
+        webhooks.run_due(self.database, self.optional, self.message_of, self.slow_hosts)
 
-    def body_of(self, job_id):
-        row = self.store.get(job_id, None)
-        return row and job_body(row, [])
+    def message_of(self, delivery):
+        job = self.store.get(delivery["job_id"], None)
+        return job and webhooks.message(delivery["id"], job)
 
     def count(self):
-        found = self.store.counts()
-        for queue in QUEUES:
-            for state in UNFINISHED:
-                counters.own.set(key("jobs_unfinished", queue, state), found.get((queue, state), 0))
+        for name, labels, value in backlog(self.store.backlog()):
+            counters.own.set(key(name, *labels), value)
 
     def expire(self):
         while self.store.expire() and not self.stopping.is_set():
             pass
+
+    def forget(self):
+        presence.forget(self.database)
 
     def remove_left_overs(self):
         """Remove the files of jobs that have ended or were never accepted, which a killed process has left."""

@@ -15,12 +15,13 @@ from gevent.pool import Pool
 from app.api import batch
 from app.engine.slots import Outcome, in_native_thread
 from app.errors import Deadline, DeadlineExceeded, ServiceError, internal_error, out_of_memory
-from app.jobs.store import AWAY, RENEW_EVERY_S, Lost, first_line, overdue_error
+from app.jobs.store import AWAY, RENEW_EVERY_S, Lost, first_line, label, overdue_error
 from app.server import counters, logs
 from app.server.counters import Stages
 from app.tasks import Call
 
 TRY_AGAIN_S = 1                 # to write to a database that is away
+PASS_ON_AFTER_S = 1             # a message that is for others
 MOST_RESULT_BYTES = 64 * 2**20  # of a result as JSON
 
 log = logging.getLogger(__name__)
@@ -92,29 +93,59 @@ class Work:
     """Runs jobs one at a time. loader: a ModelLoader; recorder: a history.Recorder, or None; spans: the module
     tracing.spans, or None."""
 
-    def __init__(self, settings, loader, store, storage, instance, recorder=None, spans=None):
+    def __init__(self, settings, loader, store, storage, broker, instance, recorder=None, spans=None):
         self.settings, self.loader, self.store, self.storage = settings, loader, store, storage
-        self.worker, self.recorder, self.spans = f"{instance}/{os.getpid()}", recorder, spans
-        self.is_idle, self.jobs = True, 0  # jobs: messages that came
+        self.broker, self.worker, self.recorder, self.spans = broker, f"{instance}/{os.getpid()}", recorder, spans
+        self.is_idle, self.is_closed, self.messages, self.lock = True, False, 0, threading.Lock()
+        self.has_passed_on = threading.Event()
+        self.left = set()  # models of jobs that were left to others
 
-    def run(self, job_id):
-        """Claim the job and bring it to its end. Does nothing if another has it or it is over. Raises no errors."""
-        self.is_idle, self.jobs = False, self.jobs + 1
+    def models(self):
+        """"NAME" or "NAME@VERSION" of each model that it has."""
+        return list(self.loader.each) if self.settings.models else [self.loader.current.name]
+
+    def close(self):
+        """Begin no more jobs; a message that still comes is passed on, and then none is taken."""
+        with self.lock:
+            self.is_closed = True
+
+    def run(self, job_id, queue):
+        """A message has come: bring the job of its queue whose turn it is to its end. job_id: of the message, another
+        one of which may have led to this job. Raises no errors."""
+        with self.lock:
+            self.is_idle, self.messages = self.is_closed, self.messages + 1
+        if self.is_closed:
+            self.pass_on(job_id, queue)
+            self.has_passed_on.set()
+            threading.Event().wait()  # for the end of this process
         try:
-            self.run_one(job_id)
+            self.run_next(job_id, queue)
         finally:
             self.is_idle = True
 
-    def run_one(self, job_id):
+    def run_next(self, job_id, queue):
+        models = self.models()
         try:
-            row = self.store.claim(job_id, self.worker)
+            row = self.store.claim(queue, models, self.worker)
+            of_others = row is None and self.store.left_to_others(queue, models)
         except AWAY as e:  # the upkeep sends the message again
             log.error("a job cannot be claimed now: %s", first_line(e))
             return
+        if of_others:
+            if of_others not in self.left:
+                log.error("jobs for %s are left to other workers: this one has %s; MODEL_NAME or MODELS must be "
+                          "the service's", of_others, ", ".join(models))
+                self.left.add(of_others)
+            time.sleep(PASS_ON_AFTER_S)
+            self.pass_on(job_id, queue)
         if row is None:
             return
         with self.spans.job(row) if self.spans else contextlib.nullcontext() as span:
             self.run_claimed(row, span)
+
+    def pass_on(self, job_id, queue):
+        with contextlib.suppress(OSError):  # then the upkeep sends it again
+            self.broker.publish(job_id, queue)
 
     def run_claimed(self, row, span):
         job_id = row["id"]
@@ -184,7 +215,7 @@ class Work:
     def answer(self, row, attempt):
         """The body that /predict or /predict/batch would have answered, as JSON. Raises ServiceError, Cancelled, Lost.
         """
-        name = f"{row['model']}@{row['version']}" if row["version"] else row["model"]
+        name = label(row["model"], row["version"])
 
         def answers():
             with self.loader.lease(name) as model:

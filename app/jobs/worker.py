@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.config import Settings, StartError
 from app.data.database import Database
-from app.data.storage import Storage
+from app.data.storage import Own
 from app.handing_down import log_descriptors, variables
 from app.jobs import metrics
 from app.jobs.broker import QUEUES, Broker
@@ -98,7 +98,7 @@ class Supervisor:
         with contextlib.suppress(SQLAlchemyError, OSError):  # it may come later; but not with tables of a newer version
             database.migrate()
         self.store = Store(database, self.optional)
-        upkeep = Upkeep(self.optional, database, self.store, Broker(self.optional), Storage(self.optional.storage),
+        upkeep = Upkeep(self.optional, database, self.store, Broker(self.optional), Own(database, self.optional),
                         self.instance)
         metrics.register()
         if self.optional.worker_port:
@@ -268,7 +268,9 @@ def main():
     for sentence in misspelt(os.environ):
         log.warning(sentence)
     try:
-        return Supervisor(settings).run()
+        code = Supervisor(settings).run()
     except StartError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    logging.shutdown()
+    os._exit(code)  # without freeing everything first, one object after the other

@@ -13,7 +13,10 @@ CASCADE = "haarcascade_frontalface_default.xml"
 SCALE_FACTOR, MIN_NEIGHBORS, MIN_SIZE = 1.1, 5, 60
 SIMILAR = 0.2      # distance within a group of rectangles, relative to the smaller side: detectMultiScale's GROUP_EPS
 MARGIN = 1.35      # side of the crop, relative to the face's longer side
-REACH = 1.45       # 1 + 2 · SIMILAR, plus rounding: how much larger a window may be than one near it
+REACH = 1 + 2 * SIMILAR  # how much larger a window may be than a similar one, or than one that suppresses it
+SLACK = 2          # pixels besides that, for rounding
+ROOM = 0.1         # of the size, for the windows of a growing group
+SETTLED = 1.1      # how much larger than the next windows a box must be, as it will shrink a little
 MOST_RAW = 1500    # ungrouped rectangles; more are not compared with each other
 FEWEST_WINDOWS = 10_000  # to search at once, about 2 ms
 CASCADE_SIDE = 24  # of its smallest window, in pixels
@@ -47,26 +50,138 @@ def one_by_one(calls):
 def largest_face(image, deadline=None, in_order=one_by_one):
     """[x, y, width, height] of the largest face in an RGB PIL image, in pixels, or None. Raises DeadlineExceeded.
 
-    The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)), but windows are searched
-    from the largest size down, and small ones are skipped once a large face is certain. in_order: like one_by_one, but
-    may make the calls ahead of time, in any thread.
+    The same as the largest of detectMultiScale(grey, 1.1, 5, CASCADE_SCALE_IMAGE, (60, 60)). in_order: like one_by_one,
+    but may make the calls ahead of time, in any thread.
     """
-    grey = cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)  # (H, W)
-    sizes = window_sizes(min(grey.shape))
-    portions = list(portions_of([size for size in sizes if size >= MIN_SIZE] or [MIN_SIZE], grey.shape))
-    raw = np.empty((0, 4), int)
-    searches = in_order(functools.partial(windows, grey, smallest, largest, sizes) for smallest, largest in portions)
-    with contextlib.closing(searches):
-        for smallest, _ in portions:
+    search = Search(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY))
+    with contextlib.closing(in_order(search.calls())) as searched:
+        for _ in search.portions:
             if deadline:
                 deadline.check("face")
-            raw = np.concatenate([next(searches), raw])
-            boxes = [clip(box, image.size) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
-            if boxes:
-                largest = max(boxes, key=lambda box: box[2] * box[3])
-                if smallest == portions[-1][0] or is_final(largest, raw, smallest):
-                    return largest
-    return None
+            search.add(*next(searched))
+            if search.is_final():
+                break
+    return search.box
+
+
+class Search:
+    """For the largest face in a grey picture, (H, W) uint8: from the largest windows down, until smaller ones cannot
+    change the box any more, and as soon as there is a box, only where they can.
+
+    OpenCV joins similar windows, and those similar to these, to a group; a box is the mean of a group of more than
+    MIN_NEIGHBORS windows, unless the box of a larger group, in which it lies, suppresses it. So of the windows that are
+    left, all smaller than the box, those matter that join a decisive group, directly or through others: one that has a
+    window almost as large as the box; and those of a group in the box's place that might suppress it. If windows are
+    found that lead to places which were left out, or if the box changes, `suffices` notices, and these are searched.
+    """
+
+    def __init__(self, grey):
+        self.grey = grey
+        self.sizes = window_sizes(min(grey.shape))
+        self.portions = list(portions_of([size for size in self.sizes if size >= MIN_SIZE] or [MIN_SIZE], grey.shape))
+        self.found, self.places = [], []  # by portion, see windows
+        self.box = self.decisive = None  # (N, 4) the windows of all decisive groups, None if unknown
+
+    def calls(self):
+        """Yield the searches of all portions, to be made in any thread, each narrowed by what is known by then."""
+        for smallest, largest in self.portions:
+            yield functools.partial(self.windows, smallest, largest, self.place_for(largest))
+
+    def windows(self, smallest, largest, place=None):
+        """((N, 4) x, y, side, side of all windows of these sizes that the cascade classifies as a face, ungrouped; the
+        place). place: where to search: ((H,) bool, which y; the largest x), everywhere by default.
+
+        Rounding moves some slightly over the edge, where OpenCV clips them. It groups them at their original sizes,
+        which are restored here. It scales the whole picture, and where it looks in a row depends on what is to the
+        left, so the rest of the picture is not cut off but blank, which costs little.
+        """
+        grey = self.grey
+        if place:
+            rows, last = place
+            margin = 2 * largest // CASCADE_SIDE + 3  # of scaling: it rounds the place, and mixes it with what is near
+            seen = np.convolve(rows, np.ones(largest + 2 * margin))[margin:][:len(rows)] > 0
+            grey = np.zeros_like(grey)
+            grey[seen, :last + largest + margin] = self.grey[seen, :last + largest + margin]
+        found = np.array(detector(grey.shape[1], grey.shape[0]).detectMultiScale(
+            grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest), (largest, largest)), int)
+        found = found.reshape(-1, 4)
+        if len(found):
+            nearest = np.searchsorted(self.sizes, found[:, 2:].max(axis=1))
+            found[:, 2:] = np.array(self.sizes)[np.minimum(nearest, len(self.sizes) - 1), None]
+            if place:
+                found = found[rows[found[:, 1]] & (found[:, 0] <= last)]
+        return found, place
+
+    def add(self, found, place):
+        """What windows has found of the next portion."""
+        self.found.append(found)
+        self.places.append(place)
+        if len(found):
+            self.group()
+        while missed := [i for i, place in enumerate(self.places) if place and not self.suffices(i)]:
+            for i in missed:
+                self.found[i], self.places[i] = self.windows(*self.portions[i])
+            self.group()
+
+    def group(self):
+        raw, height, width = np.concatenate(self.found[::-1]), *self.grey.shape  # in OpenCV's order
+        boxes = [clip(box, (width, height)) for box in cv2.groupRectangles(raw.tolist(), MIN_NEIGHBORS, SIMILAR)[0]]
+        self.box = max(boxes, key=lambda box: box[2] * box[3], default=None)
+        self.decisive = None
+        if not boxes or len(raw) > MOST_RAW:
+            return
+        corners = np.column_stack([raw[:, :2], raw[:, :2] + raw[:, 2:]])  # (N, 4) x0, y0, x1, y1
+        near = (np.abs(corners[:, None] - corners[None]).max(axis=2)
+                <= SIMILAR * np.minimum(raw[:, None, 2], raw[None, :, 2]) + 1)
+        decisive = is_in_reach(self.box[2], raw[:, 2])
+        while (grown := near[decisive].any(axis=0) | decisive).sum() > decisive.sum():
+            decisive = grown
+        self.decisive = raw[decisive]
+
+    def is_final(self):
+        """Whether smaller windows than those of the portions so far can change nothing."""
+        if len(self.found) == len(self.portions):
+            return True
+        largest = self.portions[len(self.found)][1]
+        return self.decisive is not None and not is_in_reach(self.box[2], largest) and not is_in_reach(
+            self.decisive[:, 2], largest).any()
+
+    def place_for(self, largest):
+        """Where windows of up to this size matter, with room for those that they lead to; None if anywhere."""
+        if self.decisive is None or self.box[2] < SETTLED * largest:
+            return None
+        is_growing = self.decisive[:, 2].min() <= self.portions[len(self.found) - 1][1]
+        return self.place_of(largest, ROOM * largest if is_growing else 0)
+
+    def place_of(self, largest, room=0):
+        """Where windows of up to this size would join a decisive group or might be one that suppresses the box; and so
+        many pixels around."""
+        joined = self.decisive[is_in_reach(self.decisive[:, 2], largest)]
+        about = SIMILAR * np.minimum(joined[:, 2], largest) + 1 + room
+        first = joined[:, 1] + np.maximum(0, joined[:, 2] - largest) - about
+        spans, last = [*zip(first, joined[:, 1] + about, strict=True)], max(joined[:, 0] + about, default=0)
+        if is_in_reach(self.box[2], largest):  # a group SIMILAR away has a window at most twice that away
+            x, y, _, height = self.box
+            about = 2 * SIMILAR * largest + SLACK + room
+            spans.append((y + height - largest - about, y + about))
+            last = max(last, x + about)
+        rows = np.zeros(self.grey.shape[0], bool)
+        for first, end in spans:
+            rows[max(0, int(first)):max(0, int(end) + 2)] = True
+        return rows, int(last) + 1
+
+    def suffices(self, portion):
+        """Whether all that matters was found in a portion's place, given what has been found since."""
+        largest, (rows, last) = self.portions[portion][1], self.places[portion]
+        if self.decisive is None or self.box[2] <= largest + SLACK:
+            return False
+        wanted, wanted_last = self.place_of(largest)
+        return wanted_last <= last and not (wanted & ~rows).any()
+
+
+def is_in_reach(size, other):
+    """Whether a window of a size can be similar to one of another size or suppressed by it, if it is not smaller."""
+    return size <= REACH * other + SLACK
 
 
 def portions_of(sizes, shape):
@@ -88,41 +203,9 @@ def window_sizes(largest):
     return sizes
 
 
-def windows(grey, smallest, largest, sizes):
-    """(N, 4) x, y, side, side of all windows of these sizes that the cascade classifies as a face, ungrouped.
-
-    Rounding moves some slightly over the edge, where OpenCV clips them. It groups them at their original sizes, which
-    are restored here from `sizes`.
-    """
-    found = np.array(detector(grey.shape[1], grey.shape[0]).detectMultiScale(
-        grey, SCALE_FACTOR, 0, cv2.CASCADE_SCALE_IMAGE, (smallest, smallest), (largest, largest)), int).reshape(-1, 4)
-    if len(found):
-        nearest = np.searchsorted(sizes, found[:, 2:].max(axis=1))
-        found[:, 2:] = np.array(sizes)[np.minimum(nearest, len(sizes) - 1), None]
-    return found
-
-
 def clip(box, size):
     x, y, w, h = map(int, box)
     return [x, y, min(w, size[0] - x), min(h, size[1] - y)]
-
-
-def is_final(box, raw, searched):
-    """Whether windows smaller than `searched` can neither change the box, nor yield a larger one, nor suppress it.
-
-    Windows with corners near each other form a group, so smaller windows can only join groups that have a window below
-    REACH · searched. If all windows that are connected to such a window are far smaller than the box, so is every group
-    that can still change.
-    """
-    if box[2] < REACH * searched or len(raw) > MOST_RAW:
-        return False
-    corners = np.column_stack([raw[:, :2], raw[:, :2] + raw[:, 2:]])  # (N, 4) x0, y0, x1, y1
-    near = (np.abs(corners[:, None] - corners[None]).max(axis=2)
-            <= SIMILAR * np.minimum(raw[:, None, 2], raw[None, :, 2]) + 1)
-    open_ended = raw[:, 2] < REACH * searched
-    while (grown := near[open_ended].any(axis=0) | open_ended).sum() > open_ended.sum():
-        open_ended = grown
-    return not open_ended.any() or REACH * raw[open_ended, 2].max() < box[2]
 
 
 def crop_box(face, size):

@@ -37,7 +37,7 @@ def check_effort(image, data):
         raise invalid_image(f"it is a JPEG of more than {MOST_SCANS} scans")
     if image.format == "BMP" and image.info.get("compression") in (1, 2) and width * height > MOST_RUN_LENGTH_PIXELS:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; a run-length encoded "
-                                                   f"BMP may have at most {MOST_RUN_LENGTH_PIXELS}.")
+                                                   f"BMP may have at most {MOST_RUN_LENGTH_PIXELS:,}.")
     if image.format == "TIFF":
         silence_libtiff()
         across, down = image.tag_v2.get(TILE_WIDTH, width), image.tag_v2.get(TILE_LENGTH, 1)

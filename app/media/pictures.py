@@ -14,8 +14,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "gif", "bmp"
 ORIENTATION = 0x0112  # EXIF tag
 MOST_READS = 100_000  # files of 30 megapixels take up to 1,500
 MOST_SCANS = 64       # of a progressive JPEG, which usually has ten: each is a pass over the whole picture
+LARGE_FILE = 2**17    # of a JPEG, in which counting them takes time
 START_OF_SCAN = b"\xff\xda"  # within a scan FF is followed by 00
-DRAFT_MARGIN = 2      # a JPEG is decoded at a reduced scale only if that keeps at least twice the pixels needed
 
 Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit, which raises instead of warning
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a slot has one core
@@ -65,45 +65,36 @@ def read_image(data, max_pixels, shorter_side=None):
         raise invalid_image("it is none of " + ", ".join(FORMATS) + ", HEIC, nor a video, or is damaged") from e
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
-                                                   f"at most {max_pixels} are allowed.")
-    if image.format in ("BMP", "TIFF") or image.format in ("JPEG", "MPO") and data.count(START_OF_SCAN) > MOST_SCANS:
+                                                   f"at most {max_pixels:,} are allowed.")
+    is_jpeg, may_have_scans = image.format in ("JPEG", "MPO"), True
+    if is_jpeg and len(data) > LARGE_FILE:
+        from app.media import photographs
+        may_have_scans = not photographs.has_one_scan(image, data)
+    if image.format in ("BMP", "TIFF") or is_jpeg and may_have_scans and data.count(START_OF_SCAN) > MOST_SCANS:
         from app.media import modes
         modes.check_effort(image, data)
     try:
-        if shorter_side and image.format in ("JPEG", "MPO") and min(width, height) > DRAFT_MARGIN * shorter_side:
-            scale = DRAFT_MARGIN * shorter_side / min(width, height)
-            image.draft(None, (int(width * scale) + 1, int(height * scale) + 1))
+        if shorter_side and is_jpeg and min(width, height) > 2 * shorter_side:
+            from app.media import photographs
+            photographs.draft(image, shorter_side)
+        image.decodermaxblock = len(data)  # one call, and no copy: it would be fed 64 kB at a time
         image.load()
         turned = orientation_of(image)
         if image.mode != "RGB" or "transparency" in image.info:
             from app.media import modes
             image = modes.to_rgb(image, data)
-        if turned in UPRIGHT:
-            image = image.transpose(UPRIGHT[turned])
+        if turned in range(2, 9):
+            from app.media import photographs
+            image = image.transpose(photographs.UPRIGHT[turned])
     except MemoryError:  # the service's fault, not the client's
         raise
     except Exception as e:
         raise invalid_image("it is damaged or cut off") from e
     size = (height, width) if turned in range(5, 9) else (width, height)
-    return Picture(image, size, box_of(image.size, size, turned))
-
-
-def box_of(reduced, size, turned):
-    """Picture.box. libjpeg rounds the sides of a reduced picture up: up to one column and row are partly padding, where
-    the stored picture has its right and lower end."""
-    factor = round(size[0] / reduced[0])  # 1, 2, 4, 8
-    width, height = size[0] / factor, size[1] / factor
-    if (width, height) == reduced:
-        return None
-    left = reduced[0] - width if turned in (2, 3, 6, 7) else 0
-    top = reduced[1] - height if turned in (3, 4, 7, 8) else 0
-    return left, top, left + width, top + height
-
-
-# EXIF orientation → what turns the stored picture upright (CIPA DC-008, 4.6.5.1.6)
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+    if image.size == size:
+        return Picture(image, size)
+    from app.media import photographs
+    return Picture(image, size, photographs.box_of(image.size, size, turned))
 
 
 def orientation_of(image):

@@ -121,8 +121,8 @@ class Reader:
 
     def check_size(self, pixels):
         if pixels > self.max_pixels:
-            raise Refused("VIDEO_TOO_LARGE", f"its frames have {pixels:.0f} pixels, "
-                                             f"at most {self.max_pixels} are taken")
+            raise Refused("VIDEO_TOO_LARGE", f"its frames have {pixels:,.0f} pixels, "
+                                             f"at most {self.max_pixels:,} are taken")
 
     def grab(self):
         """Advance to the next undamaged frame; False at the end, or after too many damaged ones."""

@@ -1,6 +1,8 @@
 """What the OpenAPI document says of V2."""
-from app.api.openapi import PNG_BASE64, SECURITY, header, success
-from app.open_inference.codec import LARGEST, MOST_ID, SIZES
+from app.api.openapi_answers import SECURITY, header, success
+from app.api.openapi_inputs import PNG_BASE64
+from app.open_inference.request_body import MOST_ID
+from app.open_inference.tensors import LARGEST, SIZES
 
 TEXT, TEXTS, OBJECT = {"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "object"}
 SHAPE = {"type": "array", "items": {"type": "integer", "minimum": -1}}

@@ -8,7 +8,8 @@ from PIL import Image
 
 from app.api import json_body, uploads, values
 from app.errors import ServiceError
-from app.open_inference.codec import Output, Text, invalid
+from app.open_inference.request_body import Output
+from app.open_inference.tensors import Text, invalid
 from app.tasks.from_pictures import FromPictures, Views
 
 MESSAGES = {"BYTES": "[N] or [N, 1]", "UINT8": "[height, width, 3] or [N, height, width, 3]"}
@@ -146,7 +147,7 @@ class OfPictures(Signature):
         most = self.settings.max_image_pixels
         if tensor.datatype == "UINT8" and tensor.shape[-3] * tensor.shape[-2] > most:
             raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {tensor.shape[-2]} × {tensor.shape[-3]} "
-                                                       f"pixels; at most {most} are allowed.")
+                                                       f"pixels; at most {most:,} are allowed.")
 
     def wanted(self, outputs, is_binary, options):
         found = super().wanted(outputs, is_binary, options)

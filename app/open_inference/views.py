@@ -11,12 +11,14 @@ from app.config import NAME, VERSION
 from app.engine.batches import run_batch
 from app.engine.slots import in_native_thread
 from app.errors import ServiceError, internal_error, out_of_memory
-from app.open_inference import codec, signatures
+from app.open_inference import request_body, response_body, signatures, tensors
 from app.server import board, counters
+from app.suggestions import did_you_mean
 from app.tasks import Call, options
 
 EXTENSIONS = ["classification", "binary_tensor_data"]
 MOST_OF_NUMBERS = 128 * 2**20  # bytes of a body that may be FP32 as JSON: 32 × 3 × 224 × 224 of them take up to 110 MB
+OF_TRITON = ("binary_data_output", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
 NUMBER_BYTES = 24              # of one in JSON
 
 
@@ -43,9 +45,9 @@ def server():
 
 def index():
     sent = request.get_data() if request.method == "POST" else b""
-    only_ready = json_body.parse(sent, codec.MOST_PARTS).get("ready", False) if sent else False
+    only_ready = json_body.parse(sent, request_body.MOST_PARTS).get("ready", False) if sent else False
     if not isinstance(only_ready, bool):
-        raise codec.invalid("ready must be true or false")
+        raise tensors.invalid("ready must be true or false")
     found = []
     for state in current_app.extensions["model"].states():
         reason = not_ready()
@@ -75,9 +77,13 @@ def model_metadata(name, version=None):
 
 
 def model_ready(name, version=None):
-    """200 also for a model that is loaded with its first request, as such a request will be answered."""
-    current_app.extensions["model"].tasks(key_of(name, version))
+    """200 also for a model that is loaded with its first request, as such a request will be answered; 503 for one that
+    could not be loaded, until the next request would try again."""
+    loader, key = current_app.extensions["model"], key_of(name, version)
+    loader.tasks(key)
     reason = not_ready()
+    if not reason and hasattr(loader, "has_failed") and loader.has_failed(loader.key_of(key)):
+        reason = "it cannot be loaded now"
     return (jsonify({"name": name, "ready": False, "error": f"The model is not ready: {reason}."}), 503) if reason \
         else jsonify({"name": name, "ready": True})
 
@@ -89,19 +95,22 @@ def model_infer(name, version=None):
     deadline = request_deadline(settings)
     loader.slots.check_room()  # before the body is read
     tasks = loader.tasks(key_of(name, version))
-    encoding = request.headers.get("Content-Encoding", "identity")
-    if encoding.lower() != "identity":
+    encoding = request.headers.get("Content-Encoding", "").lower() or "identity"
+    if encoding not in ("identity", "gzip", "deflate"):
         raise ServiceError(415, "UNSUPPORTED_MEDIA_TYPE", f"Content-Encoding {encoding[:80]} is not accepted here; "
-                                                          "send the body uncompressed.")
-    bodies = current_app.extensions["bodies"]
+                                                          "send the body uncompressed, or as gzip or deflate.")
+    bodies, most = current_app.extensions["bodies"], body_limit(tasks, settings)
     with bodies.one() as body_key:
         with g.stages("read"):
-            body = uploads.receive(body_limit(tasks, settings), deadline, bodies, body_key)
+            body = uploads.receive(most, deadline, bodies, body_key)
+            if encoding != "identity":
+                from app.open_inference import compressed  # with the first one
+                body = compressed.expanded(body, encoding, most, deadline, bodies, body_key)
         made = loader.when_loaded(functools.partial(answers, key_of(name, version), body, deadline), deadline)
     response = Response(made.body, mimetype="application/json" if made.header_length is None else
                         "application/octet-stream")
     if made.header_length is not None:
-        response.headers[codec.HEADER_LENGTH] = str(made.header_length)
+        response.headers[request_body.HEADER_LENGTH] = str(made.header_length)
     return response
 
 
@@ -119,11 +128,12 @@ class Asked:
 
     def __init__(self, model, body, deadline):
         settings = current_app.extensions["settings"]
-        sent = codec.request(body, request.headers.get(codec.HEADER_LENGTH), deadline,
-                             codec.MOST_PARTS if model.task.is_file else uploads.MOST_VALUES,
+        sent = request_body.request(body, request.headers.get(request_body.HEADER_LENGTH), deadline,
+                             request_body.MOST_PARTS if model.task.is_file else uploads.MOST_VALUES,
                              uploads.one_file_limit(settings) * 3 // 2 + uploads.FORM_OVERHEAD)  # base64, with escapes
         self.id, self.model, self.deadline = sent.id, model, deadline
         self.signature = signatures.of(model.task, settings)
+        check_names(sent.parameters, model.task)
         chosen = options.read(functools.partial(parameter, sent.parameters), model.task)
         self.outputs = self.signature.wanted(sent.outputs, sent.is_binary, chosen)
         self.options = self.signature.options(chosen, self.outputs)
@@ -139,10 +149,19 @@ class Asked:
         return data, self.model.answer(data, self.options, call, self.signature.how(item))
 
     def response(self):
-        """The codec.Made response, in a native thread."""
+        """The response_body.Made response, in a native thread."""
         members = {"model_name": self.model.name, "model_version": self.model.version, "id": self.id}
         members = {name: value for name, value in members.items() if value is not None}
-        return codec.response(members, [(output, self.signature.array(output, self.found)) for output in self.outputs])
+        arrays = [(output, self.signature.array(output, self.found)) for output in self.outputs]
+        return response_body.response(members, arrays)
+
+
+def check_names(parameters, task):
+    """Raises ServiceError for a parameter that looks like a misspelt option; Triton's own and others are ignored."""
+    known = [name for option in task.options for name in (option.name, *option.aliases)]
+    for name in parameters.keys() - {*known, *OF_TRITON}:
+        if meant := did_you_mean(name[:40], known):
+            raise tensors.invalid(f"{ascii(name[:40])[1:-1]} is not an option of {task.name}{meant}")
 
 
 def parameter(parameters, name, is_file=False):
@@ -151,16 +170,16 @@ def parameter(parameters, name, is_file=False):
     if value is None:
         return None
     if is_file:
-        raise codec.invalid(f"{name} is a file, which a parameter cannot be; send it to /predict")
+        raise tensors.invalid(f"{name} is a file, which a parameter cannot be; send it to /predict")
     if isinstance(value, dict | list):
-        raise codec.invalid(f"the parameter {name} must be a single value")
+        raise tensors.invalid(f"the parameter {name} must be a single value")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def answers(key, body, deadline):
-    """The codec.Made response. Raises ServiceError."""
+    """The response_body.Made response. Raises ServiceError."""
     loader, cache = current_app.extensions["model"], current_app.extensions["cache"]
 
     def read_in_slot():

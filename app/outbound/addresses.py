@@ -28,8 +28,10 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address in the last 32 b
 TO_4 = ipaddress.ip_network("2002::/16")      # an IPv4 address after the first 16 bits (RFC 3056)
 MORE_PRIVATE = tuple(map(ipaddress.ip_network, (
     "168.63.129.16/32",                       # Azure's own services, as its machines see them
+    "192.0.0.0/24",                           # protocols, of which Oracle's cloud has its metadata in 192.0.0.192
     "192.88.99.0/24",                         # relays of 6to4
-    "2001::/23")))                            # Teredo and other protocols
+    "2001::/23",                              # Teredo and other protocols
+    "3fff::/20")))                            # documentation
 
 
 class NotAllowed(ValueError):

@@ -1,6 +1,8 @@
 """HTTP requests of the service's own: to checked addresses only, without redirects, proxies, cookies and compression,
 within limits of time and size that no server can stretch."""
 import asyncio
+import contextlib
+import contextvars
 import functools
 import io
 import socket
@@ -10,11 +12,13 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver
 
+from app import sizes
 from app.config import NAME, VERSION
 from app.outbound import addresses
 from app.outbound.event_loop import close_with, loop
 
-MOST_LOOKUPS = 64  # native threads that ask DNS
+MOST_LOOKUPS = 256  # native threads that ask DNS, for up to half a minute each if it does not answer
+own_sockets = contextvars.ContextVar("own_sockets")  # those of a POST
 
 
 class RequestFailed(Exception):
@@ -59,10 +63,19 @@ class Client:
             return body.getvalue()
 
     async def post(self, target, body, headers, within_s):
-        """Send bytes to an addresses.Target and return the status of the answer, which is not read. Raises as fetch."""
-        async with asyncio.timeout(within_s), self.request("POST", target, headers, data=body) as answer:
-            answer.close()
-            return answer.status
+        """Send bytes to an addresses.Target and return the status and the headers of the answer, which is not read.
+        Raises as fetch."""
+        made = []
+        own_sockets.set(made)  # in this task
+        try:
+            async with asyncio.timeout(within_s), self.request(
+                    "POST", target, headers, data=io.BytesIO(body)) as answer:
+                answer.close()
+                return answer.status, answer.headers
+        finally:  # or else what has not been sent stays in memory for as long as the receiver does not read it
+            for one in made:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
 
     def request(self, method, target, headers, **options):
         def send(headers):
@@ -92,7 +105,11 @@ def connection(private_networks, info):
     family, kind, protocol, _, address = info
     if not addresses.is_allowed(address[0], private_networks):
         raise addresses.NotAllowed("the address")
-    return socket.socket(family, kind, protocol)
+    made = socket.socket(family, kind, protocol)
+    if (of_post := own_sockets.get(None)) is not None:  # a GET sends little, and its answer is read
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**13)
+        of_post.append(made)
+    return made
 
 
 class Request:
@@ -130,7 +147,7 @@ def failure(error):
 
 
 def too_large(most_bytes):
-    return TooLarge(f"it has more than {most_bytes} bytes")
+    return TooLarge(f"it has more than {sizes.words(most_bytes)}")
 
 
 class Resolver(AbstractResolver):

@@ -5,17 +5,20 @@ a slow origin costs a connection, and no one else anything.
 """
 import asyncio
 import logging
+import operator
 
 import gevent
 from flask import current_app, g, request
 
+from app import sizes
 from app.api import json_body
 from app.api.uploads import BATCH_FIELDS, INSTANCES, one_file_limit
+from app.engine.slots import in_native_thread
 from app.errors import DeadlineExceeded, ServiceError
 from app.outbound import addresses, http
 from app.outbound.event_loop import run
 
-MOST_BODY = 2**18       # bytes of a JSON body that is searched for URLs, which happens in the greenlets' thread
+LARGE = 2**18           # bytes of a JSON body that is searched for URLs in a native thread
 AT_ONCE = 8             # fetches of one request
 MOST_FETCHES = 256      # of one process; beyond, requests are refused
 SHARE_OF_TIME = 0.75    # of the time that is left for a request; what was fetched by then is still answered
@@ -36,7 +39,7 @@ class References:
         addresses.check_prefixes("INPUT_URLS", self.prefixes)
         if any(prefix.startswith("s3:") for prefix in self.prefixes):
             from app.outbound.s3 import S3
-            self.s3 = S3()
+            self.s3 = S3(settings.optional.tracing)
 
     def fetch(self, body, most, deadline, tasks, bodies, key):
         """Fetch what the current request's body refers to, and keep it in g.fetched: {URL: bytes or ServiceError}.
@@ -44,13 +47,17 @@ class References:
         body: as bytes; most: bytes of all that is fetched; tasks: those that may answer; bodies, key: uploads.Bodies,
         and the request's place in it. Raises ServiceError for what concerns the whole request.
         """
-        if not request.is_json or len(body) > MOST_BODY or b'"url"' not in body:
+        if not request.is_json:
             return
-        g.json_members = json_body.parse(body, request.max_json_parts)
-        urls = urls_of(g.json_members)
-        if not urls or not takes_files(tasks) or len(urls) > self.most_files():  # which is an error later on
+        read = in_native_thread if len(body) > LARGE else operator.call
+        g.json_members = read(members_with_urls, body, request.max_json_parts)
+        if g.json_members is None:
+            g.pop("json_members")
             return
-        urls = list(dict.fromkeys(urls))
+        inputs, options = urls_of(g.json_members, asked_tasks(tasks))
+        urls = list(dict.fromkeys(inputs + options))
+        if not urls or len(inputs) > self.most_files():  # which is an error later on
+            return
         places = min(AT_ONCE, len(urls))
         if self.running + places > MOST_FETCHES:
             raise ServiceError(503, "OVERLOADED", "Too many inputs are being fetched; try again later.",
@@ -108,20 +115,29 @@ class References:
         return await self.client.fetch(target, most, None, taken)
 
 
-def urls_of(members):
-    """The URLs of all inputs in a JSON body's members."""
+def members_with_urls(body, most_parts):
+    """The members of a JSON body, or None if it has no URLs. Raises ServiceError."""
+    has_urls = b'"url"' in body or b"\\u" in body or b"\0" in body[:4]  # in other spellings, or in UTF-16
+    return json_body.parse(body, most_parts) if has_urls else None
+
+
+def asked_tasks(tasks):
+    """Those that may answer the current request, by the model that its body names."""
+    if len(tasks) < 2 or (request.view_args or {}).get("name"):
+        return tasks
+    loader, name = current_app.extensions["model"], request.args.get("model") or g.json_members.get("model")
+    return loader.tasks(name if isinstance(name, str) else getattr(loader, "default_name", None))
+
+
+def urls_of(members, tasks):
+    """(the URLs of inputs, those of options that are files) in a JSON body's members. For models that take text or
+    JSON, a URL is an input like any other."""
     listed = members.get(INSTANCES)
     values = [{"url": members.get("url")}, *(members.get(name) for name in BATCH_FIELDS),
-              *(listed if isinstance(listed, list) else [])]
-    return [url for url in map(json_body.url_of, values) if url is not None]
-
-
-def takes_files(tasks):
-    """Whether the model that the current request asks for takes files; for others, a URL is an input like any text."""
-    if not all(task.is_file for task in tasks) and not (request.view_args or {}).get("name"):
-        loader, name = current_app.extensions["model"], request.args.get("model") or g.json_members.get("model")
-        tasks = loader.tasks(name if isinstance(name, str) else getattr(loader, "default_name", None))
-    return all(task.is_file for task in tasks)
+              *(listed if isinstance(listed, list) else [])] if all(task.is_file for task in tasks) else []
+    options = [members.get(name) for task in tasks for option in task.options if option.is_file
+               for name in (option.name, *option.aliases)]
+    return [[url for url in map(json_body.url_of, some) if url is not None] for some in (values, options)]
 
 
 class NoURL(addresses.NotAllowed):
@@ -157,7 +173,7 @@ class Held:
     def take(self, size):
         self.total += size
         if self.total > self.most:
-            raise http.TooLarge(f"together, the inputs have more than {self.most} bytes")
+            raise http.TooLarge(f"together, the inputs have more than {sizes.words(self.most)}")
         self.greenlets.run_callback_threadsafe(self.count_meanwhile)
 
     def count_meanwhile(self):

@@ -1,6 +1,7 @@
 """Objects in S3, by s3fs in the event loop of event_loop.py. Credentials, region and endpoint come from the AWS_*
 variables and files that all programs for S3 read."""
 import asyncio
+import contextlib
 import functools
 import io
 import logging
@@ -31,8 +32,8 @@ class NoCredentials(OSError, RequestFailed):
 class S3:
     """All functions are coroutines and raise OSError (FileNotFoundError, PermissionError, TimeoutError, …)."""
 
-    def __init__(self):
-        self.system = self.loop = None
+    def __init__(self, is_traced=False):
+        self.system, self.loop, self.is_traced = None, None, is_traced
 
     async def get(self, bucket, key, most_bytes, taken=lambda size: None):
         """An object's bytes. taken: as of http.Client.fetch. Raises http.TooLarge too."""
@@ -87,12 +88,19 @@ class S3:
             self.system.retries = TRIES
             close_with(self, functools.partial(close, self.system))
         try:
-            return await self.system._call_s3(method, **arguments)
+            with self.span(method, arguments):
+                return await self.system._call_s3(method, **arguments)
         except (NoCredentialsError, PartialCredentialsError) as e:
             log.error("no credentials for S3, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: %s", e)
             raise NoCredentials("the service has no credentials for S3") from e
         except (BotoCoreError, ClientError, aiohttp.ClientError) as e:  # s3fs makes an OSError of most others
             raise OSError(f"{type(e).__name__}: {e}") from e
+
+    def span(self, method, arguments):
+        if not self.is_traced:
+            return contextlib.nullcontext()
+        from app.tracing import spans
+        return spans.s3(method.title().replace("_", ""), arguments["Bucket"], arguments.get("Key"))
 
 
 async def close(system):

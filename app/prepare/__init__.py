@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-from app import model_settings
+from app import model_settings, own_class
 from app.config import StartError
 from app.engine import bundle, calibration
 from app.engine.bundle import Prepared
@@ -23,6 +25,7 @@ from app.prepare import bundles
 from app.prepare.download import DownloadError, fetch
 
 ROOT = Path(__file__).parent.parent.parent
+RECENT_S = 600  # since a download has failed: each command would wait for all attempts again
 PIPE_BYTES = 64 * 1024  # what a pipe holds; a Board publishes less
 
 log = logging.getLogger(__name__)
@@ -52,8 +55,9 @@ def naming(key, settings):
 
 
 def own(settings, key):
-    """Prepared if MODEL_NAME is a class of the user's, which workers load themselves, else None."""
+    """Prepared if MODEL_NAME is a class of the user's, which workers load themselves, else None. Raises StartError."""
     if ":" in settings.model_name:
+        own_class.check(settings.model_name)
         return Prepared(None, None, key, settings.model_name, secrets.token_hex(8))
     return None
 
@@ -65,15 +69,18 @@ def find(settings, engine, key):
     if folder and bundles.read(folder).quantization and pictures and not pictures.is_dir():
         log.warning("CALIBRATION_DIR %s does not exist: %s is as it was prepared earlier", pictures, folder.name)
     try:
-        return ready(folder, None, key) if folder and bundles.verify(folder) else None
+        return ready(folder, None, key, settings.precision) if folder and bundles.verify(folder) else None
     except bundles.BundleError as e:
         log.warning("%s: making it again", e)
         return None
 
 
-def ready(folder, fallback_reason, key):
+def ready(folder, fallback_reason, key, precision):
     """Prepared, with what calibration.json says now: workers that start later serve the same."""
-    return Prepared(folder, fallback_reason, key, calibration=calibration.read(folder))
+    found = calibration.read(folder)
+    if words := calibration.of_another(folder, found, precision):
+        log.warning("%s: %s", folder.name, words)
+    return Prepared(folder, fallback_reason, key, calibration=found)
 
 
 def start_making(settings, *options):
@@ -95,8 +102,9 @@ def outcome_of(process):
         try:
             answer = json.loads(os.read(stdout.fileno(), PIPE_BYTES))
         except (BlockingIOError, ValueError) as e:
-            raise PrepareError("preparing the model ended prematurely"
-                               + (f", with exit code {code}" if code else "")) from e
+            raise PrepareError("preparing the model ended prematurely" + (
+                f", killed by signal {-code}" + ", probably out of memory" * (code == -signal.SIGKILL) if code < 0
+                else f", with exit code {code}" if code else "")) from e
     if "error" in answer:
         raise PrepareError(answer["error"])
     return [Prepared.of(one) for one in answer["models"]]
@@ -120,6 +128,10 @@ def make_one(settings, engine, key):
     if importlib.util.find_spec("torch") is None:
         if found := find(settings, engine, key):
             return found
+        if made_for_vnni(settings):
+            raise PrepareError(f"the int8 network of {settings.model_name} in MODEL_DIR {settings.model_dir} was made "
+                               "on a processor with VNNI, which this one lacks, so that its answers would be others; "
+                               "PRECISION=auto serves fp32 here, if that was prepared, too")
         raise PrepareError(f"{settings.model_name} is not ready in MODEL_DIR {settings.model_dir}, and preparing it "
                            "needs torch, which is not installed here: prepare it where torch is, such as in "
                            f"the image full, and mount that MODEL_DIR here (docs/operations.md){of_ready(settings)}")
@@ -137,7 +149,12 @@ def make_one(settings, engine, key):
         if found := find(settings, engine, key):  # another process made it meanwhile
             return found
         try:
-            return ready(make_bundle(settings, settings.model_name, engine), None, key)
+            return ready(make_bundle(settings, settings.model_name, engine), None, key, settings.precision)
+        except OSError as e:
+            raise PrepareError(f"preparing {settings.model_name} failed: "
+                               f"{e.filename or f'MODEL_DIR {settings.model_dir}'}: {e.strerror or e}") from e
+        except MemoryError as e:
+            raise PrepareError(f"preparing {settings.model_name} needs more memory than there is") from e
         except DownloadError as e:
             if settings.model_fallback is None:
                 raise PrepareError(f"the weights of {settings.model_name} are not available: {e}; set MODEL_PATH "
@@ -146,8 +163,16 @@ def make_one(settings, engine, key):
         folder = bundles.find(settings, settings.model_fallback, engine)
         with contextlib.suppress(bundles.BundleError):
             if folder and bundles.verify(folder):
-                return ready(folder, reason, key)
-        return ready(make_bundle(settings, settings.model_fallback, engine), reason, key)
+                return ready(folder, reason, key, settings.precision)
+        return ready(make_bundle(settings, settings.model_fallback, engine), reason, key, settings.precision)
+
+
+def made_for_vnni(settings):
+    """Whether MODEL_DIR has an int8 network of MODEL_NAME that is for other processors than this one."""
+    found = [bundle.read(path.parent) for path in settings.model_dir.glob("bundles/*/manifest.json")]
+    return not bundles.has_vnni() and any(
+        one and one.name == settings.model_name and one.quantization and one.quantization["chosen"] == "int8"
+        and one.quantization.get("vnni") for one in found)
 
 
 def of_ready(settings):
@@ -181,6 +206,8 @@ def make_bundle(settings, name, engine):
         try:
             files, answer, quantization, features = export(network, engine, folder, settings)
         except (RuntimeError, AssertionError) as e:  # torch's and OpenVINO's, such as for a picture that is too small
+            if "allocate memory" in str(e):
+                raise MemoryError from e
             side = network.preprocessing.crop
             raise PrepareError(f"{name} cannot be exported for pictures of {side} × {side} pixels: "
                                f"{str(e).strip().splitlines()[0]}") from e
@@ -218,7 +245,19 @@ def weights_file(settings, name):
     if settings.weights_mirror:
         url = f"{settings.weights_mirror.rstrip('/')}/{file}"
     path = settings.model_dir / "weights" / file
-    fetch(url, path, sha256_prefix=Path(file).stem.rsplit("-", 1)[1])
+    failure = path.with_name(f".{name}-failed")  # holds the URL; its time says when
+    has_just_failed = False
+    with contextlib.suppress(OSError, ValueError):
+        has_just_failed = failure.read_text() == url and time.time() - failure.stat().st_mtime < RECENT_S
+    try:
+        fetch(url, path, Path(file).stem.rsplit("-", 1)[1], has_just_failed)
+    except DownloadError:
+        if not has_just_failed:
+            with contextlib.suppress(OSError):
+                failure.write_text(url)
+        raise
+    with contextlib.suppress(OSError):  # there is none, or the folder is mounted read-only
+        failure.unlink()
     return path, source
 
 

@@ -22,11 +22,11 @@ class DownloadError(StartError):
     """A file that cannot be downloaded; the message is one line."""
 
 
-def fetch(url, path, sha256_prefix):
+def fetch(url, path, sha256_prefix, has_just_failed=False):
     """Download url to path, unless the file is already there and intact. Returns its SHA-256.
 
-    sha256_prefix: the first hexadecimal digits that the SHA-256 must have (torchvision's file names carry eight).
-    Raises DownloadError.
+    sha256_prefix: the first hexadecimal digits that the SHA-256 must have (torchvision's file names carry eight);
+    has_just_failed: whether one attempt is enough. Raises DownloadError.
     """
     if path.exists():
         digest = sha256(path)
@@ -34,12 +34,11 @@ def fetch(url, path, sha256_prefix):
             return digest
         log.warning("%s is damaged: downloading it again", path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(1 if has_just_failed else ATTEMPTS):
         if attempt:
             time.sleep(0.5 * attempt)
         try:
-            digest = fetch_once(url, path, sha256_prefix)
-            return digest
+            return fetch_once(url, path, sha256_prefix)
         except urllib.error.HTTPError as e:
             reason = f"HTTP status {e.code}"
             if e.code < 500:

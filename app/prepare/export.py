@@ -1,4 +1,8 @@
 """Exports a loaded torch network to the files that an engine loads."""
+import errno
+import os
+import shutil
+
 import numpy as np
 import torch
 
@@ -6,6 +10,7 @@ from app.config import StartError
 from app.engine.preprocess import self_test_input
 from app.prepare import bundles, features
 
+FULL_BYTES = 16 * 2**20  # a disk with less than that left is full
 TOLERANCE = 1e-3  # of OpenVINO's fp32, relative to the largest output; measured: 1e-6
 
 
@@ -22,10 +27,10 @@ def export(network, engine, folder, settings):
     found, head = features.find(network.module, network.head, crop)
     further = []
     if head is not None:
-        np.save(folder / "head.npy", head)
+        save(lambda array, path: np.save(path, array), head, folder / "head.npy")
         further = ["head.npy"]
     if engine == "torch":
-        torch.save(network.module.state_dict(), folder / "model.pt")
+        save(torch.save, network.module.state_dict(), folder / "model.pt")
         return ["model.pt", *further], reference, None, found
     import openvino
     tap = features.tap(network.module, found)
@@ -39,8 +44,19 @@ def export(network, engine, folder, settings):
         model, quantization = precision.choose(model, network, settings)
         if quantization["chosen"] == "int8":  # the self-test cannot compare it with torch's
             reference = costs.outputs(costs.compiled(model), test_input)[0].tolist()
-    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    save(openvino.save_model, model, folder / "model.xml", compress_to_fp16=False)
     return ["model.xml", "model.bin", *further], reference, quantization, found
+
+
+def save(writer, model, path, **options):
+    """writer(model, path). Raises an OSError that names the file and says if the disk is full, where torch and OpenVINO
+    only say that a stream has failed, and NumPy how many numbers were written."""
+    try:
+        writer(model, path, **options)
+    except (RuntimeError, OSError) as e:
+        why = str(e).strip().splitlines()[0]
+        is_full = shutil.disk_usage(path.parent).free < FULL_BYTES
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC) if is_full else why, str(path)) from e
 
 
 def check(outputs, reference):

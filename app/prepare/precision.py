@@ -13,6 +13,7 @@ from app.prepare import bundles, costs
 
 INSTALL = "pip install -r app/prepare/requirements-int8.txt"
 AT_ONCE = 32
+FEW = 4
 CHOOSING_S, MEASURING_S = 600, 600  # processor time for which slow networks see fewer pictures,
 FEWEST = 100                        # but at least so many
 EVALUATIONS = 10                    # of the pictures to choose layers by: without and with half, a quarter… restored
@@ -66,6 +67,8 @@ def chosen(model, network, settings, progress):
     if not absent:
         try:
             int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
+            if costs.depends_on_streams(int8, list(samples.take("held_out", FEW))):
+                raise QuantizeError("OpenVINO calculates its int8 network otherwise with several streams than with one")
             tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
         except Exception as e:  # NNCF raises many types of errors for what it cannot quantize
             reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"

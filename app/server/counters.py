@@ -239,7 +239,7 @@ class Stages:
         finally:
             self.add(stage, time.perf_counter() - started)
 
-    def add(self, stage, seconds):
+    def add(self, stage, seconds, error=None):
         self.timings_ms[stage] = round(self.timings_ms.get(stage, 0) + 1000 * seconds, 2)
 
     def count(self):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from app import model_settings
+from app import model_settings, own_class
 from app.config import HANDED_DOWN, StartError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,12 +20,12 @@ print(*openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))"""
 def check(cfg, settings, plan):
     """cfg: Gunicorn's configuration, with its command line. Raises StartError for what can only fail later."""
     check_addresses(cfg)
-    for option in ("certfile", "keyfile", "ca_certs"):
-        path = getattr(cfg, option)
-        if path and not os.access(path, os.R_OK):
-            raise StartError(f"--{option.replace('_', '-')} {path} cannot be read")
-    if plan.engine == "openvino" and any(one.precision == "bf16" and ":" not in one.model_name
-                                         for one in model_settings.each(settings).values()):
+    if cfg.is_ssl or cfg.ca_certs:
+        check_certificates(cfg)
+    models = model_settings.each(settings).values()
+    for name in [one.model_name for one in models if ":" in one.model_name]:
+        own_class.check(name)
+    if plan.engine == "openvino" and any(one.precision == "bf16" and ":" not in one.model_name for one in models):
         check_bf16()
     if settings.optional and settings.optional.uses_data_dir:
         check_folder("DATA_DIR", settings.optional.data_dir)
@@ -34,7 +34,10 @@ def check(cfg, settings, plan):
 def check_addresses(cfg):
     """Bind each address as Gunicorn will, unless sockets are inherited: from systemd, or from a previous master."""
     from gunicorn import systemd  # here, as programs without Gunicorn import this module, too
-    if systemd.listen_fds(unset_environment=False) or "GUNICORN_PID" in os.environ:
+    inherited = range(3, 3 + systemd.listen_fds(unset_environment=False))
+    for descriptor in (*inherited, *(one for one in cfg.address if isinstance(one, int))):
+        check_descriptor(descriptor)
+    if inherited or "GUNICORN_PID" in os.environ:
         return
     for address in cfg.address:
         if isinstance(address, tuple):
@@ -71,6 +74,49 @@ def check_unix_socket(path):
     folder = os.path.dirname(path) or "."
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StartError(f"unix:{path} cannot be listened on: {folder} is no folder that can be written")
+
+
+def check_descriptor(number):
+    try:
+        if not stat.S_ISSOCK(os.fstat(number).st_mode):
+            raise StartError(f"descriptor {number} cannot be listened on: it is no socket")
+    except OSError as e:
+        raise StartError(f"descriptor {number} cannot be listened on: it is closed; whoever starts the service must "
+                         "leave it open") from e
+
+
+def check_certificates(cfg):
+    """Load the files as each worker will, which would fail again and again."""
+    import ssl
+    for option in ("certfile", "keyfile", "ca_certs"):
+        path = getattr(cfg, option)
+        if path and not os.access(path, os.R_OK):
+            raise StartError(f"--{option.replace('_', '-')} {path} cannot be read")
+    if cfg.is_ssl and not cfg.certfile:
+        raise StartError("--keyfile needs --certfile")
+    for option in ("certfile", "ca_certs"):
+        path = getattr(cfg, option)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path) if path else None
+        except (OSError, ValueError) as e:  # SSLError is an OSError
+            raise StartError(f"--{option.replace('_', '-')} {path} holds no certificate in PEM format") from e
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    key = f"--keyfile {cfg.keyfile}" if cfg.keyfile else f"--certfile {cfg.certfile}, without --keyfile,"
+    try:
+        if cfg.is_ssl:
+            context.load_cert_chain(cfg.certfile, cfg.keyfile, refuse_password)
+    except (OSError, ValueError) as e:
+        why = f"does not fit --certfile {cfg.certfile}" if getattr(e, "reason", "") == "KEY_VALUES_MISMATCH" else \
+            "holds no key in PEM format that can be read without a password"
+        raise StartError(f"{key} {why}") from e
+    try:
+        context.set_ciphers(cfg.ciphers or "DEFAULT")
+    except ssl.SSLError as e:
+        raise StartError(f"--ciphers {cfg.ciphers} names none that are available") from e
+
+
+def refuse_password():
+    raise ValueError("a service cannot ask for one")
 
 
 def check_bf16():

@@ -37,10 +37,11 @@ def look_after(worker):
 
 def close(worker, greenlet, timeout):
     """Close a connection, unless a request has come meanwhile. In the event loop."""
-    client = greenlet.client
-    poll = select.poll()
+    if worker.waiting.get(greenlet) is not timeout:  # closed by an earlier call of this, perhaps
+        return
+    client, poll = greenlet.client, select.poll()
     poll.register(client.fileno(), select.POLLIN)
-    if worker.waiting.get(greenlet) is not timeout or poll.poll(0):
+    if poll.poll(0):
         return
     with contextlib.suppress(OSError):  # such as no descriptors; then without a farewell
         kept = gevent.socket.socket(client.family, socket.SOCK_STREAM, fileno=os.dup(client.fileno()))

@@ -43,7 +43,7 @@ SWITCH_INTERVAL_S = 0.0003
 
 LIBC, M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = ctypes.CDLL(None), -8, -3, -1
 
-PREDICTIONS = ("/predict", "/predict/batch")
+PREDICTIONS = ("/predict", "/predict/batch", "/embed", "/infer")
 JSON_HEADER, LENGTH_HEADER = b"\r\nContent-Type: application/json\r\n", b"\r\nContent-Length: "
 
 
@@ -186,6 +186,8 @@ class Worker(GeventWorker):
         may_close = req.should_close
         req.should_close = functools.cache(lambda: may_close() or self.is_stopping() or is_unread(req.body))
         self.refuse_if_full(req, sock)
+        if hasattr(req.body.reader, "length"):
+            req.body.read1 = functools.partial(read1, req.body.reader)
         limit_s = self.wsgi.extensions["settings"].request_timeout + WRITE_SLACK_S
         self.answering[gevent.getcurrent()] = sock
         try:
@@ -235,6 +237,15 @@ def is_unread(body):
     return reader.length > 0 if hasattr(reader, "length") else getattr(reader, "parser", None) is not None
 
 
+def read1(reader, size):
+    """Up to size bytes that have arrived of a body (gunicorn.http.body.LengthReader); Body.read copies them often."""
+    most = min(size, reader.length)
+    data = reader.unreader.read(None, read_ahead=most) if most else b""
+    reader.unreader.unread(data[most:])
+    reader.length -= len(data[:most])
+    return data[:most]
+
+
 class Fair:
     """Wraps a client's socket: a client that always has more data gives way to others now and then. A successful read
     of gevent's does not switch greenlets; neither time limits nor heartbeats would work."""
@@ -248,7 +259,7 @@ class Fair:
 
     def give_way(self):
         if time.monotonic() > self.gave_way + TURN_S:
-            gevent.sleep(0)
+            gevent.sleep(1e-9)  # a timer: of turns of sleep(0), gevent takes fifty before it looks at sockets again
             self.gave_way = time.monotonic()
 
     def sendall(self, data):
@@ -262,8 +273,8 @@ class Fair:
 
     def recv(self, size):
         self.give_way()
-        started = time.monotonic()
+        loop, turn = gevent.get_hub().loop, gevent.get_hub().loop.now()
         data = self.client.recv(size)
-        if time.monotonic() > started + TURN_S / 10:  # it had to wait
+        if loop.now() > turn:  # it had to wait; a large read takes time too, but nobody else has a turn meanwhile
             self.gave_way = time.monotonic()
         return data

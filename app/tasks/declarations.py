@@ -2,7 +2,9 @@
 import difflib
 import re
 
+from app.sizes import apart, words
 from app.tasks.options import Option
+from app.tasks.own_inputs import is_unicode
 
 FILES = ("picture", "video", "audio")
 KINDS = (*FILES, "text", "json")
@@ -61,3 +63,23 @@ def has_valid_default(option):
         return not option.is_file and option.parse(str(option.default)) == option.default
     except ValueError:
         return False
+
+
+# --- further options ---
+
+def text(name, most=1000, **more):
+    def parse(text):
+        if len(text) > most or not is_unicode(text):
+            raise ValueError
+        return text
+    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
+
+
+def file(name, most_bytes=10 * 2**20, **more):
+    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
+    def parse(data):
+        if len(data) > most_bytes:
+            raise ValueError(apart(len(data), most_bytes)[0])
+        return data
+    return Option(name, f"a file of at most {words(most_bytes)}", parse, {"type": "string", "format": "binary"},
+                  is_file=True, **more)

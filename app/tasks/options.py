@@ -14,9 +14,9 @@ LATEST_S = 1_000_000
 
 @dataclass(frozen=True)
 class Option:
-    """takes: the valid values in words; parse: text, or a file's bytes → value, raises ValueError; schema: a JSON
-    Schema; meaning: a sentence; setting: the name of the setting that holds the default, if one does; aliases: other
-    names, tried in turn; is_file: whether the value is a file's bytes."""
+    """takes: the valid values in words; parse: text, or a file's bytes → value, raises ValueError, of a
+    file with its size in words; schema: a JSON Schema; meaning: a sentence; setting: the name of the setting that holds
+    the default, if one does; aliases: other names, tried in turn; is_file: whether the value is a file's bytes."""
     name: str
     takes: str
     parse: Callable
@@ -39,8 +39,7 @@ class Option:
                 try:
                     return self.parse(sent)
                 except ValueError as e:
-                    got = f"a file of {len(sent)} bytes" if self.is_file else sent[:40]
-                    raise invalid_parameter(name, self.takes, got) from e
+                    raise invalid_parameter(name, self.takes, f"a file of {e}" if self.is_file else sent[:40]) from e
         return self.default_of(settings)
 
     def info(self, settings):

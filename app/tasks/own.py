@@ -9,27 +9,18 @@
 Each worker calls load once, and decode, predict and encode for each request. They run in native threads.
 """
 import base64
-import hashlib
-import importlib
-import io
 import json
 import logging
-import math
 import os
 import re
 import shlex
-import sys
-import sysconfig
 import threading
 import time
-import traceback
-import wave
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from app import own_class
 from app.config import StartError
 from app.engine.batcher import Batcher
 from app.engine.batches import grow
@@ -37,9 +28,12 @@ from app.errors import Deadline, ServiceError
 from app.media import containers, pictures
 from app.model_settings import snake_case
 from app.server.counters import Stages
-from app.tasks import Call, ModelError, Task
-from app.tasks.declarations import FILES, mistake
-from app.tasks.options import AT, FRAMES, Option, choice, integer, number, yes_or_no
+from app.tasks import Call, ModelError, Task, own_modules
+from app.tasks.declarations import FILES, file, mistake, text
+from app.tasks.options import AT, FRAMES, choice, integer, number, yes_or_no
+from app.tasks.own_answers import Media, plain
+from app.tasks.own_calls import one_line, within
+from app.tasks.own_inputs import example_of, is_audio
 
 BODY_TYPES = {"picture": "image/jpeg", "video": "video/mp4", "audio": "audio/wav", "text": "text/plain",
               "json": "application/json"}
@@ -62,13 +56,6 @@ class InvalidInput(ValueError):
     def __init__(self, message, name=None):
         super().__init__(message)
         self.name = name
-
-
-@dataclass(frozen=True)
-class Media:
-    """An answer that is a file. media_type: its Content-Type, such as audio/wav."""
-    data: bytes
-    media_type: str
 
 
 @dataclass(frozen=True)
@@ -291,7 +278,7 @@ class OwnTask(Task):
         return plain(answer)
 
     def identity(self):
-        return [self.place.source.own, self.token, str(imported.get(type(self).__module__))]
+        return [self.place.source.own, self.token, str(own_modules.imported.get(type(self).__module__))]
 
     def curl_sample(self):
         """curl's arguments that send the example, if it is no file."""
@@ -323,33 +310,10 @@ class OwnTask(Task):
             log.warning("%s", e)
 
 
-# --- further options ---
-
-def text(name, most=1000, **more):
-    def parse(text):
-        if len(text) > most or not is_unicode(text):
-            raise ValueError
-        return text
-    return Option(name, f"a text of at most {most} characters", parse, {"type": "string", "maxLength": most}, **more)
-
-
-def file(name, most_bytes=10 * 2**20, **more):
-    """A file besides the input: a form's part of that name, or base64 in JSON. The value is its bytes, or None."""
-    def parse(data):
-        if len(data) > most_bytes:
-            raise ValueError
-        return data
-    return Option(name, f"a file of at most {most_bytes} bytes", parse, {"type": "string", "format": "binary"},
-                  is_file=True, **more)
-
-
 # --- from a name to a task ---
 
-imported = {}  # {module's name: SHA-256 of its file when it was imported}
-
-
 def create(place):
-    """The task of a place whose source is a class of one's own. Raises ModelError."""
+    """The task of a place whose source is a class of one's own. Raises StartError."""
     try:
         return class_of(place.source.own)(place)
     except Exception as e:
@@ -358,135 +322,19 @@ def create(place):
 
 
 def class_of(name):
-    """The OwnTask in package.module:Class. Raises ModelError."""
+    """The OwnTask in package.module:Class. Raises StartError."""
     module_name, _, class_name = name.partition(":")
     try:
-        module = import_fresh(module_name)
+        module = own_modules.import_fresh(module_name)
     except BaseException as e:  # SystemExit too: a module that cannot be imported must not end the process
-        if isinstance(e, ModuleNotFoundError) and e.name and f"{module_name}.".startswith(f"{e.name}."):
-            raise ModelError(f"{name} cannot be served: there is no module {e.name} in {os.getcwd()} or on "
-                             "Python's path") from e
         raise ModelError(f"{name} cannot be served: importing it failed: {one_line(e)}") from e
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, OwnTask)):
-        raise ModelError(f"{name} cannot be served: {class_name} is "
-                         f"{'not in ' + module_name if found is None else 'no subclass of app.tasks.own.OwnTask'}")
+    if found is None:
+        raise own_class.missing(name, [key for key, one in vars(module).items() if is_task(one)])
+    if not is_task(found):
+        raise ModelError(f"{name} cannot be served: {class_name} is no subclass of app.tasks.own.OwnTask")
     return found
 
 
-def import_fresh(name):
-    """Import a module, again if its file has changed since: a reload serves new code."""
-    before = sys.modules.get(name)
-    if before is not None and name in imported and imported[name] != digest_of(before):
-        for one in beside(before):
-            del sys.modules[one]
-    importlib.invalidate_caches()
-    module = importlib.import_module(name)
-    imported[name] = digest_of(module)
-    return module
-
-
-def beside(module):
-    """The names of a module and of the imported ones in its folder and below, but for installed ones and the
-    service's."""
-    folder = f"{Path(module.__file__).parent}{os.sep}"
-    return [name for name, one in list(sys.modules.items())
-            if name.partition(".")[0] not in ("app", "__main__")
-            and (getattr(one, "__file__", None) or "").startswith(folder) and "site-packages" not in one.__file__]
-
-
-def digest_of(module):
-    """A hash of the files of the modules `beside` this one."""
-    try:
-        files = sorted({sys.modules[name].__file__ for name in beside(module)})
-        return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)).hexdigest()
-    except (OSError, TypeError, AttributeError, KeyError):
-        return None
-
-
-# --- what may go wrong ---
-
-def within(seconds, call, what):
-    """Make a call in a thread of its own. Raises ModelError, in one line, if it fails or takes longer."""
-    errors = []
-
-    def run():
-        try:
-            call()
-        except BaseException as e:
-            errors.append(e)
-    thread = threading.Thread(target=run, name=what, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ModelError(f"{what} did not end within {seconds} s")
-    if errors:
-        if isinstance(errors[0], StartError):
-            raise errors[0]
-        log.debug("%s failed", what, exc_info=errors[0])
-        raise ModelError(f"{what} failed: {one_line(errors[0])}") from errors[0]
-
-
-def one_line(e):
-    """An exception, and where in its own code it was raised."""
-    frames = [frame for frame in traceback.extract_tb(e.__traceback__) if "importlib" not in frame.filename]
-    installed = ("site-packages", sysconfig.get_path("stdlib"))
-    where = [frame for frame in frames if not any(path in frame.filename for path in installed)
-             and frame.filename != __file__]
-    place = f" ({Path(where[-1].filename).name}, line {where[-1].lineno})" if where else ""
-    text = str(e).strip().partition("\n")[0]
-    return f"{type(e).__name__}{': ' + text if text else ''}"[:400] + place
-
-
-def plain(value, within="the answer"):
-    """JSON types, from JSON types and NumPy's. Raises TypeError, ValueError."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{within} has {value}, which JSON lacks")
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(one, f"{within}[{str(key)!r}]") for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one, f"{within}[{i}]") for i, one in enumerate(value)]
-    raise TypeError(f"{within} has a {type(value).__name__}, which JSON lacks; encode must return JSON types or Media")
-
-
-# --- inputs ---
-
-def is_unicode(text):
-    """Whether a str can be written as UTF-8: JSON may hold halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_audio(data):
-    """Whether a file's first bytes are those of WAV, FLAC, Ogg, MP3, AAC or M4A."""
-    return (data[:4] == b"RIFF" and data[8:12] == b"WAVE" or data[:4] in (b"fLaC", b"OggS") or data[:3] == b"ID3"
-            or data[:1] == b"\xff" and data[1:2] >= b"\xe0" or data[4:11] == b"ftypM4A")
-
-
-def example_of(task):
-    """An input for the self-test: the task's own, else a grey ramp, or a second of 440 Hz; None for a video or JSON."""
-    if isinstance(task.example, Path):
-        return task.example.read_bytes()
-    if task.example is not None or not task.is_file:
-        return task.example
-    file = io.BytesIO()
-    if "picture" in task.takes:
-        Image.linear_gradient("L").convert("RGB").save(file, "PNG")
-        return file.getvalue()
-    if "audio" in task.takes:
-        with wave.open(file, "wb") as out:
-            out.setnchannels(1)
-            out.setsampwidth(2)
-            out.setframerate(16_000)
-            out.writeframes((8000 * np.sin(440 * 2 * np.pi * np.arange(16_000) / 16_000)).astype("<i2").tobytes())
-        return file.getvalue()
-    return None
+def is_task(found):
+    return isinstance(found, type) and issubclass(found, OwnTask) and found is not OwnTask

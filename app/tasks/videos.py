@@ -21,6 +21,7 @@ class Overlapping:
 
     def __init__(self, stages):
         self.stages, self.inside, self.lock = stages, {}, threading.Lock()  # {stage: (frames, since when)}
+        self.errors = {}  # {stage: the first error since then}
 
     @contextlib.contextmanager
     def __call__(self, stage):
@@ -29,12 +30,15 @@ class Overlapping:
             self.inside[stage] = count + 1, since if count else time.perf_counter()
         try:
             yield
+        except BaseException as e:
+            self.errors.setdefault(stage, e)
+            raise
         finally:
             with self.lock:
                 count, since = self.inside[stage]
                 self.inside[stage] = count - 1, since
                 if count == 1:
-                    self.stages.add(stage, time.perf_counter() - since)
+                    self.stages.add(stage, time.perf_counter() - since, self.errors.pop(stage, None))
 
 
 def answer(task, data, options, call, send=None):

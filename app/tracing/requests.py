@@ -1,7 +1,7 @@
-"""A span for each request, from its headers to its answer.
-
-What the worker refuses before the application sees it (a full queue, invalid HTTP) has none.
+"""A span for each request, from its headers to its answer, also of predictions that the worker refuses as the queue is
+full; not of invalid HTTP.
 """
+import contextlib
 import re
 from urllib.parse import urlsplit
 
@@ -22,7 +22,7 @@ def register(app):
     app.before_request(trace_stages)
     request_finished.connect(describe, app)
     request_tearing_down.connect(end, app)
-    app.extensions["traced_file"] = spans.traced_file
+    app.extensions["traced_file"], app.extensions["traced_refusal"] = spans.traced_file, refused
     before = app.extensions["at_exit"]
 
     def at_exit():
@@ -34,28 +34,43 @@ def register(app):
 def begin(_, **__):
     if request.blueprint == UNTRACED:
         return
-    about, method = {"url.path": request.path, "url.scheme": request.scheme}, request.method
+    g.context_before, parent = context.get_current(), propagate.extract(request.headers, context.Context())
+    rule = request.url_rule and request.url_rule.rule
+    g.span = of_request(parent, request.method, request.path, rule, request.scheme, request.host)
+    context.attach(trace.set_span_in_context(g.span, parent))
+
+
+def of_request(parent, method, path, rule, scheme, host):
+    """A new span. parent: its Context; rule: of Flask's routes, or None; host: at which the client reached the service.
+    """
+    about = {"url.path": path, "url.scheme": scheme}
     if method in METHODS:
         about["http.request.method"] = method
     else:
         about |= {"http.request.method": "_OTHER", "http.request.method_original": method}
         method = "HTTP"
-    route = request.url_rule and re.sub(r"<(?:[^<>:]*:)?([^<>]*)>", r"{\1}", request.url_rule.rule)
+    route = rule and re.sub(r"<(?:[^<>:]*:)?([^<>]*)>", r"{\1}", rule)
     about |= {"http.route": route} if route else {}
-    g.context_before, parent = context.get_current(), propagate.extract(request.headers, context.Context())
-    g.span = spans.tracer.start_span(f"{method} {route}" if route else method, parent, SpanKind.SERVER,
-                                     about | server())
-    context.attach(trace.set_span_in_context(g.span, parent))
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(f"//{host}")
+        if parts.hostname:
+            about |= {"server.address": parts.hostname, "server.port": parts.port or {"https": 443}.get(scheme, 80)}
+    return spans.tracer.start_span(f"{method} {route}" if route else method, parent, SpanKind.SERVER, about)
 
 
-def server():
-    """The address and port at which the client reached the service."""
+@contextlib.contextmanager
+def refused(req, headers, rule, error, request_id):
+    """Around what is logged of a request that refusals.overloaded answers with this ServiceError."""
+    parent = propagate.extract({name.lower(): value for name, value in headers.items()}, context.Context())
+    span = of_request(parent, req.method, req.path, rule, req.scheme, headers.get("HOST", ""))
+    span.set_attributes({"http.response.status_code": error.status, "request.id": request_id})
+    mark(span, error.code, True)
+    token = context.attach(trace.set_span_in_context(span, parent))
     try:
-        parts = urlsplit(f"//{request.host}")
-        return {"server.address": parts.hostname, "server.port": parts.port or {"https": 443}.get(request.scheme, 80)} \
-            if parts.hostname else {}
-    except ValueError:
-        return {}
+        yield
+    finally:
+        context.detach(token)
+        span.end()
 
 
 def trace_stages():

@@ -40,24 +40,25 @@ class Stages(counters.Stages):
 
     @contextlib.contextmanager
     def __call__(self, stage):
-        started, fault = time.perf_counter(), None
+        started, error = time.perf_counter(), None
         try:
             yield
         except BaseException as e:
-            fault = fault_of(e)
+            error = e
             raise
         finally:
-            self.add(stage, time.perf_counter() - started, fault)
+            self.add(stage, time.perf_counter() - started, error)
+            del error  # or its traceback would hold this frame
 
-    def add(self, stage, seconds, fault=None):
-        """The stage ends now. From any thread."""
+    def add(self, stage, seconds, error=None):
+        """The stage ends now, with this exception if it has failed. From any thread."""
         super().add(stage, seconds)
         if not self.is_recording:
             return
         end = time.time_ns()
         span = tracer.start_span(stage, self.context, start_time=end - round(1e9 * seconds))
-        if fault:
-            mark(span, *fault)
+        if error is not None:
+            mark(span, *fault_of(error))
         span.end(end)
 
 
@@ -130,3 +131,10 @@ async def outgoing(method, target, headers, send):
             if answer.status >= 400:
                 mark(one, str(answer.status), True)
             yield answer
+
+
+def s3(method, bucket, key):
+    """Around a request to S3, as OpenTelemetry's conventions describe it. method: such as GetObject; key: or None."""
+    about = {"rpc.system": "aws-api", "rpc.service": "S3", "rpc.method": method, "aws.s3.bucket": bucket,
+             **({"aws.s3.key": key} if key else {})}
+    return span(f"S3/{method}", kind=SpanKind.CLIENT, attributes=about)

@@ -437,14 +437,15 @@ def test_a_redis_that_hangs_is_waited_for_once_not_by_one_request_after_the_othe
 
 def test_allowed_origins_may_read_the_answers(client_with):
     client = client_with(CORS_ORIGINS="https://shop.example, http://localhost:3000", API_KEYS=KEYS, RATE_LIMIT="1/hour")
+    asked = "authorization, content-type, traceparent, tracestate"
     for origin in ("https://shop.example", "http://localhost:3000"):
         preflight = client.options("/predict", headers={
             "Origin": origin, "Access-Control-Request-Method": "POST",
-            "Access-Control-Request-Headers": "authorization, content-type, x-request-id"})
+            "Access-Control-Request-Headers": asked})
         assert preflight.status_code == 200
         assert preflight.headers["Access-Control-Allow-Origin"] == origin
         assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
-        assert preflight.headers["Access-Control-Allow-Headers"] == "authorization, content-type, x-request-id"
+        assert preflight.headers["Access-Control-Allow-Headers"] == asked
         refused = client.post("/predict", headers={"Origin": origin})
         assert refused.status_code == 401
         assert refused.headers["Access-Control-Allow-Origin"] == origin

@@ -214,9 +214,7 @@ def test_files_that_the_time_did_not_reach(app, settings, monkeypatch):
     monkeypatch.setattr(engine, "infer", slow)
     monkeypatch.setattr(loader, "slots", Slots(1, max_queue=4))
     hasty = create_app(dataclasses.replace(settings, request_timeout=1.5), loader).test_client()
-    started = time.monotonic()
     results = post_files(hasty, *[("a.jpg", CAT)] * 6).json["results"]
-    assert time.monotonic() - started < 3.4  # six would take 3.6
     assert results[0]["status"] == "success"
     assert {r["error"] for r in results[3:]} == {"DEADLINE_EXCEEDED"}
     assert len(begun) <= 3

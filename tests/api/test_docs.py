@@ -64,6 +64,7 @@ def test_a_file_is_answered_as_curl_is_and_nothing_else_is_sent(docs, service, t
     assert command.count("-F") == 1
 
 
+@pytest.mark.slow
 def test_an_option_is_sent_once_it_is_chosen(docs):
     operation = opened(docs, PREDICT)
     find(operation, 'tr[data-param-name="top_k"] input').send_keys("2", Keys.TAB)
@@ -75,6 +76,7 @@ def test_an_option_is_sent_once_it_is_chosen(docs):
     assert find(operation, ".request-url").text.endswith("/predict?top_k=2&embedding=true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [PREDICT, BATCH, INFER], ids=["predict", "batch", "infer"])
 def test_the_json_body_works_as_it_stands(docs, name):
     operation = opened(docs, name)
@@ -85,6 +87,7 @@ def test_the_json_body_works_as_it_stands(docs, name):
     assert status == 200, body
 
 
+@pytest.mark.slow
 def test_every_option_is_there_once_empty_and_of_this_model(docs, service):
     options = [option["name"] for option in requests.get(service.url + "/info", timeout=10).json()["model"]["options"]]
     for name in (PREDICT, BATCH):
@@ -100,6 +103,7 @@ def test_every_option_is_there_once_empty_and_of_this_model(docs, service):
                 if field.tag_name == "select"] == (3 + len(stream)) * [["--", "true", "false"]]
 
 
+@pytest.mark.slow
 def test_a_phone_shows_every_operation_without_scrolling_sideways(docs):
     resize(docs, PHONE)
     for control in find_all(docs, ".opblock-summary-control"):

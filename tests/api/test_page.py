@@ -352,6 +352,61 @@ def test_live(browser):
     browser.refresh()
 
 
+def test_the_camera_ends_with_what_it_needs(browser):
+    """Hidden, unplugged, refused, or not there: browsers have no switches for these, so their answers are replaced."""
+    def closed(words):
+        wait(browser, lambda: find(browser, "#problem").text == words)
+        assert not find(browser, "#viewfinder").is_displayed()
+        assert browser.execute_script("return (window.tracks || []).every(track => track.readyState === 'ended')")
+
+    def sent():
+        return browser.execute_script("""return performance.getEntriesByType("resource").filter(
+            ({name}) => name.endsWith("/predict?stream=true")).length""")
+    go_live(browser)
+    wait(browser, lambda: "pictures per second" in find(browser, "#live-note").text)
+    browser.execute_script("""
+        window.tracks = document.querySelector("#live").srcObject.getTracks();
+        Object.defineProperty(document, "hidden", {value: true, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));""")
+    closed("The camera was closed as the page was hidden.")
+    before = sent()
+    browser.execute_script("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    go_live(browser)
+    wait(browser, lambda: sent() > before)
+    browser.execute_script("""
+        window.tracks = document.querySelector("#live").srcObject.getTracks();
+        for (const track of window.tracks) { track.stop(); track.dispatchEvent(new Event("ended")); }""")
+    closed("The camera is gone.")
+    refused = "The camera cannot be used without your permission. Give it in the browser's settings of this page."
+    for name, words in (("NotAllowedError", refused), ("NotFoundError", "There is no camera.")):
+        browser.execute_script("""navigator.mediaDevices.getUserMedia = async () => {
+            throw new DOMException("", arguments[0]); };""".replace("arguments[0]", repr(name)))
+        find(browser, "#camera").click()
+        closed(words)
+    browser.execute_script("""navigator.mediaDevices.enumerateDevices = async () => [];
+        navigator.mediaDevices.dispatchEvent(new Event("devicechange"));""")
+    wait(browser, lambda: not find(browser, "#camera").is_displayed())
+    assert find(browser, "#sample").is_displayed()
+    browser.refresh()
+
+
+def test_nothing_moves_for_those_who_want_less_motion(browser):
+    def animation():
+        return browser.execute_script("""
+            const waiting = document.querySelector("#card").content.firstElementChild.cloneNode(true);
+            document.querySelector("#results").append(waiting);
+            const name = getComputedStyle(waiting.querySelector(".picture"), "::after").animationName;
+            waiting.remove();
+            return name;""")
+    assert animation() == "wait"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
+        {"name": "prefers-reduced-motion", "value": "reduce"}]})
+    try:
+        assert animation() == "none"
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_live_says_of_which_class_the_overlay_is(browser):
     find(browser, "[name=explain]").click()
     go_live(browser)

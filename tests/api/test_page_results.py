@@ -32,12 +32,13 @@ from pages import (
     wait,
     whole_answer,
 )
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from servers import free_port
 
 KEY, UNUSED_KEY = "a-key-of-'the'-page", "a-key-that-nobody-has-used"
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]  # selenium's own sockets
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +247,19 @@ def test_files_that_would_be_refused_are_not_sent(browser, tmp_path):
     events(browser, "")
     send_file(browser, *[tmp_path / name for name in ("large.jpg", "large.webm", "empty.png")])
     assert [error.text for error in find_all(browser, ".card .error")] == [
-        "This picture has 10.1 MB; at most 10 MB are allowed. It was not sent.",
-        "This video has 51 MB; at most 50 MB are allowed. It was not sent.",
+        "This picture has 10,485,761 bytes; the limit is 10,485,760 bytes. It was not sent.",
+        "This video has 53.5 MB; the limit is 52.4 MB. It was not sent.",
         "empty.png is empty: it has 0 bytes. Choose one that has content."]
     assert [event["request"]["url"] for event in events(browser, "Network.requestWillBeSent")
             if event["request"]["method"] == "POST"] == []
     assert find_all(browser, ".again:not([hidden])") == []
+
+
+def test_a_picture_with_too_many_pixels_is_refused_in_words(browser, tmp_path):
+    Image.new("1", (10_000, 6_000)).save(tmp_path / "huge.png")
+    send_file(browser, tmp_path / "huge.png")
+    assert [error.text for error in find_all(browser, ".card .error")] == [
+        "The picture has 10000 × 6000 pixels; at most 50,000,000 are allowed."]
 
 
 def test_a_large_file_shows_how_much_is_sent(browser, tmp_path):
@@ -403,8 +411,8 @@ def test_model_and_health_can_be_read(browser):
     find(browser, "#show-model").click()
     wait(browser, lambda: "4,652,008" in find(browser, "#panel-facts").text)
     facts = find(browser, "#panel-facts").text
-    for words in ("Task\nClassification", "Input\n224 × 224 pixels", "1,000 classes", "File\n10 MB", ""
-                  "Video\n50 MB, 300 s"):
+    for words in ("Task\nClassification", "Input\n224 × 224 pixels", "1,000 classes", "File\n10.5 MB", ""
+                  "Video\n52.4 MB, 300 s"):
         assert words in facts
     assert "{" not in facts
     assert json.loads(text_of(browser, "#panel-json"))["model"]["name"] == "efficientnet_lite0"

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import http.client
 import io
+import itertools
 import json
 import re
 import socket
@@ -21,6 +22,8 @@ from videos import pan_over, write
 from werkzeug.test import EnvironBuilder
 
 from app import create_app
+from app.api import live as live_module
+from app.api import stream as stream_module
 from app.engine.slots import Slots
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
@@ -309,6 +312,71 @@ def test_a_picture_of_too_many_segments_ends_a_live_body(client):
     assert "more than 200 segments" in response.json["message"]
 
 
+def test_a_body_without_end_leaves_others_the_loop(app):
+    turns = 0
+
+    def others():
+        nonlocal turns
+        while True:
+            gevent.sleep(0.0001)
+            turns += 1
+    greenlet = gevent.spawn(others)
+    response = put_live(app, [b"\xff\xd8\xff\xe0\x00\x02", *[b"\xff\x00" * 2**15] * 100])
+    greenlet.kill()
+    assert response.json["error"] == "MISSING_FILE"
+    assert turns >= 50
+
+
+def test_live_streams_are_few_in_a_worker_and_of_a_client(app, monkeypatch):
+    monkeypatch.setattr(app.extensions["model"], "slots", Slots(1, max_queue=2))
+    never = gevent.event.Event()
+
+    def pieces():
+        yield CAT[:1000]
+        never.wait()
+
+    def ask(address):
+        return app.test_client().put("/predict?stream=true", headers=MJPEG, environ_overrides={
+            "wsgi.input": Arriving(pieces()), "REMOTE_ADDR": address})
+
+    def refused(address):
+        response = ask(address)
+        return response.status_code, response.json["error"], response.headers["Retry-After"]
+    held = []
+    for address, count in (("10.0.0.1", 1), ("10.0.0.1", 2), ("10.0.0.2", 3)):
+        held.append(gevent.spawn(ask, address))
+        with gevent.Timeout(10):
+            while app.extensions.get("live", {}).get(address, 0) < (1 if count == 3 else count):
+                gevent.sleep(0.01)
+        if count == 2:
+            assert refused("10.0.0.1") == (429, "RATE_LIMITED", "5")
+    assert refused("10.0.0.3") == (503, "OVERLOADED", "5")
+    gevent.killall(held)
+    assert app.extensions["live"].total() == len(app.extensions["live"]) == 0
+
+
+def test_silence_is_broken_by_comments(app, monkeypatch):
+    for module in (stream_module, live_module):
+        monkeypatch.setattr(module, "SILENT_S", 0.05)
+    go_on = gevent.event.Event()
+
+    def pieces():
+        yield CAT
+        go_on.wait()
+    events = iter(put_live(app, pieces()).response)
+    assert next(events).startswith(b"event: frame")
+    assert [next(events), next(events)] == [b":\n\n"] * 2
+    go_on.set()
+    assert [one for one in events if one != b":\n\n"][0].startswith(b"event: end")
+
+    def work(put):
+        gevent.sleep(0.2)  # before the first event, errors are still answers: nothing may be sent
+        for _ in range(2):
+            put("event")
+            gevent.sleep(0.12)
+    assert [one for one, _ in itertools.groupby(stream_module.produced(work))] == ["event", ":\n\n", "event", ":\n\n"]
+
+
 class Counting(Slots):
     refused = 0
 
@@ -508,6 +576,23 @@ def test_a_saved_camera_stream_with_its_length(service):
     assert 0 < max(sizes) < 4 * len(CAT)
 
 
+def test_what_follows_a_live_body_is_the_next_request(service):
+    small = encoded(photo("chelsea").resize((32, 32)), "JPEG")  # all of it arrives at once
+    head = (f"PUT /predict?stream=true&top_k=1 HTTP/1.1\r\nHost: x\r\nContent-Type: video/x-motion-jpeg\r\n"
+            f"Content-Length: {len(small)}\r\n\r\n").encode()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as sock:
+        sock.sendall(head + small + b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers = read_until(sock, b'"alive"')
+    assert answers.count(b"event: frame") == answers.count(b"event: end") == 1
+
+
+def test_a_live_body_that_is_cut_off_is_no_whole_one(service):
+    with live(service, "video/x-motion-jpeg", **{"X-Request-ID": "cut-off"}) as sock:
+        sock.sendall(b"%x\r\n" % (10 * len(CAT)) + CAT)
+        read_until(sock, b"event: frame")
+    assert logged(service, "cut-off")["error"] in ("BAD_REQUEST", "CLIENT_CLOSED_REQUEST")
+
+
 def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
     with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "1"}) as sock:
         sock.sendall(chunk(CAT + bytes(1024)))
@@ -546,7 +631,7 @@ def test_a_client_that_does_not_read_is_cut_off(start_service):
 
 def test_the_deadline_is_that_of_the_whole_stream(service, long_video):
     body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
-    with opened(service, body, {**headers, "X-Request-Timeout": "0.4", "X-Request-ID": "too-late"}) as sock:
+    with opened(service, body, {**headers, "X-Request-Timeout": "0.1", "X-Request-ID": "too-late"}) as sock:
         assert b"DEADLINE_EXCEEDED" in read_until(sock, b"request_id")
     line = logged(service, "too-late")
     assert (line["status"], line["error"]) == (504, "DEADLINE_EXCEEDED")

@@ -486,6 +486,16 @@ def answer_on(connection):
     return answer.status, answer.headers, json.loads(answer.read())
 
 
+def test_what_arrives_together_with_a_body_belongs_to_the_next_request(service):
+    request = (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nX-Request-ID: %d\r\n"
+               b"Connection: %s\r\nContent-Length: 4\r\n\r\nbody")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as connection:
+        connection.sendall(b"".join(request % (i, b"close" if i == 2 else b"keep-alive") for i in range(3)))
+        answers = connection.makefile("rb").read()
+    assert re.findall(rb"HTTP/1.1 (\d+)|X-Request-ID: (\d)", answers) == [
+        pair for i in range(3) for pair in ((b"400", b""), (b"", b"%d" % i))]
+
+
 def test_beyond_the_memory_for_bodies_the_largest_is_refused_and_a_small_one_answered(start_service):
     service = start_service(MAX_BODY_MEMORY=str(16 * UNIT)).wait_ready()
     with contextlib.ExitStack() as stack:
@@ -493,9 +503,9 @@ def test_beyond_the_memory_for_bodies_the_largest_is_refused_and_a_small_one_ans
             connection = stack.enter_context(send_part_of_a_megabyte(service, pieces))
             wait_until(lambda: metric(service, "body_bytes") == then_there * UNIT)
             return connection
-        small = hog(6, then_there=4)  # pieces double: 4 are there whole, of the next 4 only 2
-        large = hog(8, then_there=12)
-        larger = hog(9, then_there=12)  # with its piece of 4 there were 20, and `large` was the first of the largest
+        small = hog(6, then_there=6)  # each byte that has arrived counts
+        large = hog(8, then_there=14)
+        larger = hog(9, then_there=15)  # beyond 16, `large` was the largest
         refusals = [answer_on(large)]
 
         picture = CAT + bytes(5 * UNIT)
@@ -504,13 +514,13 @@ def test_beyond_the_memory_for_bodies_the_largest_is_refused_and_a_small_one_ans
         assert [(status, body["error"]) for status, _, body in refusals] == [(503, "OVERLOADED")] * 2
         assert [headers["Retry-After"] for _, headers, _ in refusals] == ["5", "5"]
         assert metric(service, "overloaded_total") == 2
-        wait_until(lambda: metric(service, "body_bytes") == 4 * UNIT)
+        wait_until(lambda: metric(service, "body_bytes") == 6 * UNIT)
         small.sendall(bytes(1_000_000 - 6 * UNIT))  # for which there is room again
         assert answer_on(small)[2]["error"] == "INVALID_IMAGE"
         wait_until(lambda: metric(service, "body_bytes") == 0)
 
     with send_part_of_a_megabyte(service, 5):
-        wait_until(lambda: metric(service, "body_bytes") == 4 * UNIT)
+        wait_until(lambda: metric(service, "body_bytes") == 5 * UNIT)
     wait_until(lambda: metric(service, "body_bytes") == 0)  # also where the client leaves
     assert service.predict(CAT).status_code == 200
 

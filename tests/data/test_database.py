@@ -1,5 +1,6 @@
 """The database makes and migrates its tables itself, whoever comes first, and comes back by itself after an outage."""
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -10,7 +11,10 @@ import time
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
 from conftest import ROOT, need
 from servers import Postgres, is_running
 from sqlalchemy import func, insert, select
@@ -114,27 +118,47 @@ def test_a_process_that_ends_in_the_middle_of_a_migration_leaves_nothing(url):
     database.close()
 
 
-def test_tables_of_the_first_revision_get_a_place_for_traces(url):
-    older = Database(url)
-    older.migrate()
-    job = dict.fromkeys(("id", "owner", "state", "queue", "request_id", "model", "options_json", "inputs_json",
-                         "fingerprint", "unit"), "x") | {"created_at": 1.0, "is_batch": False, "input_bytes": 1,
-                                                         "total": 1}
-    with older.begin() as connection:  # as version 0001 left them
-        connection.execute(insert(jobs).values(job))
-        for table in ("jobs", "deliveries"):
-            connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN trace_json")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
-        connection.execute(insert(deliveries).values(**row(1, next_at=1.0)))
+def tables_of(url, revision):
+    """Make the tables of an earlier revision, with a job and its callback in them."""
+    config = Config()
+    config.set_main_option("script_location", "app.data:migrations")
+    config.set_main_option("path_separator", "os")
+    scripts, older = ScriptDirectory.from_config(config), Database(url)
+    assert older.revision() is None
+    with older.alone(5) as connection, EnvironmentContext(
+            config, scripts, fn=lambda found, _: scripts._upgrade_revs(revision, found)) as context:
+        context.configure(connection=connection)
+        context.run_migrations()
+        connection.execute(insert(jobs).values(JOB))
+        connection.exec_driver_sql(
+            "INSERT INTO deliveries (id, job_id, url, host, state, created_at, next_at, attempts_json) "
+            "VALUES ('d1', 'x', 'https://example.org/', 'example.org', 'pending', 1.0, 1.0, '[]'), "
+            "('d2', 'of a job that is gone', 'https://example.org/', 'example.org', 'pending', 1.0, 1.0, '[]')")
+    assert older.revision() == revision
     older.close()
+
+
+TEXTS = ("id", "owner", "state", "queue", "request_id", "model", "options_json", "inputs_json", "fingerprint", "unit")
+JOB = dict.fromkeys(TEXTS, "x") | {"created_at": 1.0, "is_batch": False, "input_bytes": 1, "total": 1}
+
+
+@pytest.mark.parametrize("revision", [f"{number:04}" for number in range(1, int(REVISION))])
+def test_tables_of_earlier_revisions_are_migrated_with_what_is_in_them(url, revision):
+    tables_of(url, revision)
+    run_forked(3, url, "database.name()")  # several processes that find them so at once
     database = Database(url)
     with database.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         found = connection.execute(select(jobs)).mappings().one()
-        assert {name: found[name] for name in job} == job
-        assert found["trace_json"] is None
-        assert connection.execute(select(deliveries.c.trace_json)).scalar() is None
+        assert {name: found[name] for name in JOB} == JOB
+        assert (found["trace_json"], found["turn"]) == (None, 0)
+        assert connection.execute(select(deliveries.c.id, deliveries.c.owner, deliveries.c.bytes).order_by(
+            deliveries.c.id)).all() == [("d1", "x", 0), ("d2", "", 0)]
     assert database.revision() == REVISION
+    other = Database(url)
+    assert other.name() == database.name()
+    assert re.fullmatch("[0-9a-f]{32}", other.name())
+    other.close()
     database.close()
 
 

@@ -7,7 +7,9 @@ import time
 import pytest
 from s3_server import S3
 
-from app.data.storage import Storage
+from app.config import Settings
+from app.data.database import Database
+from app.data.storage import Own, Storage
 from app.outbound.s3 import S3 as S3Client
 
 
@@ -69,12 +71,48 @@ def test_a_job_is_deleted_with_all_that_is_its_own_and_nothing_else(storage):
 
 
 def test_leftovers_are_found_by_their_age(storage):
-    assert storage.prefixes(-10) == []
-    storage.put("a1/0", b"x")
-    storage.put("a1/1", b"x")
-    storage.put("a2/0", b"x")
-    assert sorted(storage.prefixes(-10)) == ["a1", "a2"]
-    assert storage.prefixes(60) == []
+    assert storage.prefixes("a", -10) == []
+    storage.put("a/1/0", b"x")
+    storage.put("a/1/1", b"x")
+    storage.put("a/2/0", b"x")
+    storage.put("b/3/0", b"x")
+    assert sorted(storage.prefixes("a", -10)) == ["1", "2"]
+    assert storage.prefixes("a", 60) == []
+
+
+class Named:
+    """As a Database."""
+
+    def __init__(self, name):
+        self.name = lambda: name
+
+
+def test_several_databases_services_share_a_storage(storage):
+    optional = Settings.parse({"JOBS": "on"}).optional
+    one, other = Own(Named("one"), optional), Own(Named("other"), optional)
+    one.storage = other.storage = storage
+    storage.put("0" * 32 + "/0", b"foreign")
+    one.put("job/0", b"1")
+    other.put("job/0", b"2")
+    assert (one.get("job/0", 1), other.get("job/0", 1)) == (b"1", b"2")
+    assert one.prefixes(-10) == ["job"]
+    one.delete_all("job")
+    assert (one.prefixes(-10), other.prefixes(-10)) == ([], ["job"])
+    with pytest.raises(FileNotFoundError):
+        one.get("job/0", 1)
+    assert other.get("job/0", 1) == b"2"
+    assert one.get("0" * 32 + "/0", 7) == b"foreign"  # as earlier versions kept their own
+    one.delete_all("0" * 32)  # which it does with jobs of its own alone
+    with pytest.raises(FileNotFoundError):
+        storage.get("0" * 32 + "/0", 7)
+
+
+def test_without_the_database_the_storage_is_away_too(tmp_path):
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    own = Own(database, Settings.parse({"JOBS": "on", "STORAGE_URL": str(tmp_path)}).optional)
+    with pytest.raises(OSError, match="OperationalError"):
+        own.put("job/0", b"1")
+    database.close()
 
 
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//x", "a/.", "a/..", ".a/x", "a/x\0", "a\\x",
@@ -139,10 +177,10 @@ def test_a_link_in_the_storage_is_not_followed_when_it_is_deleted(tmp_path):
 
 def test_old_folders_are_leftovers(tmp_path):
     storage = Storage(str(tmp_path))
-    storage.put("a1/0", b"x")
-    storage.put("a2/0", b"x")
-    os.utime(tmp_path / "a1", (time.time() - 100,) * 2)
-    assert storage.prefixes(60) == ["a1"]
+    storage.put("a/1/0", b"x")
+    storage.put("a/2/0", b"x")
+    os.utime(tmp_path / "a/1", (time.time() - 100,) * 2)
+    assert storage.prefixes("a", 60) == ["1"]
 
 
 # --- S3 ---
@@ -158,7 +196,7 @@ def test_a_server_that_is_away_or_refuses_is_an_os_error(tmp_path, monkeypatch):
             Storage("s3://no-such-bucket").put("a1/0", b"x")
     finally:
         server.kill()
-    for call in (lambda: storage.put("a1/0", b"x"), lambda: storage.get("a1/0", 1), lambda: storage.prefixes(0),
+    for call in (lambda: storage.put("a1/0", b"x"), lambda: storage.get("a1/0", 1), lambda: storage.prefixes("a", 0),
                  lambda: storage.delete_all("a1")):
         with pytest.raises(OSError, match="Could not connect"):
             call()
@@ -175,9 +213,9 @@ def test_more_objects_than_one_answer_lists(in_bucket, monkeypatch):
         return await call(method, **arguments, **({"MaxKeys": 3} if method == "list_objects_v2" else {}))
     monkeypatch.setattr(storage.s3, "call", in_small_pages)
     for number in range(8):
-        storage.put(f"a{number % 2}/{number}", b"x")
-    assert sorted(storage.prefixes(-10)) == ["a0", "a1"]
-    storage.delete_all("a1")
-    storage.delete_all("a0")
-    assert storage.prefixes(-10) == []
+        storage.put(f"a/{number % 2}/{number}", b"x")
+    assert sorted(storage.prefixes("a", -10)) == ["0", "1"]
+    storage.delete_all("a/1")
+    storage.delete_all("a/0")
+    assert storage.prefixes("a", -10) == []
     assert pages.count("delete_objects") == 4

@@ -76,12 +76,13 @@ def test_as_many_calls_as_slots_run_at_once():
 
 
 def test_other_greenlets_go_on_while_a_call_runs():
-    slots, turns = Slots(1, 0), []
-    calling = spawn(slots, lambda: time.sleep(0.3))
-    while not calling.ready():
-        turns.append(None)
+    slots, enough = Slots(1, 0), threading.Event()
+    calling = spawn(slots, lambda: enough.wait(10))
+    for _ in range(10):
         gevent.sleep(0.01)
-    assert len(turns) > 10
+    assert not calling.ready()
+    enough.set()
+    assert values([calling]) == [True]
 
 
 def test_beyond_the_queue_is_refused_at_once_with_retry_after(busy):
@@ -154,7 +155,7 @@ def test_an_overrun_costs_its_caller_the_deadline_and_its_slot_comes_back(busy):
     assert isinstance(outcome, DeadlineExceeded)
     assert "during work" in outcome.message
     assert len(slots.running) == 1  # the call goes on
-    assert SLACK_S * 0.9 < slots.overdue_seconds() < 1
+    assert slots.overdue_seconds() > SLACK_S * 0.9
     next_one = spawn(slots, lambda: "the slot is back")
     slots.gate.set()
     assert values([next_one]) == ["the slot is back"]
@@ -238,12 +239,12 @@ def test_context_variables_are_seen_in_native_threads():
 
 
 def test_time_in_the_queue_is_a_stage(busy):
-    slots, stages = busy(1, 1), Stages()
+    slots, stages, started = busy(1, 1), Stages(), time.monotonic()
     waiting = gevent.spawn(slots.run, lambda: None, Deadline(10), stages)
     gevent.sleep(0.2)
     slots.gate.set()
     values([waiting])
-    assert 150 < stages.timings_ms["queue"] < 1000
+    assert 150 < stages.timings_ms["queue"] <= 1000 * (time.monotonic() - started)
 
 
 def test_gauges_are_back_at_zero(busy):

@@ -186,7 +186,7 @@ def lying(data, offset, value):
     (lying(recording(), 24, 2**31 - 1), f"{FILE} and a usual sample rate, got 1 and 2147483647 Hz"),
     (recording(channels=3), f"{FILE} and a usual sample rate, got 3 and 16000 Hz"),
     (recording(value=np.nan, subtype="FLOAT"), f"{FILE}, got samples that are no numbers"),
-    (b"RIFF" + bytes(10 * 2**20), "file must be a file of at most 10485760 bytes, got a file of 10485764 bytes"),
+    (b"RIFF" + bytes(10 * 2**20), "file must be a file of at most 10.5 MB, got a file of 10,485,764 bytes"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_recording_that_cannot_be_used_gets_400(service, file, message):
     assert message_of(speak(service, file, prompt_text=WORDS)) == message

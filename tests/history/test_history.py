@@ -225,7 +225,7 @@ def test_a_misspelt_filter_is_refused(client, path):
 
 def test_csv_has_the_same_and_no_formulas(client):
     client.add({"time": 1e9, "request_id": "-r", "top_class": "=HYPERLINK(\"x\")", "confidence": 0.5, "cached": True,
-                "predictions_json": '[{"class": "=a, \\u00e4\\nb"}]', "options_json": '{"top_k": 1}'})
+                "version": "＝1", "predictions_json": '[{"class": "=a, \\u00e4\\nb"}]', "options_json": '{"top_k": 1}'})
     answers = [client.open("/history", headers={"Accept": "text/csv"}), client.open("/history?format=csv")]
     assert answers[0].text == answers[1].text
     assert answers[0].content_type == "text/csv; charset=utf-8"
@@ -233,6 +233,7 @@ def test_csv_has_the_same_and_no_formulas(client):
     assert row["time"] == "2001-09-09T01:46:40.000Z"
     assert (row["request_id"], row["class"]) == ("'-r", "'=HYPERLINK(\"x\")")
     assert (row["confidence"], row["cached"], row["options"]) == ("0.5", "true", '{"top_k": 1}')
+    assert row["version"] == "'＝1"
     assert row["predictions"] == '[{"class": "=a, ä\\nb"}]'
     assert client.open("/history?format=json", headers={"Accept": "text/csv"}).is_json
 

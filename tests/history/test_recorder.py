@@ -109,10 +109,11 @@ def test_a_batch_whose_commit_was_not_acknowledged_is_not_written_twice(recorder
 def test_what_the_database_refuses_does_not_hold_up_the_rest(recorder, monkeypatch):
     monkeypatch.setattr(module, "described", lambda data, *_: described(data, *_) | (
         {"input_sha256": None} if data == b"bad" else {}))
-    record(recorder, 1, b"bad")
-    wait_for(lambda: recorder.dropped, 1)
+    for data in (b"good", b"bad", b"good", b"good", b"bad", *[b"good"] * 8):  # perhaps all in one transaction
+        record(recorder, 1, data)
+    wait_for(lambda: (count(recorder), recorder.dropped), (11, 2))
     record(recorder, 1)
-    wait_for(lambda: count(recorder), 1)
+    wait_for(lambda: count(recorder), 12)
 
 
 def test_it_keeps_what_fits_while_the_database_is_away(server, monkeypatch):

@@ -13,7 +13,9 @@ import requests
 from conftest import encoded, photo
 from PIL import Image, ImageFilter
 
+from app import prepare
 from app.engine.calibration import SHOWN
+from app.errors import ServiceError
 from app.insight import calibration, diagram, evaluation, report
 
 CLASSES = {"coffee": "espresso", "camera": "tripod", "chelsea": "tiger cat", "rocket": "missile"}
@@ -88,7 +90,7 @@ def test_probabilities_of_frames_are_averaged():
 
 
 @pytest.mark.parametrize(("labels", "message"), [
-    (slice(0, 49), "49 labelled files are too few"), ("right", "all 100 answers are right"),
+    (slice(0, 49), "too few labelled files to calibrate with: 49; at least 50"), ("right", "all 100 answers are right"),
     ("wrong", "all 100 answers are wrong"), ("surely wrong", "the best one lies beyond 20")])
 def test_labels_that_no_temperature_fits_are_refused(labels, message):
     logits, drawn_labels = drawn(100)
@@ -221,6 +223,42 @@ def test_a_second_calibration_says_what_it_replaces(run, labelled, own_models, t
     assert "3.25, before this calibration" in (tmp_path / "r.html").read_text()
 
 
+def test_a_temperature_of_another_precision_is_said(run, own_models, monkeypatch):
+    (bundle,) = own_models.glob("bundles/*")
+    weights = json.loads((bundle / "manifest.json").read_text())["weights"]["sha256"]
+    content = {"temperature": 1.5, "precision": "fp32", "weights_sha256": weights}
+    other = bundle.with_name(bundle.name + "-int8-123456")
+    shutil.copytree(bundle, other)
+    (other / "manifest.json").write_text((bundle / "manifest.json").read_text().replace(
+        '"quantization": null', '"quantization": {"asked": "int8"}'))
+    (other / "calibration.json").write_text(json.dumps(content))
+
+    def said(**variables):
+        texts.clear()
+        assert run("prepare", MODEL_DIR=own_models, **variables)[0] == 0
+        return " ".join(texts)
+    texts = []
+    monkeypatch.setattr(prepare.log, "warning", lambda text, *about: texts.append(text % about))
+    assert f"{bundle.name}: it has no temperature: {other / 'calibration.json'} was fitted with another" in said()
+    (bundle / "calibration.json").write_text(json.dumps(content))
+    assert said() == ""
+    assert "its temperature was fitted with PRECISION=fp32, not bf16" in said(PRECISION="bf16")
+
+
+def test_a_failed_file_is_forgotten():
+    """The traceback of its error keeps what was read of it."""
+    observer = object.__new__(evaluation.Observer)
+    observer.answered, observer.failures = [], []
+    try:
+        data = bytearray(10)
+        raise ServiceError(400, "INVALID_IMAGE", f"{len(data)} bytes")
+    except ServiceError as e:
+        observer.add("a.jpg", e, 0)
+    ((path, kept),) = observer.failures
+    assert (path, kept.code, kept.message, kept.__traceback__, kept.__context__) == (
+        "a.jpg", "INVALID_IMAGE", "10 bytes", None, None)
+
+
 def test_a_report_of_a_calibration_that_does_not_help(run, labelled, own_models, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "NEGLIGIBLE", 1)
     monkeypatch.setattr(calibration.Fit, "ece_rises", True)
@@ -266,7 +304,7 @@ def check_report(text, folder, content):
 
 
 @pytest.mark.parametrize(("arguments", "variables", "message"), [
-    (["--calibrate"], {}, "4 labelled files are too few to calibrate with"),
+    (["--calibrate"], {}, "too few labelled files to calibrate with: 4;"),
     (["--report", "/nowhere/report.html"], {}, "/nowhere/report.html cannot be written: No such file or directory")])
 def test_what_cannot_be_done_is_refused_in_one_line(run, labelled, tmp_path, settings, arguments, variables, message):
     folder, labels = labelled

@@ -1,6 +1,7 @@
 """Embeddings are torch's vectors before the head, by command and by HTTP."""
 import base64
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -164,12 +165,60 @@ def test_files_have_what_other_programs_read(run, folder, tmp_path):
     assert run("embed", folder, "--out", tmp_path / "a.npz", "--normalize")[0] == 0
     assert run("embed", folder, "--out", tmp_path / "a.parquet", "--normalize")[0] == 0
     with np.load(tmp_path / "a.npz") as file:
-        assert sorted(file) == ["embeddings", "model", "normalized", "paths", "weights_sha256"]
-        rows = file["embeddings"]
+        assert sorted(file) == ["embeddings", "model", "normalized", "paths", "precision", "preprocessing",
+                                "weights_sha256"]
+        rows, preprocessing = file["embeddings"], json.loads(str(file["preprocessing"]))
+        assert (str(file["precision"]), preprocessing["crop"]) == ("fp32", 224)
     assert np.linalg.norm(rows, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
     table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
     assert np.array_equal(np.array(table["embedding"].to_pylist(), np.float32), rows)
     assert table.schema.metadata[b"normalized"] == b"true"
+    assert table.schema.metadata[b"precision"] == b"fp32"
+    assert json.loads(table.schema.metadata[b"preprocessing"]) == preprocessing
+
+
+def test_similar_compares_what_can_be_compared(run, folder, tmp_path):
+    out, cat = tmp_path / "a.npz", folder / "cat.jpg"
+    assert run("embed", folder, "--out", out)[0] == 0
+    found = embeddings.read(out)
+    first = run("similar", cat, out)
+    assert (first[0], first[2]) == (0, "")
+    embeddings.write_npz(out, dataclasses.replace(found, precision=None, preprocessing=None))  # of an earlier version
+    assert run("similar", cat, out) == first
+    for write in (embeddings.write_npz, embeddings.write_parquet):
+        out = out.with_suffix(".parquet" if write is embeddings.write_parquet else ".npz")
+        write(out, dataclasses.replace(found, precision="int8"))
+        code, said, err = run("similar", cat, out)
+        assert (code, said) == first[:2]
+        assert err.startswith("note: these embeddings were made with int8, the picture's with fp32")
+        write(out, dataclasses.replace(found, preprocessing='{"crop": 99}'))
+        code, said, err = run("similar", cat, out)
+        assert (code, said) == (1, "")
+        assert 'with other preprocessing, {"crop": 99}: make them again with embed' in err
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1, "error: {} cannot be written: No space left on device")])
+def test_an_embed_that_cannot_go_on_leaves_nothing(run, folder, tmp_path, monkeypatch, capsys, error, code, message):
+    out, seen, answers = tmp_path / "a.npz", [], cli.answers
+
+    def interrupted(*arguments, **more):
+        for number, one in enumerate(answers(*arguments, **more)):
+            if number == 2:
+                seen.extend(path.name for path in tmp_path.iterdir())
+                raise error
+            yield one
+    monkeypatch.setattr(cli, "answers", interrupted)
+    monkeypatch.setattr("app.__main__.end", sys.exit)  # not without unwinding, as it ends the process at once
+    out.write_bytes(b"what was there before")
+    with pytest.raises(SystemExit) as ended:
+        run("embed", folder, "--out", out)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == message.format(out) + "\n"
+    assert seen == ["a.npz"]  # so that nothing is left, however the process ends
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert out.read_bytes() == b"what was there before"
 
 
 def test_similar_to_a_folder(run, folder, by_torch):

@@ -31,9 +31,10 @@ from app import create_app
 from app.config import Settings, SettingsError
 from app.data.background import LISTINGS
 from app.data.schema import deliveries
+from app.data.schema import jobs as table
 from app.errors import Deadline, ServiceError
-from app.jobs import api as jobs_api
-from app.jobs import webhooks
+from app.jobs import calls, webhooks
+from app.jobs.store import label
 from app.server.counters import Stages
 
 WHITE, RED, BLUE = (encoded(Image.new("RGB", (40, 40), colour)) for colour in ("white", "red", "blue"))
@@ -65,11 +66,11 @@ class Ask:
         return self.store.listed(None, limit=1000)
 
     def stored(self):
-        """{key: bytes} of the storage."""
+        """{key: bytes} of the storage, without the folder that is the database's."""
         found = {}
         for path in sorted(Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names):
             with contextlib.suppress(FileNotFoundError):  # it is being removed, perhaps with its folder
-                found[str(path.relative_to(self.folder))] = path.read_bytes()
+                found["/".join(path.relative_to(self.folder).parts[1:])] = path.read_bytes()
         return found
 
     def stored_of(self, row):
@@ -87,9 +88,16 @@ class Ask:
     def is_empty(self):
         return not self.rows() and not self.stored() and not self.messages()
 
+    def claim(self, answer):
+        """Begin an attempt at a job as a worker does, before its turn has come."""
+        with self.store.database.begin() as connection:
+            connection.execute(update(table).where(table.c.id == answer.json["id"]).values(turn=-1))
+        return self.store.claim(answer.json["queue"], [label(answer.json["model"], answer.json.get("version"))],
+                                "a-worker/1")
+
     def finish(self, answer, state="succeeded", **outcome):
         """End a job as a worker does."""
-        row = self.store.claim(answer.json["id"], "a-worker/1")
+        row = self.claim(answer)
         self.store.finish(row["id"], row["attempt"], state, row["total"], **outcome)
 
 
@@ -152,6 +160,7 @@ def test_a_job_is_in_the_database_the_storage_and_the_broker(on_engines):
     assert answer.headers["Location"] == body["url"] == f"/jobs/{body['id']}"
     assert answer.headers["Retry-After"] == "1"
     assert abs(body.pop("created_at") - time.time()) < 10
+    assert "efficientnet_lite0 from the queue short" in body.pop("warning")
     assert body == {"status": "success", "id": body["id"], "state": "queued", "url": f"/jobs/{body['id']}",
                     "request_id": answer.headers["X-Request-ID"], "model": "efficientnet_lite0", "queue": "short",
                     "started_at": None, "ended_at": None, "expires_at": None, "attempts": 0, "cancel_requested": False,
@@ -279,10 +288,12 @@ def test_a_callback_is_kept_and_shown_with_its_deliveries(on_engines):
     url = "https://example.org/hook?x=1"
     answer = ask.client.post("/jobs", json={"image": B64[0], "callback_url": url})
     assert ask.row(answer)["callback_url"] == url
-    assert answer.json["callback"] == {"url": url, "state": None, "attempts": []}
+    assert answer.json["callback"] == {"url": url, "id": None, "state": None, "next_at": None, "attempts": []}
     ask.finish(answer, result={"status": "success"})
     for body in (ask.client.get(answer.json["url"]).json, ask.client.get("/jobs").json["jobs"][0]):
+        message_id, next_at = (body["callback"].pop(name) for name in ("id", "next_at"))
         assert body["callback"] == {"url": url, "state": "pending", "attempts": []}
+        assert (len(message_id), next_at) == (32, body["ended_at"])
 
 
 def test_an_attempt_that_was_redirected_says_why_it_failed(ask):
@@ -302,7 +313,7 @@ def test_bad_files_of_a_batch_become_their_own_results(strict):
     assert (first["filename"], first["field"], first["error"]["error"]) == ("a.png", "files", "EMPTY_FILE")
     assert second["key"] == f"{row['id']}/1"
     assert third["error"] == {"error": "FILE_TOO_LARGE",
-                              "message": "The file has 20001 bytes; at most 20000 are allowed."}
+                              "message": "The file has 20,001 bytes; the limit is 20,000 bytes (MAX_FILE_SIZE)."}
     assert strict.stored_of(row) == [WHITE]
     row = strict.row(strict.client.post("/jobs", json={"instances": ["no base64!", 5]}))
     assert [one["error"]["error"] for one in json.loads(row["inputs_json"])] == ["INVALID_PARAMETER"] * 2
@@ -702,7 +713,7 @@ def test_a_forged_cursor_shows_nothing_of_others(ask):
     keyed(asked, "k", ("file", "a.png", WHITE), headers={"X-API-Key": "key-of-ann"})
     forged = base64.urlsafe_b64encode(f"99999999999.0 {'f' * 32}".encode()).decode()
     page = asked.client.get(f"/jobs?after={forged}", headers={"X-API-Key": "key-of-ben"})
-    assert page.json == {"status": "success", "jobs": [], "next": None}
+    assert page.json == {"status": "success", "jobs": [], "workers": 0, "next": None}
 
 
 def test_cancelling(on_engines):
@@ -713,7 +724,7 @@ def test_cancelling(on_engines):
         assert (cancelled.status_code, cancelled.json["state"]) == (200, "cancelled")
     wait_for(lambda: ask.stored() == {})
     running = ask.post(("file", "a.png", WHITE))
-    row = ask.store.claim(running.json["id"], "a-worker/1")
+    row = ask.claim(running)
     asked = ask.client.delete(running.json["url"])
     assert (asked.status_code, asked.json["state"], asked.json["cancel_requested"]) == (202, "running", True)
     assert asked.headers["Retry-After"] == "1"
@@ -816,7 +827,6 @@ def test_without_the_storage_a_job_is_refused_and_leaves_nothing(ask, caplog):
 
 def test_what_was_stored_before_the_storage_failed_is_removed(ask):
     asked = ask()
-    asked.jobs.storage.path.mkdir(parents=True)
     put = asked.jobs.storage.put
 
     def full(key, data):
@@ -829,7 +839,7 @@ def test_what_was_stored_before_the_storage_failed_is_removed(ask):
 
 
 def test_a_slow_removal_of_inputs_refuses_nobody_and_is_no_outage(ask, monkeypatch):
-    monkeypatch.setattr(jobs_api, "REMOVED_WITHIN_S", 0.2)
+    monkeypatch.setattr(calls, "REMOVED_WITHIN_S", 0.2)
     asked, goes_on = ask(MAX_JOBS="100"), threading.Event()
     asked.jobs.storage.delete_all = lambda job_id: goes_on.wait(20)
     try:

@@ -3,6 +3,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 
@@ -15,7 +16,7 @@ from videos import numbered, write
 from app.config import Settings
 from app.data.database import Database
 from app.data.schema import jobs as table
-from app.data.storage import Storage
+from app.data.storage import Own
 from app.jobs.broker import Broker
 from app.jobs.store import Store
 
@@ -115,7 +116,7 @@ def test_inputs_lie_in_s3_until_the_job_has_ended_and_its_result_until_its_time_
         os.kill(pid, signal.SIGSTOP)
     job_id = jobs.accepted("wait 0")
     with requests.get(f"{s3_server.url}/{bucket}", timeout=10) as listing:
-        assert f"inputs/{job_id}/0" in listing.text
+        assert re.search(f"<Key>inputs/jobs-[0-9a-f]{{32}}/{job_id}/0</Key>", listing.text)
     worker.process.send_signal(signal.SIGCONT)
     for pid in worker.nodes():
         os.kill(pid, signal.SIGCONT)
@@ -129,6 +130,17 @@ def test_inputs_lie_in_s3_until_the_job_has_ended_and_its_result_until_its_time_
         assert time.monotonic() < until
         time.sleep(0.1)
     assert status == 404
+
+
+def test_job_is_run_by_the_version_that_was_asked_for(start_service, start_worker, tmp_path):
+    several = {"MODELS": "sum@1=tests.own_tasks:Sum,sum@2=tests.own_tasks:Sum", "LOAD_MODELS": "first_use",
+               "JOBS": "on", "MODEL_NAME": "", "DATA_DIR": str(tmp_path / "data"), "LONG_WORKERS": "0"}
+    service, worker = start_service(**several), start_worker(**several)
+    jobs = Jobs(service.wait_ready())
+    worker.wait_ready()
+    answer = requests.post(service.url + "/models/sum@2/jobs", json={"numbers": [1, 2]}, timeout=30)
+    expected = requests.post(service.url + "/models/sum@2/predict", json={"numbers": [1, 2]}, timeout=30)
+    assert same(jobs.wait(answer.json()["id"]), expected)
 
 
 def test_input_that_is_gone_fails_the_job(jobs, variables):
@@ -147,5 +159,5 @@ def test_input_that_is_gone_fails_the_job(jobs, variables):
     job = jobs.wait(job_id)
     assert job["state"] == "failed"
     assert job["error"]["error"] == "INPUT_LOST"
-    assert Storage(settings.optional.storage).prefixes(0) == []
+    assert Own(database, settings.optional).prefixes(0) == []
     database.close()

@@ -18,6 +18,8 @@ from app.data import schema
 from app.data.database import Database
 from app.errors import ServiceError
 from app.jobs import webhooks
+from app.jobs.answers import job_body
+from app.outbound.event_loop import run
 
 pytestmark = pytest.mark.usefixtures("own_board")  # what they count is not for /metrics of later tests
 
@@ -60,8 +62,19 @@ def delivery(database, delivery_id):
         return {**row, "attempts": json.loads(row["attempts_json"])}
 
 
-def body_of(job_id):
-    return {"id": job_id, "state": "succeeded", "result": {"text": "naïve ☃"}}
+RESULT = {"status": "success", "predictions": [{"class": "naïve ☃", "confidence": 0.5}]}
+JOB = {"id": "j1", "state": "succeeded", "request_id": "r1", "model": "m", "version": None, "queue": "short",
+       "created_at": 1.0, "started_at": 2.0, "ended_at": 3.0, "expires_at": 4.0, "attempt": 1, "done": 1, "total": 1,
+       "cancel_requested": False, "unit": "files", "callback_url": "https://example.org/", "error_json": None,
+       "result_json": json.dumps(RESULT)}
+
+
+def message_of(row):
+    return webhooks.message(row["id"], JOB)
+
+
+def run_due(database, optional, message_of=message_of, slow=None):
+    return webhooks.run_due(database, optional, message_of, {} if slow is None else slow)
 
 
 def allowing(receiver, **variables):
@@ -140,11 +153,12 @@ def test_the_specifications_example():
     (SECRET, SECRET.encode()), ("whsec_" + base64.b64encode(bytes(range(32))).decode(), bytes(range(32)))])
 def test_messages_are_signed(receiver, secret, key):
     row = {"id": "d1", "url": receiver.url + "/hook"}
-    made = webhooks.deliver(row, body_of("j1"), allowing(receiver, CALLBACK_SECRET=secret))
+    made, _ = run(webhooks.attempt(row, message_of(row), allowing(receiver, CALLBACK_SECRET=secret)))
     assert (made["status"], made["error"]) == (204, None)
     assert made["ms"] >= 0
     assert abs(made["at"] - time.time()) < 60
-    assert verified(receiver.requests[0], key) == {"event": "job.succeeded", "id": "d1", "job": body_of("j1")}
+    assert verified(receiver.requests[0], key) == {"event": "job.succeeded", "id": "d1", "job": job_body(JOB, [])}
+    assert verified(receiver.requests[0], key)["job"]["result"] == RESULT
 
 
 def test_the_documentations_receiver_accepts_them_and_no_others(receiver):
@@ -165,18 +179,18 @@ def test_the_documentations_receiver_accepts_them_and_no_others(receiver):
 
 def test_a_delivery_that_is_accepted_is_over(database, receiver):
     delivery_id = due(database, receiver.url + "/hook")
-    assert webhooks.run_due(database, allowing(receiver), body_of) == 1
+    assert run_due(database, allowing(receiver)) == 1
     row = delivery(database, delivery_id)
     assert (row["state"], row["next_at"]) == ("delivered", None)
     assert [(one["status"], one["error"]) for one in row["attempts"]] == [(204, None)]
-    assert webhooks.run_due(database, allowing(receiver), body_of) == 0
+    assert run_due(database, allowing(receiver)) == 0
     assert len(receiver.requests) == 1
 
 
 def test_what_is_not_due_yet_waits(database, receiver):
     due(database, receiver.url + "/hook", next_at=time.time() + 60)
     due(database, receiver.url + "/hook", state="failed")
-    assert webhooks.run_due(database, allowing(receiver), body_of) == 0
+    assert run_due(database, allowing(receiver)) == 0
     assert receiver.requests == []
 
 
@@ -191,7 +205,7 @@ def test_what_fails_is_repeated_later_with_the_same_id(database, receiver, monke
     receiver.answers["/hook"] = answer
     delivery_id = due(database, receiver.url + "/hook")
     before = time.time()
-    webhooks.run_due(database, allowing(receiver), body_of)
+    run_due(database, allowing(receiver))
     row = delivery(database, delivery_id)
     assert row["state"] == "pending"
     assert [(one["status"], one["error"]) for one in row["attempts"]] == [(status, error)]
@@ -199,7 +213,7 @@ def test_what_fails_is_repeated_later_with_the_same_id(database, receiver, monke
     receiver.answers["/hook"] = ACCEPTED
     with database.begin() as connection:
         connection.execute(update(schema.deliveries).values(next_at=time.time()))
-    webhooks.run_due(database, allowing(receiver), body_of)
+    run_due(database, allowing(receiver))
     row = delivery(database, delivery_id)
     assert row["state"] == "delivered"
     assert [one["status"] for one in row["attempts"]] == [status, 204]
@@ -207,10 +221,43 @@ def test_what_fails_is_repeated_later_with_the_same_id(database, receiver, monke
     assert all(request.startswith(b"POST /hook ") for request in receiver.requests)
 
 
+@pytest.mark.parametrize(("status", "retry_after", "least_s", "most_s"), [
+    (503, b"100", 100, 120), (429, b"100", 100, 120), (503, b"1", 4, 6), (503, b"99999999", 21_600, 26_000),
+    (503, b"-5", 4, 6), (503, b"soon", 4, 6), (503, b"Wed, 21 Oct 2015 07:28:00 GMT", 4, 6),
+    (503, b"Fri, 01 Jan 9999 00:00:00 GMT", 21_600, 26_000)])
+def test_a_receiver_may_ask_for_time(database, receiver, status, retry_after, least_s, most_s):
+    receiver.answers["/hook"] = b"HTTP/1.1 %d No\r\nRetry-After: %s\r\n\r\n" % (status, retry_after)
+    delivery_id, before = due(database, receiver.url + "/hook"), time.time()
+    run_due(database, allowing(receiver))
+    row = delivery(database, delivery_id)
+    assert (row["state"], row["attempts"][0]["status"]) == ("pending", status)
+    assert before + least_s <= row["next_at"] <= time.time() + most_s
+
+
+def test_a_receiver_that_is_gone_gets_no_more(database, receiver):
+    receiver.answers["/hook"] = b"HTTP/1.1 410 Gone\r\n\r\n"
+    delivery_id = due(database, receiver.url + "/hook")
+    run_due(database, allowing(receiver))
+    row = delivery(database, delivery_id)
+    assert (row["state"], row["next_at"]) == ("failed", None)
+    assert [(one["status"], one["error"]) for one in row["attempts"]] == [(410, "the receiver wants no more messages")]
+
+
+def test_what_is_due_is_decided_by_the_databases_clock(postgres_server, receiver, monkeypatch):
+    """One machine's clock that is wrong neither sends too early nor takes from others what they are sending."""
+    database = Database(postgres_server.database())
+    delivery_id = due(database, receiver.url + "/hook", next_at=time.time() + 1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda real=time.time: real() + 5000)
+        assert run_due(database, allowing(receiver)) == 0
+    assert delivery(database, delivery_id)["state"] == "pending"
+    database.close()
+
+
 def test_an_address_that_turned_private_is_not_called(database, receiver):
     """Checked with each attempt, not only when the job was sent."""
     delivery_id = due(database, receiver.url + "/hook")
-    webhooks.run_due(database, allowing(receiver, PRIVATE_NETWORKS=""), body_of)
+    run_due(database, allowing(receiver, PRIVATE_NETWORKS=""))
     assert delivery(database, delivery_id)["attempts"][0]["error"] == "the URL or its address is not allowed"
     assert receiver.requests == []
 
@@ -227,14 +274,14 @@ def test_after_the_last_attempt_it_has_failed(database, receiver):
     receiver.answers["/hook"] = b"HTTP/1.1 404 Not Found\r\n\r\n"
     made = [{"at": 1.0, "status": 404, "error": None, "ms": 1}] * 6
     delivery_id = due(database, receiver.url + "/hook", attempts_json=json.dumps(made))
-    webhooks.run_due(database, allowing(receiver), body_of)
+    run_due(database, allowing(receiver))
     row = delivery(database, delivery_id)
     assert (row["state"], row["next_at"], len(row["attempts"])) == ("failed", None, 7)
 
 
 def test_a_callback_of_a_job_that_is_gone_has_failed(database, receiver):
     delivery_id = due(database, receiver.url + "/hook")
-    webhooks.run_due(database, allowing(receiver), lambda job_id: None)
+    run_due(database, allowing(receiver), lambda row: None)
     assert delivery(database, delivery_id)["state"] == "failed"
     assert receiver.requests == []
 
@@ -245,15 +292,15 @@ def test_a_process_that_is_killed_in_between_loses_nothing(database, receiver):
     class Killed(BaseException):
         pass
 
-    def kill(job_id):
+    def kill(row):
         raise Killed
     with pytest.raises(Killed):
-        webhooks.run_due(database, allowing(receiver), kill)
-    assert webhooks.run_due(database, allowing(receiver), body_of) == 0  # still claimed
+        run_due(database, allowing(receiver), kill)
+    assert run_due(database, allowing(receiver)) == 0  # still claimed
     assert delivery(database, delivery_id)["next_at"] > time.time() + 30
     with database.begin() as connection:
         connection.execute(update(schema.deliveries).values(next_at=time.time() - 1))  # a minute later
-    assert webhooks.run_due(database, allowing(receiver), body_of) == 1
+    assert run_due(database, allowing(receiver)) == 1
     assert delivery(database, delivery_id)["state"] == "delivered"
 
 
@@ -265,7 +312,7 @@ def check_shared(database, other, receiver):
     def work(one):
         with one.read():  # it has a connection before they start
             start.wait(20)
-        while made := webhooks.run_due(one, allowing(receiver), body_of):
+        while made := run_due(one, allowing(receiver)):
             counts.append(made)
     threads = [threading.Thread(target=work, args=(one,)) for one in (database, other)]
     for thread in threads:
@@ -317,15 +364,15 @@ def wait_for(condition):
 
 @pytest.fixture
 def running():
-    """running(database, settings): run_due in a thread; the bodies that it has asked for."""
+    """running(database, settings, slow): run_due in a thread; the jobs whose messages it has asked for."""
     threads, loaded = [], []
 
-    def body(job_id):
-        loaded.append(job_id)
-        return body_of(job_id)
+    def message(row):
+        loaded.append(row["job_id"])
+        return message_of(row)
 
-    def start(database, optional):
-        threads.append(threading.Thread(target=webhooks.run_due, args=(database, optional, body)))
+    def start(database, optional, slow=None):
+        threads.append(threading.Thread(target=run_due, args=(database, optional, message, slow)))
         threads[-1].start()
         return loaded
     yield start
@@ -359,7 +406,7 @@ def test_a_receiver_that_does_not_answer_delays_no_other(database, receiver, run
 def test_a_process_has_a_limited_number_of_callbacks_under_way(database, receiver, running, monkeypatch):
     monkeypatch.setattr(webhooks, "AT_ONCE_PER_HOST", 100)
     receiver.answers["/slow"] = slow = Waiting()
-    ids = [due(database, receiver.url + "/slow") for _ in range(webhooks.AT_ONCE + 8)]
+    ids = [due(database, receiver.url + "/slow", owner=str(i)) for i in range(webhooks.AT_ONCE + 8)]
     try:
         loaded = running(database, allowing(receiver))
         wait_for(lambda: slow.now == webhooks.AT_ONCE)
@@ -371,15 +418,101 @@ def test_a_process_has_a_limited_number_of_callbacks_under_way(database, receive
     assert slow.most == webhooks.AT_ONCE
 
 
+class Everywhere:
+    """A server on all addresses of loopback: each of 127.0.0.2, 127.0.0.3, … is another host to the service."""
+
+    def __init__(self):
+        self.slow = Waiting()
+        self.server = HostileServer({"/slow": self.slow, "/hook": ACCEPTED}, address=("0.0.0.0", 0))
+        self.settings = settings(CALLBACK_URLS=",".join(self.url(number, "/") for number in range(2, 40)))
+
+    def url(self, number, path):
+        return f"http://127.0.0.{number}:{self.server.port}{path}"
+
+    def close(self):
+        self.slow.over.set()
+        self.server.close()
+
+
+@pytest.fixture
+def everywhere():
+    one = Everywhere()
+    yield one
+    one.close()
+
+
+def test_no_owner_fills_all_places_however_many_hosts_it_names(database, everywhere, running):
+    """A greedy client's receivers on 20 hosts never answer; others' callbacks are sent meanwhile."""
+    greedy = [due(database, everywhere.url(2 + i % 20, "/slow"), owner="greedy", next_at=time.time() - 100)
+              for i in range(100)]
+    running(database, everywhere.settings)
+    wait_for(lambda: everywhere.slow.now == webhooks.AT_ONCE // 2)
+    for owner in ("a", "b"):
+        also = [due(database, everywhere.url(22 + i, "/slow"), owner=f"greedy as {owner}") for i in range(16)]
+        quick = due(database, everywhere.url(2, "/hook"), owner=owner)
+        wait_for(lambda quick=quick: delivery(database, quick)["state"] == "delivered")
+        assert everywhere.slow.now < webhooks.AT_ONCE
+        assert {delivery(database, one)["state"] for one in (*greedy, *also)} == {"pending"}
+    everywhere.slow.over.set()
+
+
+def test_without_keys_receivers_that_were_slow_leave_room_for_the_others(database, everywhere, running, monkeypatch):
+    """All clients are one owner then. At their next attempts, the hosts that have not answered share a part of the
+    places."""
+    monkeypatch.setattr(webhooks, "WITHIN_S", 0.3)
+    monkeypatch.setattr(webhooks, "SLOW_MS", 200)
+    slow = {}
+    hosts = [due(database, everywhere.url(number, "/slow")) for number in range(2, 22)]
+    run_due(database, everywhere.settings, slow=slow)
+    assert slow.keys() == {f"127.0.0.{number}" for number in range(2, 22)}
+    assert {delivery(database, one)["attempts"][0]["error"] for one in hosts} == {"no answer within 0.3 s"}
+    monkeypatch.setattr(webhooks, "WITHIN_S", 20)
+    everywhere.slow.now = 0
+    for i in range(100):
+        due(database, everywhere.url(2 + i % 20, "/slow"), next_at=time.time() - 100)
+    running(database, everywhere.settings, slow)
+    wait_for(lambda: everywhere.slow.now == webhooks.AT_ONCE // 2)
+    quick = due(database, everywhere.url(30, "/hook"))
+    wait_for(lambda: delivery(database, quick)["state"] == "delivered")
+    recovered = due(database, everywhere.url(31, "/hook"))
+    slow["127.0.0.31"] = True
+    everywhere.slow.over.set()
+    wait_for(lambda: delivery(database, recovered)["state"] == "delivered")
+    assert "127.0.0.31" not in slow
+
+
+def test_the_bytes_under_way_are_divided_too(monkeypatch):
+    monkeypatch.setattr(webhooks, "AT_ONCE_BYTES", 256)
+    places = webhooks.Places({})
+    taken = [places.take({"owner": owner, "host": f"{owner}{i}", "bytes": 64}) for i in range(4) for owner in "abc"]
+    assert taken == [True] * 3 + [False] * 9
+    assert places.take({"owner": "a", "host": "small", "bytes": 0})
+    assert places.bytes.total() == 192
+
+
+def test_large_results_of_one_owner_do_not_hide_what_is_due_to_others(database, receiver, running, monkeypatch):
+    monkeypatch.setattr(webhooks, "AT_ONCE_BYTES", 100)
+    receiver.answers["/slow"] = slow = Waiting()
+    large = [due(database, receiver.url + "/slow", owner="a", bytes=50, next_at=time.time() - 100) for _ in range(80)]
+    running(database, allowing(receiver))
+    wait_for(lambda: slow.now == 1)
+    quick = due(database, receiver.url + "/hook", owner="b", bytes=10)
+    wait_for(lambda: delivery(database, quick)["state"] == "delivered")
+    assert slow.most == 1
+    with database.begin() as connection:
+        connection.execute(update(schema.deliveries).where(schema.deliveries.c.id.in_(large)).values(state="failed"))
+    slow.over.set()
+
+
 def test_what_was_under_way_is_recorded_when_the_next_one_cannot_be_sent(database, receiver):
     ids = [due(database, receiver.url + "/hook", job_id=f"j{i}", next_at=time.time() - 10 + i) for i in range(2)]
 
-    def body(job_id):
-        if job_id == "j1":
+    def message(row):
+        if row["job_id"] == "j1":
             raise OSError("the database is away")
-        return body_of(job_id)
+        return message_of(row)
     with pytest.raises(OSError, match="away"):
-        webhooks.run_due(database, allowing(receiver), body)
+        run_due(database, allowing(receiver), message)
     assert [delivery(database, one)["state"] for one in ids] == ["delivered", "pending"]
 
 

@@ -158,6 +158,62 @@ def test_metrics_count_jobs_by_queue_state_and_error(troubled):
         time.sleep(0.1)
 
 
+@EMBEDDED
+def test_worker_with_another_model_leaves_jobs_to_others_and_says_so(troubled, start_worker):
+    jobs, worker, service = troubled
+    other = start_worker(DATA_DIR=service.variables["DATA_DIR"], MODEL_NAME="tests.own_tasks:Sum", LONG_WORKERS="0")
+    other.wait_ready()
+    nodes = worker.wait_ready().nodes()
+    for pid in nodes:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        ids = [jobs.accepted("wait 0") for _ in range(4)]
+        until = time.monotonic() + 30
+        while "left to other workers" not in other.log:
+            assert time.monotonic() < until, other.log
+            time.sleep(0.05)
+    finally:
+        for pid in nodes:
+            os.kill(pid, signal.SIGCONT)
+    found = [jobs.wait(job_id) for job_id in ids]
+    assert {(job["state"], job["attempts"]) for job in found} == {("succeeded", 1)}
+    assert other.log.count("jobs for troubled are left to other workers: this one has sum") == 1
+    assert other.stop() == 0
+
+
+@EMBEDDED
+def test_service_says_which_workers_are_there(troubled):
+    """So that its clients and its operator need not ask the workers."""
+    jobs, worker, service = troubled
+    worker.wait_ready()
+    until = time.monotonic() + 30
+    while "warning" in jobs.get(job_id := jobs.accepted("wait 0.1")) or requests.get(
+            service.url + "/jobs", timeout=30).json()["workers"] != 2:
+        assert time.monotonic() < until
+        jobs.wait(job_id)
+        time.sleep(0.2)
+    metrics = requests.get(service.url + "/metrics", timeout=30).text
+    assert 'model_server_jobs_workers{queue="short"} 2.0' in metrics
+    assert 'model_server_jobs_workers{queue="long"} 1.0' in metrics
+    assert worker.stop() == 0  # they say so too
+    until = time.monotonic() + 30
+    while "warning" not in (job := jobs.submit("wait 0").json()):
+        assert time.monotonic() < until
+        jobs.cancel(job["id"])
+        time.sleep(0.2)
+    assert job["warning"] == "No worker is running that takes jobs for troubled from the queue short; the job waits " \
+                             "until one does."
+    assert jobs.get(job["id"])["warning"] == job["warning"]
+    listed = requests.get(service.url + "/jobs?state=queued", timeout=30).json()
+    assert (listed["workers"], listed["jobs"][0]["warning"]) == (0, job["warning"])
+    metrics = requests.get(service.url + "/metrics", timeout=30).text
+    assert 'model_server_jobs_unfinished{queue="short",state="queued"} 1.0' in metrics
+    assert 'model_server_jobs_workers{queue="short"} 0.0' in metrics
+    assert requests.get(service.url + "/health", timeout=30).status_code == 200
+    worker.start()
+    assert "warning" not in jobs.wait(job["id"])
+
+
 def test_long_jobs_do_not_starve_short_ones(troubled):
     jobs, _, _ = troubled
     long = [jobs.accepted(json={"instances": ["wait 0.4"] * 10}) for _ in range(3)]

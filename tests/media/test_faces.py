@@ -22,13 +22,40 @@ def test_the_largest_face_is_that_of_the_whole_search():
     assert outcomes == {True, False}
 
 
-def test_a_large_face_ends_the_search_early(monkeypatch):
-    searched, windows = [], faces.windows
-    monkeypatch.setattr(faces, "windows", lambda grey, smallest, *rest: searched.append(smallest) or windows(
-        grey, smallest, *rest))
+@pytest.fixture
+def searches(monkeypatch):
+    """[(smallest size, largest size, place)] of all searches so far."""
+    found, windows = [], faces.Search.windows
+
+    def search(self, *sizes_and_place):
+        found.append((*sizes_and_place, None)[:3])
+        return windows(self, *sizes_and_place)
+    monkeypatch.setattr(faces.Search, "windows", search)
+    return found
+
+
+def test_a_large_face_ends_the_search_early(searches):
     image = photo("astronaut").crop((100, 0, 350, 250)).resize((900, 900))
     assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
-    assert min(searched) > 100
+    assert min(smallest for smallest, _, _ in searches) > 100
+
+
+def test_once_there_is_a_face_only_its_surroundings_are_searched(searches):
+    image = photo("astronaut")
+    assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3])
+    narrowed = [place for *_, place in searches if place]
+    assert narrowed
+    assert all(rows.mean() < 0.5 and last < image.width for rows, last in narrowed)
+
+
+def test_places_that_turn_out_to_be_too_small_are_searched_again(searches, monkeypatch):
+    monkeypatch.setattr(faces.Search, "place_for", lambda self, largest: self.decisive is not None and (
+        np.zeros(self.grey.shape[0], bool), 0))
+    for seed in (1, 3, 5):
+        image = collage(seed)
+        assert faces.largest_face(image) == max(all_faces(image), key=lambda box: box[2] * box[3], default=None)
+    sizes = [(smallest, largest) for smallest, largest, _ in searches]
+    assert len(sizes) > len(set(sizes))
 
 
 @pytest.mark.parametrize("x", [12, 18, 42, 66, 114, 132])

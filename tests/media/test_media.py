@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from app.engine.preprocess import Preprocessing
 from app.errors import ServiceError
+from app.media import photographs
 from app.media.pictures import read_image
 
 MAX_PIXELS = 1_000_000
@@ -182,6 +183,17 @@ def test_scans_are_counted_whatever_is_between_them(cat, between):
     assert same(data[:-2] + (between + scan) * 3 + data[-2:], Image.open(io.BytesIO(data)), tolerance=255)
     assert refused(data[:-2] + (between + scan) * 70 + data[-2:]) == (400, "INVALID_IMAGE")
     assert refused(data[:at] + b"\xff\xfe\0\2" * 1001 + scan * 70 + data[-2:]) == (400, "INVALID_IMAGE")
+
+
+def test_a_jpeg_has_one_scan_if_the_first_has_all_channels_and_it_is_not_progressive(cat):
+    def has_one_scan(data):
+        return photographs.has_one_scan(Image.open(io.BytesIO(data)), data)
+    usual = encoded(cat, "JPEG")
+    assert all(map(has_one_scan, (usual, encoded(cat.convert("L"), "JPEG"), encoded(cat.convert("CMYK"), "JPEG"))))
+    first = usual.index(b"\xff\xda")
+    of_one_channel = usual[:first] + b"\xff\xda\0\x08\1\1\0\0\x3f\0"
+    assert not any(map(has_one_scan, (encoded(cat, "JPEG", progressive=True), of_one_channel + usual[first + 14:])))
+    assert refused(of_one_channel + (usual[first + 14:-2] + usual[first:first + 14]) * 70) == (400, "INVALID_IMAGE")
 
 
 def test_floats_and_32_bit_integers_are_scaled(cat):

@@ -1,6 +1,8 @@
 """/v2: what is asked and answered, and that every mistake is a 400 in V2's shape."""
 import base64
+import gzip
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 
 from app import create_app
 from app.config import Settings
-from app.open_inference.codec import HEADER_LENGTH
+from app.open_inference import compressed
+from app.open_inference.request_body import HEADER_LENGTH
 
 CAT = encoded(photo("chelsea"), "JPEG")
 TEXT = base64.b64encode(CAT).decode()
@@ -144,18 +147,64 @@ def test_models_of_ones_own():
     ([image()], {"outputs": [{"name": "labels", "parameters": {"classification": 2}}]}, "classification is not"),
     ([image()], {"parameters": {"top_k": "x"}}, "top_k must be"),
     ([image()], {"parameters": {"explain": True}}, "explain is not available"),
+    ([image()], {"parameters": {"topk": 3}}, "topk is not an option of efficientnet_lite0; did you mean top_k?"),
     ([image()], {"parameters": {"top_k": {}}}, "single value"), ([], {}, "inputs must be")])
 def test_mistakes(client, inputs, members, message):
     assert_error(infer(client, *inputs, **members), 400, message)
 
 
+def test_parameters_that_are_nobodys_are_ignored(client):
+    answer = infer(client, image(), parameters={"sequence_id": 1, "sequence_start": True, "priority": 2, "timeout": 9,
+                                                "tenant": "a", "top_k": 1})
+    assert output(answer, "labels")["data"] == ["tiger cat"]
+
+
+def test_a_model_that_cannot_be_loaded_is_not_ready_until_it_would_be_tried_again(monkeypatch):
+    app = create_app(Settings.parse({"MODELS": "sum=own_tasks:Sum,tone@1=own_tasks:Tone", "LOAD_MODELS": "first_use",
+                                     "DEVICE": "cpu"}))
+    client, loader, text = app.test_client(), app.extensions["model"], image("la", name="text")
+    monkeypatch.setattr(loader, "load_one", {}.__getitem__)
+    assert client.get("/v2/models/tone/ready").status_code == 200
+    assert_error(infer(client, text, path="/v2/models/tone/infer"), 503, "tone@1 cannot be loaded now")
+    monkeypatch.undo()
+    for path in ("/v2/models/tone/ready", "/v2/models/tone/versions/1/ready"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json["ready"]) == (503, False)
+    assert client.get("/v2/models/sum/ready").json["ready"]
+    loader.failed_at["tone@1"] -= 10
+    assert client.get("/v2/models/tone/ready").json["ready"]
+    assert infer(client, text, path="/v2/models/tone/infer").status_code == 200
+
+
 def test_larger_than_allowed(client):
     assert_error(infer(client, image("A" * 80 * 2**20)), 413, "A text in data has")
     pixels = {"name": "pixels", "datatype": "UINT8", "shape": [100_000, 100_000, 3], "data": [1]}
-    assert_error(infer(client, pixels), 413, "at most 50000000")
+    assert_error(infer(client, pixels), 413, "at most 50,000,000")
     assert_error(client.post(INFER, content_length=2**31), 413, "larger than")
-    assert_error(client.post(INFER, data=b"{}", headers={"Content-Encoding": "gzip"}), 415, "uncompressed")
+    assert_error(client.post(INFER, data=b"{}", headers={"Content-Encoding": "br"}), 415, "uncompressed, or as gzip")
+    assert_error(client.post(INFER, data=b"{}", headers={"Content-Encoding": ""}), 400, "inputs")
     assert_error(client.post(INFER, data=b"x" * 9, headers={HEADER_LENGTH: "10"}), 400, HEADER_LENGTH)
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_compressed(client, monkeypatch, encoding, compress):
+    def ask(body, **headers):
+        return client.post(INFER, data=body, headers={"Content-Encoding": encoding, **headers})
+    text = json.dumps({"inputs": [image()], "parameters": {"top_k": 1}}).encode()
+    monkeypatch.setattr(compressed, "STEP", 1000)
+    for piece in (100, len(text), 2**20):
+        monkeypatch.setattr(compressed, "PIECE", piece)
+        assert output(ask(compress(text)), "labels")["data"] == ["tiger cat"]
+    tensor = json.dumps({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": {
+        "binary_data_size": len(CAT) + 4}}]}).encode()
+    binary = compress(tensor + len(CAT).to_bytes(4, "little") + CAT)
+    answer = ask(binary, **{HEADER_LENGTH: str(len(tensor))})  # as it is before, as Triton's client says it
+    assert output(answer, "labels")["data"][0] == "tiger cat"
+    whole = compress(text)
+    for damaged in (whole[:-9], whole[:5000], b"", b"text", text, whole + b"x", whole + bytes(2000), 2 * whole):
+        assert_error(ask(damaged), 400, f"not valid {encoding}")
+    assert_error(ask(compress(bytes(150 * 2**20))), 413, "larger than")
+    assert client.application.extensions["bodies"].total == 0
 
 
 def test_huge_but_finite_numbers(ocean_app):

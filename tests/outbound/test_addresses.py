@@ -68,6 +68,7 @@ def test_what_clients_could_read_in_more_than_one_way_is_no_url(url):
     "[::1]", "[::]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[fe80::1]",
     "[fc00::1]", "[fd00:ec2::254]", "[ff02::1]", "[2002:7f00:1::]", "[2002:a00:1::1]", "[64:ff9b::7f00:1]",
     "[64:ff9b::169.254.169.254]", "[64:ff9b:1::1]", "[2001::1]", "[2001:db8::1]", "[fec0::1]", "[100::1]", "[4000::1]",
+    "[3fff::1]", "192.0.0.192", "[2002:c000:c0::]", "[::ffff:192.0.0.192]",
 ])
 def test_hosts_that_are_private_addresses_in_any_notation_are_refused(host):
     with pytest.raises(NotAllowed):

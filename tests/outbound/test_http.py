@@ -1,14 +1,20 @@
 """Requests of the service's own, to servers that mean it no good."""
+import asyncio
 import datetime
 import gzip
 import ipaddress
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 
+import aiohttp
 import gevent
 import pytest
+from conftest import ROOT
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -68,10 +74,10 @@ def test_neither_proxies_nor_cookies_nor_netrc_are_used(client, server, monkeypa
 
 
 @pytest.mark.parametrize(("answer", "error", "says"), [
-    (ok(b"a" * 1001), TooLarge, "it has more than 1000 bytes"),
-    (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", TooLarge, "it has more than 1000 bytes"),
-    (repeatedly(CHUNKED, b"3e8\r\n" + b"a" * 1000 + b"\r\n"), TooLarge, "it has more than 1000 bytes"),
-    (repeatedly(b"HTTP/1.1 200 OK\r\n\r\n", b"a" * 1000), TooLarge, "it has more than 1000 bytes"),
+    (ok(b"a" * 1001), TooLarge, "it has more than 1 kB"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\n", TooLarge, "it has more than 1 kB"),
+    (repeatedly(CHUNKED, b"3e8\r\n" + b"a" * 1000 + b"\r\n"), TooLarge, "it has more than 1 kB"),
+    (repeatedly(b"HTTP/1.1 200 OK\r\n\r\n", b"a" * 1000), TooLarge, "it has more than 1 kB"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", RequestFailed, "ended the connection before"),
     (CHUNKED + b"9\r\nabc", RequestFailed, "ended the connection before"),
     (CHUNKED + b"zz\r\nabc\r\n", RequestFailed, "its server"),
@@ -132,23 +138,46 @@ def test_unreachable_servers_and_unknown_names(client, server):
         run(client.fetch(check_url("http://no-such-name.invalid/", None, LOOPBACK), 1, 10))
 
 
-def test_tls_needs_a_valid_certificate(client, tmp_path):
+def tls_server(folder, host):
+    """(a HostileServer with a certificate for that host, signed by itself; the path of the certificate)."""
     key = ec.generate_private_key(ec.SECP256R1())
     name, day = x509.Name([]), datetime.timedelta(days=1)
     now = datetime.datetime.now(datetime.UTC)
-    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day)
-                   .add_extension(host, True).sign(key, hashes.SHA256()))
-    path = tmp_path / "own.pem"
+    certificate = (x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day,
+                                           now + day)
+                   .add_extension(x509.SubjectAlternativeName([host]), True).sign(key, hashes.SHA256()))
+    path = folder / "own.pem"
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
                      + certificate.public_bytes(Encoding.PEM))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
-    server = HostileServer({"/": ok(b"signed by itself")}, tls=context)
+    return HostileServer({"/": ok(b"trusted")}, tls=context), path
+
+
+ADDRESS = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+
+
+def test_tls_needs_a_valid_certificate(client, tmp_path):
+    server, _ = tls_server(tmp_path, ADDRESS)
     with pytest.raises(RequestFailed, match="the certificate of its server is not valid"):
         run(client.fetch(check_url(server.url, [server.url], LOOPBACK), 10, 10))
     server.close()
     assert server.requests == []
+
+
+@pytest.mark.parametrize(("host", "says"), [
+    (ADDRESS, "b'trusted'"), (x509.DNSName("other.example"), "the certificate of its server is not valid")])
+def test_a_certificate_must_be_that_of_the_host(tmp_path, host, says):
+    server, path = tls_server(tmp_path, host)
+    program = ("from app.outbound import http\nfrom app.outbound.addresses import check_url\n"
+               "from app.outbound.event_loop import run\n"
+               f"checked = check_url({server.url!r}, [{server.url!r}], {LOOPBACK!r})\n"
+               f"try: print(run(http.Client({LOOPBACK!r}).fetch(checked, 10, 10)))\n"
+               "except http.RequestFailed as e: print(e)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "SSL_CERT_FILE": str(path)},
+                          text=True, capture_output=True, check=False)
+    server.close()
+    assert (done.stdout, len(server.requests)) == (says + "\n", says == "b'trusted'"), done.stderr
 
 
 # --- addresses behind names ---
@@ -221,12 +250,52 @@ def test_a_lookup_that_hangs_costs_no_more_than_its_time(client, server, monkeyp
 
 def test_posts_and_returns_the_status_whatever_follows(client, server):
     server.answers["/"] = repeatedly(b"HTTP/1.1 202 Accepted\r\n\r\n", b"a", 0.05)
-    assert run(client.post(target(server), b"{}", {"X-A": "b"}, 10)) == 202
+    assert run(client.post(target(server), b"{}", {"X-A": "b"}, 10))[0] == 202
     assert server.requests[0].startswith(b"POST / HTTP/1.1\r\n")
     assert server.requests[0].endswith(b"\r\n\r\n{}")
     server.answers["/"] = b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /other\r\n\r\n"
-    assert run(client.post(target(server), b"{}", {}, 10)) == 307
+    assert run(client.post(target(server), b"{}", {}, 10))[0] == 307
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
+def test_what_a_receiver_does_not_read_is_not_kept_for_it(tmp_path, monkeypatch, has_tls):
+    """When the time is over, the rest of a message is thrown away, however long the receiver leaves it unread."""
+    server = tls_server(tmp_path, ADDRESS)[0] if has_tls else HostileServer()
+    may_end, descriptors = threading.Event(), lambda: len(os.listdir("/proc/self/fd"))
+
+    def serve(connection):
+        with server.tls.wrap_socket(connection, server_side=True) if has_tls else connection:
+            may_end.wait(20)
+    server.serve = serve
+    if has_tls:
+        monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", aiohttp.connector._SSL_CONTEXT_UNVERIFIED)
+    client, checked = http.Client(LOOPBACK), check_url(server.url, [server.url], LOOPBACK)
+    run(asyncio.sleep(0))  # so that the event loop has its descriptors
+    before = descriptors()
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            run(client.post(checked, bytes(2**25), {}, 0.5))
+    until = time.monotonic() + 10
+    while descriptors() > before + 3:  # the receiver's
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    may_end.set()
+    server.close()
+
+
+def test_interim_answers_without_end_hold_up_no_other(server, monkeypatch):
+    """They are read in small pieces, so that each connection gets its turn."""
+    server.answers |= {"/flood": repeatedly(b"", b"HTTP/1.1 102 P\r\n\r\n" * 100), "/": ok(b"")}
+    client, sizes = http.Client(LOOPBACK, keeps_connections=False), []
+    feed = aiohttp.client_proto.ResponseHandler.data_received
+    monkeypatch.setattr(aiohttp.client_proto.ResponseHandler, "data_received",
+                        lambda protocol, data: (sizes.append(len(data)), feed(protocol, data))[1])
+    with pytest.raises(TimeoutError):
+        run(client.post(target(server, "/flood"), b"{}", {}, 1))
+    assert len(sizes) > 10
+    assert max(sizes) <= 2**15
+    assert run(client.post(target(server), b"{}", {}, 10))[0] == 200
 
 
 # --- waiting ---

@@ -1,6 +1,7 @@
 """Inputs by reference, at the service as its users run it."""
 import base64
 import collections
+import json
 import logging
 import os
 import socket
@@ -97,7 +98,7 @@ def test_objects_in_s3(referring, bucket):
 @pytest.mark.parametrize(("path", "status", "code", "says"), [
     ("/gone.png", 422, "INPUT_NOT_FETCHED", "its server answered 404"),
     ("/moved.png", 422, "INPUT_NOT_FETCHED", "redirect (301), which is not followed"),
-    ("/endless.png", 413, "FILE_TOO_LARGE", "more than 3145728 bytes"),
+    ("/endless.png", 413, "FILE_TOO_LARGE", "more than 3.1 MB"),
     ("/empty.png", 400, "EMPTY_FILE", "The file in url is empty"),
     ("/text.png", 400, "INVALID_IMAGE", ""),
     ("/../cat.png", 400, "URL_NOT_ALLOWED", "not an absolute http, https or s3 URL without .."),
@@ -259,10 +260,18 @@ def test_what_is_fetched_counts_among_the_bodies(referring, origin):
     assert gauge(referring, "body_bytes") == 0
 
 
-def test_a_client_whose_url_is_not_searched_for_is_told_why(referring, origin):
-    answer = post(referring, {"url": origin.url + "/cat.png", "_more": "a" * 2**18})
-    assert (answer.status_code, answer.json()["error"]) == (400, "MISSING_FILE")
-    assert "256 KiB" in answer.json()["message"]
+def test_urls_are_found_in_large_bodies_and_however_they_are_written(referring, origin):
+    url = origin.url + "/cat.png"
+    for body in (json.dumps({"url": url, "_more": "a" * 2**20}).encode(),
+                 json.dumps({"instances": [{"url": url}], "_more": "a" * 2**18}).encode(),
+                 rb'{"\u0075rl": "%s"}' % url.encode(), json.dumps({"url": url}).encode("utf-16")):
+        answer = requests.post(referring.url + "/predict", data=body, headers={"Content-Type": "application/json"},
+                               timeout=60)
+        assert answer.status_code == 200, answer.text
+    answer = requests.post(referring.url + "/predict/batch", timeout=60, json={
+        "instances": [{"b64": base64.b64encode(CAT).decode()}, {"url": url}]})
+    first, second = answer.json()["results"]
+    assert first["predictions"] == second["predictions"]
 
 
 def test_the_api_description_has_them(referring):
@@ -306,3 +315,40 @@ def test_a_model_of_text_or_json_gets_its_urls_as_they_are(tmp_path, monkeypatch
     answer = app.test_client().post("/predict", json={"url": origin.url + "/cat.png"})
     assert answer.status_code == 200, answer.text
     assert len(origin.requests) == before
+
+
+OF_TEXT = """
+from app.tasks.own import OwnTask, file
+
+
+class Sizes(OwnTask):
+    takes = "text"
+    options = (file("voice", aliases=("speaker",)), file("noise"))
+    example = "text"
+
+    def predict(self, batch):
+        return batch
+
+    def encode(self, text, options):
+        return " ".join([text, *(str(options[name] and len(options[name])) for name in ("voice", "noise"))])
+"""
+
+
+def test_options_that_are_files_may_be_urls(tmp_path, monkeypatch, origin, model_dir):
+    """Also of a model whose input is text, to which a URL is text."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "voices.py").write_text(OF_TEXT)
+    app = create_app(Settings.parse({"MODEL_NAME": "voices:Sizes", "MODEL_DIR": str(model_dir), "DEVICE": "cpu",
+                                     "INPUT_URLS": origin.url + "/", "PRIVATE_NETWORKS": "127.0.0.0/8",
+                                     "DATA_DIR": str(tmp_path)}))
+    client, url = app.test_client(), {"url": origin.url + "/cat.png"}
+    for members, expected in (({"voice": url}, f"{len(CAT)} None"), ({"speaker": url}, f"{len(CAT)} None"),
+                              ({"voice": {"b64": "AAAA"}, "noise": url}, f"3 {len(CAT)}"),
+                              ({"voice": url, "noise": url}, f"{len(CAT)} {len(CAT)}")):
+        answer = client.post("/predict", json={"text": "a", **members})
+        assert answer.status_code == 200, answer.text
+        assert answer.json["predictions"] == f"a {expected}"
+    for path, status, code in (("/gone.png", 422, "INPUT_NOT_FETCHED"), ("/../x", 400, "URL_NOT_ALLOWED"),
+                               ("/endless.png", 413, "FILE_TOO_LARGE")):
+        answer = client.post("/predict", json={"text": "a", "voice": {"url": origin.url + path}})
+        assert (answer.status_code, answer.json["error"]) == (status, code), answer.text

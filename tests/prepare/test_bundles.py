@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -167,7 +168,7 @@ def test_what_cannot_be_made_is_said_in_one_line(checkpoint, tmp_path, variables
 def three_models(elsewhere, tmp_path):
     """variables of three models: two versions of a network, and a class of one's own."""
     (tmp_path / "other.txt").write_text("ant\nbee\nfly\n", encoding="utf-8")
-    return {"MODELS": "cats@1=mobilenet_v2,iris=nowhere.to_be_found:Iris,cats@2=mobilenet_v2", "ENGINE": "torch",
+    return {"MODELS": "cats@1=mobilenet_v2,iris=app.tasks.own:OwnTask,cats@2=mobilenet_v2", "ENGINE": "torch",
             "MODEL_DIR": str(tmp_path / "models"), "CATS__MODEL_PATH": str(tmp_path / "weights.pt"), "DEVICE": "cpu",
             "CATS__1__LABELS_PATH": str(tmp_path / "labels.txt"), "CATS__2__LABELS_PATH": str(tmp_path / "other.txt")}
 
@@ -180,7 +181,7 @@ def test_all_that_is_missing_is_made_by_one_process_and_found_the_next_time(thre
     assert [one.key for one in made] == ["cats@1", "iris", "cats@2"]
     assert [bundles.verify(one.folder).labels for one in made if one.folder] == [["cat", "dog", "fish"],
                                                                                 ["ant", "bee", "fly"]]
-    assert (made[1].folder, made[1].own) == (None, "nowhere.to_be_found:Iris")  # workers import it
+    assert (made[1].folder, made[1].own) == (None, "app.tasks.own:OwnTask")  # workers import it
     assert len(processes) == 1
     again = prepared(settings, "torch")
     assert [one.folder for one in again] == [one.folder for one in made]
@@ -213,6 +214,47 @@ def test_what_is_prepared_survives_the_way_to_another_process(tmp_path, monkeypa
     for one in (Prepared(tmp_path / "a", "why", "cats@1"), Prepared(None, None, "iris", "examples.iris:Iris", "0a")):
         assert Prepared.of(json.loads(json.dumps(one.as_json()))) == one
     assert Prepared.of(Prepared(Path("a")).as_json()).folder == tmp_path / "a"
+
+
+@pytest.mark.parametrize(("end", "message"), [
+    ("os.kill(os.getpid(), 9)", "ended prematurely, killed by signal 9, probably out of memory"),
+    ("os.kill(os.getpid(), 15)", "ended prematurely, killed by signal 15"),
+    ("os._exit(7)", "ended prematurely, with exit code 7")])
+def test_a_preparing_process_that_dies_is_said_to_have(end, message):
+    process = subprocess.Popen([sys.executable, "-c", f"import os; {end}"], stdout=subprocess.PIPE)
+    with pytest.raises(prepare.PrepareError, match=f"^preparing the model {message}$"):
+        prepare.outcome_of(process)
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (OSError(28, "No space left on device"), "MODEL_DIR .*: No space left on device$"),
+    (MemoryError(), "needs more memory than there is$")])
+def test_a_full_disk_or_memory_is_said_in_one_line(tmp_path, monkeypatch, error, message):
+    def fail(*arguments):
+        raise error
+    monkeypatch.setattr(bundles, "save_manifest", fail)
+    settings = Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(tmp_path), "DEVICE": "cpu",
+                               "ENGINE": "torch"})
+    with pytest.raises(prepare.PrepareError, match=message):
+        prepare.make(settings, "torch")
+    assert list(tmp_path.glob("bundles/*")) == []  # hidden ones, too
+
+
+def test_memory_that_torch_does_not_get_is_not_blamed_on_the_size_of_the_pictures(tmp_path, monkeypatch):
+    from app.prepare import export
+    def fail(*arguments):
+        raise RuntimeError("Couldn't get TorchScript module by tracing.\nDefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(export, "export", fail)
+    settings = Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(tmp_path), "DEVICE": "cpu"})
+    with pytest.raises(prepare.PrepareError, match="needs more memory than there is$"):
+        prepare.make(settings, "openvino")
+
+
+def test_a_file_that_numpy_cannot_write_in_full_is_named(monkeypatch):
+    from app.prepare import export
+    monkeypatch.setattr(export, "FULL_BYTES", 2**62)
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        export.save(lambda array, path: array.tofile(path), np.zeros(100_000), Path("/dev/full"))
 
 
 def test_without_torch_a_missing_model_is_not_blamed_on_the_folder(model_dir, app):

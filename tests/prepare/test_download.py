@@ -7,6 +7,8 @@ import threading
 
 import pytest
 
+from app import prepare
+from app.config import Settings
 from app.prepare import download
 from app.prepare.download import DownloadError, fetch
 
@@ -70,6 +72,26 @@ def test_lasting_failure_leaves_nothing(server, tmp_path, failure, message):
         fetch(server.url, tmp_path / "model.pth", PREFIX)
     assert os.listdir(tmp_path) == []
     assert server.requests == (1 if failure == 404 else download.ATTEMPTS)
+
+
+def test_soon_after_a_failure_one_attempt_is_enough_and_finds_a_server_that_is_back(server, tmp_path, monkeypatch):
+    settings = Settings.parse({"MODEL_NAME": "resnet18", "MODEL_DIR": str(tmp_path), "WEIGHTS_MIRROR": server.url})
+    monkeypatch.setattr(prepare, "published", lambda settings, name: (f"/{name}-{PREFIX}.pth", "a test"))
+    server.answers, asked = [503], []
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="status 503"):
+            prepare.weights_file(settings, "resnet18")
+        asked.append(server.requests)
+    os.utime(tmp_path / "weights/.resnet18-failed", (0, 0))  # long ago
+    with pytest.raises(DownloadError):
+        prepare.weights_file(settings, "resnet18")
+    assert [*asked, server.requests] == [3, 4, 7]
+    os.utime(tmp_path / "weights/.resnet18-failed")
+    server.answers = [CONTENT]
+    assert prepare.weights_file(settings, "resnet18")[0].read_bytes() == CONTENT
+    assert os.listdir(tmp_path / "weights") == [f"resnet18-{PREFIX}.pth"]
+    (tmp_path / "weights/.resnet18-failed").mkdir()  # which cannot be removed, as in a folder that is read-only
+    assert prepare.weights_file(settings, "resnet18")[0].exists()
 
 
 def test_damaged_file_is_fetched_again(server, tmp_path):

@@ -331,6 +331,33 @@ def test_an_image_without_torch_serves_auto_from_the_unmeasured_fp32_bundle(sett
     assert load_model(auto).current.info()["precision"] == "fp32"
 
 
+def test_a_network_that_depends_on_the_number_of_streams_is_noticed(app, settings, monkeypatch):
+    import openvino
+    fp32 = openvino.Core().read_model(bundles.find(settings, settings.model_name, "openvino") / "model.xml")
+    batch = np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)
+    assert not costs.depends_on_streams(fp32, batch)
+    monkeypatch.setattr(costs, "compiled", lambda model, streams, compiled=costs.compiled: compiled(
+        model, "fp32" if streams == 1 else "bf16", streams))
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert costs.depends_on_streams(fp32, batch)
+
+
+@pytest.mark.parametrize(("asked", "there", "meant"), [("int8", True, True), ("auto", True, True),
+                                                       ("int8", False, False)])
+def test_an_image_without_torch_says_that_its_int8_is_for_vnni(tmp_path, monkeypatch, asked, there, meant):
+    manifest = bundle.Manifest(*["efficientnet_lite0", "classification", "openvino"], *[{}] * 9, quantization={
+        **SAID, "asked": asked, "vnni": there, "chosen": "int8"})
+    folder = tmp_path / "bundles/one"
+    folder.mkdir(parents=True)
+    bundles.save_manifest(folder, dataclasses.replace(manifest, weights={"default": False, "labels_sha256": None}))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(bundles, "has_vnni", lambda: False)
+    with pytest.raises(StartError) as e:
+        make(Settings.parse({"MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(tmp_path), "PRECISION": asked}),
+             "openvino")
+    assert ("was made on a processor with VNNI" in str(e.value)) is meant
+
+
 SAID = {"asked": "auto", "limit": 0.01, "chosen": "bf16", "missing": [], "calibration": None, "precisions": {
     "fp32": {"cost": 0, "images_per_second": 10}, "bf16": {"cost": 0.008, "images_per_second": 20},
     "int8": {"cost": 0.03, "images_per_second": 30, "restored_layers": []}}}

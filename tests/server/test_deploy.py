@@ -9,7 +9,7 @@ from conftest import ROOT, encoded, need
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.api.openapi import ERRORS
+from app.api.openapi_answers import ERRORS
 
 ALERTS = ROOT / "deploy/alerts.yml"
 DASHBOARD = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gevent.socket
@@ -34,7 +36,7 @@ from traffic import CAT, Load, descriptors, health_status, open_request, wait_un
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from app.engine.bundle import Prepared
-from app.server import board, counters, machine, refusals
+from app.server import board, counters, machine, refusals, worker
 from app.server.worker import GUNICORN, HEADERS_WITHIN_S, Fair, Worker
 
 # A model of one's own that starts in half the time, for tests in which it does not matter what is inferred.
@@ -48,6 +50,15 @@ def is_answered(service):
     return (answer.status_code, answer.json()["predictions"][:9]) == (200, "a" * 9)
 
 
+def refusal_by_worker(url):
+    """The answer to a POST that the worker itself refuses, as the queue is full; the application's have a Date."""
+    for _ in range(500):
+        answer = requests.post(url, json={}, timeout=10)
+        if answer.status_code == 503 and "Date" not in answer.headers:
+            return answer
+    raise AssertionError(f"{url} was never refused by the worker")
+
+
 def test_overload_is_refused_at_once_and_health_answers(start_service):
     service = start_service(MAX_QUEUE="2").wait_ready()
     with Load(service.url, 16) as load:
@@ -56,6 +67,15 @@ def test_overload_is_refused_at_once_and_health_answers(start_service):
             started = time.monotonic()
             health.append((requests.get(service.url + "/health", timeout=10).status_code, time.monotonic() - started))
             time.sleep(0.05)
+        refused = {path: refusal_by_worker(service.url + path) for path in (
+            "/embed", "/v2/models/efficientnet_lite0/infer", "/v2/models/efficientnet_lite0/versions/1/infer")}
+    of_embed, *of_v2 = [answer.json() for answer in refused.values()]
+    assert (of_embed["status"], of_embed["error"]) == ("error", "OVERLOADED")
+    assert of_v2 == [{"error": "The service is at its limit; try again later."}] * 2
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused.values())
+    metrics = requests.get(service.url + "/metrics", timeout=10).text
+    for rule in ("/embed", "/v2/models/<name>/infer", "/v2/models/<name>/versions/<version>/infer"):
+        assert re.search(rf'^model_server_requests_total{{endpoint="{rule}",[^}}]*503', metrics, re.M), rule
     assert {status for status, _ in health} == {200}
     assert set(load.answers) == {(200, "tiger cat"), (503, "OVERLOADED")}
     assert not load.errors
@@ -119,10 +139,8 @@ def test_hung_inference_costs_one_client_its_deadline_and_the_slot_comes_back(st
     service = start_service("tests.hanging_model:create_impatient()", MODEL_DIR=str(tmp_path),
                             REQUEST_TIMEOUT="1.5").wait_ready()
     (worker,) = service.workers()
-    started = time.monotonic()
     answer = service.predict(WHITE)
     assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
-    assert time.monotonic() - started < 8
     for _ in range(5):  # the other slot goes on
         assert service.predict(CAT).status_code == 200
     wait_until(lambda: service.workers() and service.workers() != [worker], 60, "the worker that hangs is not replaced")
@@ -544,6 +562,24 @@ def test_the_headers_that_wait_for_a_body_are_overtaken_by_nothing(tmp_path):
         assert its.recv(1000) == headers
 
 
+def test_a_client_that_always_has_more_data_gives_way_to_the_sockets_of_others(monkeypatch):
+    """Each look at the clock is a millisecond later: a read takes time, but is no wait."""
+    monkeypatch.setattr(worker, "time", types.SimpleNamespace(monotonic=itertools.count(step=0.001).__next__))
+    (ours, its), (other, others) = gevent.socket.socketpair(), gevent.socket.socketpair()
+    with ours, its, other, others:
+        fair, reader, reads = Fair(ours), gevent.spawn(other.recv, 1), 0
+        gevent.sleep(0.01)  # it waits now
+        its.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while its.send(bytes(2**16)):
+                pass
+        others.sendall(b"x")
+        while not reader.ready() and reads < 100:
+            assert fair.recv(100)
+            reads += 1
+        assert reads < 20  # fifty times as many with gevent.sleep(0)
+
+
 def test_what_of_gunicorn_is_overridden_is_there_in_the_installed_release():
     for of_gunicorn, names in GUNICORN.items():
         for name in names:
@@ -570,16 +606,25 @@ def test_refusal_of_an_unread_body_ends_the_connection_and_says_so(start_service
             assert (answer.status, answer.getheader("Connection")) == (400, "keep-alive")
 
 
+def test_clients_that_first_send_all_of_a_large_body_get_their_refusals(service):
+    def refused(body):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)) as connection:
+            connection.request("POST", "/nothing", body)  # raises if the connection is closed meanwhile
+            return connection.getresponse().status
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(refused, [bytes(10**8)] * 4)) == [404] * 4
+
+
 def test_refused_clients_that_stay_do_not_stop_the_worker(service):
     with contextlib.ExitStack() as stack:
         staying = [stack.enter_context(open_request(service.port, length=10**9)) for _ in range(10)]
-        until, slowest = time.monotonic() + 3, 0
+        until, answered = time.monotonic() + 3, 0
         while time.monotonic() < until:
-            started = time.monotonic()
             assert health_status(service.url) == 200
-            slowest = max(slowest, time.monotonic() - started)
+            answered += 1
             time.sleep(0.1)
-        assert slowest < 1.5
+        assert answered > 2  # not one after each of those who stay
         for s in staying:
             assert s.recv(100).split(b" ")[1] == b"413"
 

@@ -1,6 +1,8 @@
 """What is checked before a model is prepared, by real Gunicorn processes."""
+import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,9 +10,11 @@ import time
 
 import pytest
 import requests
-from conftest import ROOT, Settings, free_port
+from conftest import ROOT, Settings, free_port, need
+from gunicorn.config import Config
 
-from app.server.start_checks import ROOT as SAID_ROOT
+from app.config import StartError
+from app.server import start_checks
 
 TAKEN = "error: port {taken} is taken on 127.0.0.1: stop the program that listens there, or choose another PORT"
 EXEC = """import os, sys
@@ -39,6 +43,12 @@ def taken():
     ({"GUNICORN_CMD_ARGS": "--bind=unix:/nowhere/s"}, "",
      "error: unix:/nowhere/s cannot be listened on: /nowhere is no folder that can be written"),
     ({"GUNICORN_CMD_ARGS": "--certfile=/nowhere.pem"}, "", "error: --certfile /nowhere.pem cannot be read"),
+    ({"GUNICORN_CMD_ARGS": "--certfile=gunicorn.conf.py"}, "",
+     "error: --certfile gunicorn.conf.py holds no certificate in PEM format"),
+    ({"GUNICORN_CMD_ARGS": "--bind=fd://77"}, "",
+     "error: descriptor 77 cannot be listened on: it is closed; whoever starts the service must leave it open"),
+    ({"MODELS": "a=resnet18,b=app.tasks.onw:OwnTask"}, "", "error: app.tasks.onw:OwnTask cannot be served: there is no "
+     "module app.tasks.onw in app.tasks; did you mean app.tasks.own:OwnTask?"),
     ({"PRECISION": "fp16"}, "", "error: PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16, int8 or auto"),
     ({"PRECISION": "int8", "ENGINE": "torch"}, "", "error: PRECISION is int8, which needs ENGINE=openvino on a CPU"),
     ({"JOBS": "on", "DATA_DIR": "/proc/nowhere"}, "",
@@ -61,6 +71,32 @@ def test_what_can_only_fail_is_refused_before_a_model_is_prepared(tmp_path, take
     assert not (tmp_path / "models").exists()
 
 
+def test_certificates_that_no_worker_could_use_are_refused(tmp_path, monkeypatch):
+    need("openssl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout",
+                        f"{name}.key", "-out", f"{name}.pem"], check=True, capture_output=True)
+    subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:x", "-in", "a.key", "-out", "closed.key"],
+                   check=True, capture_output=True)
+    (tmp_path / "both.pem").write_text((tmp_path / "a.pem").read_text() + (tmp_path / "a.key").read_text())
+    for options, message in (
+            ({"certfile": "a.pem", "keyfile": "a.key", "ca_certs": "b.pem"}, None), ({"certfile": "both.pem"}, None),
+            ({"certfile": "a.pem", "keyfile": "b.key"}, "--keyfile b.key does not fit --certfile a.pem"),
+            ({"certfile": "a.pem", "keyfile": "closed.key"}, "--keyfile closed.key holds no key in PEM format that can "
+                                                             "be read without a password"),
+            ({"certfile": "a.pem"}, "--certfile a.pem, without --keyfile, holds no key in PEM format that can be read "
+                                    "without a password"),
+            ({"keyfile": "a.key"}, "--keyfile needs --certfile"),
+            ({"certfile": "both.pem", "ca_certs": "a.key"}, "--ca-certs a.key holds no certificate in PEM format"),
+            ({"certfile": "both.pem", "ciphers": "none"}, "--ciphers none names none that are available")):
+        cfg = Config()
+        for name, value in options.items():
+            cfg.set(name, value)
+        with pytest.raises(StartError, match=f"^{re.escape(message)}$") if message else contextlib.nullcontext():
+            start_checks.check_certificates(cfg)
+
+
 @pytest.mark.parametrize("option", [("--chdir", str(ROOT)), ("--preload",)])
 def test_gunicorn_without_its_configuration_does_not_serve(tmp_path, option):
     done = subprocess.run([sys.executable, "-m", "gunicorn", *option, "app:create_app()"], cwd=tmp_path, timeout=60,
@@ -68,7 +104,7 @@ def test_gunicorn_without_its_configuration_does_not_serve(tmp_path, option):
     assert done.returncode == 3
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors == ["error: Gunicorn has not read gunicorn.conf.py, without which this service cannot run: start it "
-                      f"in {SAID_ROOT} (--chdir comes too late for that)"]
+                      f"in {start_checks.ROOT} (--chdir comes too late for that)"]
     assert done.stderr.count("Booting worker") == option.count("--chdir")
 
 

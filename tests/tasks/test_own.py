@@ -3,6 +3,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from openapi_spec_validator import validate
 from PIL import Image
 from videos import numbered, write
 
-from app import create_app
+from app import create_app, own_class
 from app.config import Settings, StartError
 
 HEAD = """
@@ -520,10 +521,10 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
 @pytest.mark.parametrize(("source", "name", "why"), [
     ("", "Missing", "Missing is not in own_"),
     ("Number = 3", "Number", "Number is no subclass of app.tasks.own.OwnTask"),
-    ("import a_module_that_is_not_there", "A", "importing it failed: ModuleNotFoundError: No module named"),
+    ("1 / 1\nimport a_module_that_is_not_there as A", "A", "importing it failed: ModuleNotFoundError: No module named"),
     ("def broken(:", "A", "importing it failed: SyntaxError"),
-    ("1 / 0", "A", "importing it failed: ZeroDivisionError: division by zero (own_"),
-    ("raise SystemExit('bye')", "A", "importing it failed: SystemExit: bye"),
+    ("A = 1 / 0", "A", "importing it failed: ZeroDivisionError: division by zero (own_"),
+    ("A = 1\nraise SystemExit('bye')", "A", "importing it failed: SystemExit: bye"),
     ("class A(OwnTask):\n    pass", "A", "takes must be one of picture, video, audio, text, json"),
     ("class A(OwnTask):\n    takes = ('text', 'json')", "A", "takes must be one of"),
     ("class A(OwnTask):\n    takes = 'text'", "A", "it has no method predict"),
@@ -577,6 +578,62 @@ def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
         create_app(Settings.parse({"MODEL_NAME": f"{module(source)}:{name}", "DEVICE": "cpu"}))
     assert why in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("source", "name", "why"), [
+    ("class Total:\n    ...", "Totla", "Totla is not in own_classes; did you mean own_classes:Total?"),
+    ("class A:\n    ...\nclass B:\n    ...", "Sum", "Sum is not in own_classes; there are A, B"),
+    ("import numpyy\nclass A:\n    ...", "A", "own_classes.py, line 1, imports numpyy, which is not installed for "),
+    ("from app.tasks.own import OwnTaks", "A", "own_classes.py, line 1: app.tasks.own has no OwnTaks; did you mean "
+                                               "OwnTask?"),
+    ("\ndef broken(:", "A", "importing it failed: SyntaxError: invalid syntax (own_classes.py, line 2)")])
+def test_a_misspelt_class_is_found_without_importing_it(tmp_path, monkeypatch, source, name, why):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_classes.py").write_text(source)
+    with pytest.raises(StartError) as e:
+        own_class.check(f"own_classes:{name}")
+    assert str(e.value).startswith(f"own_classes:{name} cannot be served: ")
+    assert why in str(e.value)
+    assert "own_classes" not in sys.modules
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("own_clases:A", f"no module own_clases in {os.getcwd()} or on Python's path; did you mean own_classes:A?"),
+    ("own_classes.py:A", "there is no module own_classes.py in own_classes; did you mean own_classes:A?"),
+    ("own_package.modle:A", "there is no module own_package.modle in own_package; did you mean own_package.model:A?"),
+    ("own_packages.model:A", "or on Python's path; did you mean own_package.model:A?"),
+    ("nothing_like_it:A", "there is no module nothing_like_it in")])
+def test_a_misspelt_module_is_found(tmp_path, monkeypatch, name, why):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_classes.py").touch()
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package/model.py").touch()
+    with pytest.raises(StartError) as e:
+        own_class.check(name)
+    assert why in str(e.value)
+    assert ("did you mean" in str(e.value)) == ("did you mean" in why)
+
+
+@pytest.mark.parametrize("source", [
+    "from own_others import *", "def __getattr__(name): ...", "globals()['A'] = 1",
+    "locals()['A'] = 1", "def make():\n    global A\n    A = 1\nmake()",
+    "try:\n    import x as A\nfinally: 0",
+    "if 1:\n    A, b = 1, 2", "for A in (): ...", "import own_others\nimport it_adds_to_the_path\nA = 1",
+    "import sys\nsys.path.append('x')\nimport found_there\nA = 1",
+    "try:\n    import none\nexcept ImportError:\n    A = 1",
+    "from . import none\nfrom .. import A", "import os.path, json\nfrom collections.abc import A"])
+def test_what_may_be_right_is_left_to_the_import(tmp_path, monkeypatch, source):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_others.py").touch()
+    (tmp_path / "own_classes.py").write_text(f'"""It is for tests."""\n{source}\n')
+    own_class.check("own_classes:A")
+
+
+def test_folders_need_no_init_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_folder/inner").mkdir(parents=True)
+    (tmp_path / "own_folder/inner/model.py").write_text("class A: ...")
+    own_class.check("own_folder.inner.model:A")
 
 
 @pytest.mark.parametrize("threads", [None, 1])
@@ -652,20 +709,23 @@ def test_a_service_of_ones_own_survives_its_model(start_service, module, tmp_pat
 @pytest.mark.parametrize("attributes", ["", "threads = 1"])
 def test_a_hang_is_noticed(serve, attributes):
     app = serve(f'''
+import threading
+
 class Slow(OwnTask):
     takes, field, example = "json", "x", 0
     {attributes}
+    gate = threading.Event()
 
     def predict(self, batch):
-        time.sleep(batch[0])
-        return batch
+        return [self.gate.wait(30) if one else one for one in batch]
 ''', "Slow")
     loader = app.extensions["model"]
     response = app.test_client().post("/predict", json={"x": 2}, headers={"X-Request-Timeout": "0.1"})
     assert response.status_code == 504
-    time.sleep(0.3)
-    assert 0.1 < loader.current.task.hung_seconds() < 2
+    time.sleep(0.2)
+    assert loader.current.task.hung_seconds() > 0.1
     assert loader.needs_restart() is None  # not yet
+    loader.current.task.gate.set()
     assert app.test_client().post("/predict", json={"x": 0}).status_code == 200
 
 
@@ -711,5 +771,5 @@ def test_media_are_saved(module, tmp_path):
 
 
 def test_bundled_numbers_are_plain():
-    from app.tasks.own import plain
+    from app.tasks.own_answers import plain
     assert plain({"a": np.array([[1, 2]]), "b": (1.5,)}) == {"a": [[1, 2]], "b": [1.5]}

@@ -143,8 +143,8 @@ def test_the_face_is_the_same_with_idle_slots():
 
 
 def test_pictures_use_idle_slots_too(answer, monkeypatch):
-    slots, searched = set(), faces.windows
-    monkeypatch.setattr(faces, "windows", lambda *a: slots.add(threading.current_thread().name) or searched(*a))
+    slots, searched = set(), faces.Search.windows
+    monkeypatch.setattr(faces.Search, "windows", lambda *a: slots.add(threading.current_thread().name) or searched(*a))
     data = encoded(photo("coffee").resize((900, 700)), "JPEG")
     time.sleep(0.25)  # until requests count as coming one at a time
     answer(data, 3)

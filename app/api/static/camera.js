@@ -37,14 +37,27 @@ async function open() {
   try {
     $("#live").srcObject = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
   } catch (error) {
-    return page.complain(error.name === "NotAllowedError"
-      ? "The camera cannot be used without your permission. Give it in the browser's settings of this page."
-      : "The camera cannot be used; perhaps another program does.");
+    return page.complain({
+      NotAllowedError: "The camera cannot be used without your permission. "
+        + "Give it in the browser's settings of this page.",
+      NotFoundError: "There is no camera."}[error.name] || "The camera cannot be used; perhaps another program does.");
   }
-  for (const track of $("#live").srcObject.getTracks()) track.addEventListener("ended", closeCamera);
+  for (const track of $("#live").srcObject.getTracks()) {
+    track.addEventListener("ended", () => {
+      closeCamera();
+      page.complain("The camera is gone.");
+    });
+  }
   $("#viewfinder").hidden = false;
   $("#shoot").focus();
 }
+
+/* A camera that nobody watches must not run on; nor is anything sent then. */
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden || $("#viewfinder").hidden) return;
+  closeCamera();
+  page.complain("The camera was closed as the page was hidden.");
+});
 
 export function closeCamera() {
   stop();

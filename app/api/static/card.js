@@ -1,8 +1,7 @@
 /* A card of the results: what was sent, and the answer. */
 import {fileName} from "./curl.js";
-import {$, block, drawing, element, isNumbers, isObject, megabytes, pretty} from "./dom.js";
+import {$, block, drawing, element, isNumbers, isObject, pretty, sizeInWords} from "./dom.js";
 import {showPicture} from "./frames.js";
-import {inWords} from "./limits.js";
 import {showSnippets} from "./snippets.js";
 
 const MOST_BARS = 30;
@@ -52,7 +51,7 @@ export function forget(card) {
 /* How much of a file is sent, where that takes a while. */
 export function showSending({card}, bytes, all) {
   const isLong = all > LARGE && bytes < all;
-  $("h2", card).textContent = isLong ? `Sending ${megabytes(bytes)} of ${megabytes(all)}…` : "Working…";
+  $("h2", card).textContent = isLong ? `Sending ${sizeInWords(bytes)} of ${sizeInWords(all)}…` : "Working…";
   $("progress", card).hidden = !isLong;
   $("progress", card).value = all ? bytes / all : 0;
 }
@@ -97,8 +96,8 @@ function showAnswer(job, explain) {
   return `${metadata.filename || name}: ${words}`;
 }
 
-function showProblem({card, name, file, problem}) {
-  const words = inWords(problem, file);
+function showProblem({card, name, problem}) {
+  const words = problem.message;
   $("h2", card).textContent = "No answer";
   $(".error", card).textContent = words;
   $(".failed", card).hidden = false;
@@ -112,7 +111,7 @@ function showProblem({card, name, file, problem}) {
 
 function showMedia(card, file) {
   const kind = {audio: "Audio", image: "Picture", video: "Video"}[file.type.split("/")[0]];
-  const words = `${file.type || "a file"}, ${(file.size / 1024).toFixed(1)} KiB`;
+  const words = `${file.type || "a file"}, ${sizeInWords(file.size)}`;
   const link = element("a", {download: fileName(file.type || "file/bin"), className: "button"}, "Download");
   $("h2", card).textContent = kind || "File";
   $(".shown", card).replaceChildren(...(kind ? [media(card, file, "The answer")] : []),

@@ -48,10 +48,10 @@ export const isNumbers = value => isObject(value) && Object.keys(value).length >
   && Object.values(value).every(item => typeof item === "number");
 export const say = text => { $("#status").textContent = text.slice(0, 500); };
 
-/* A size as people read it, in MB of 2^20 bytes, as the settings count. round: Math.ceil for what is over a limit. */
-export function megabytes(bytes, round = Math.round) {
-  const digits = bytes < 2 ** 20 ? 100 : 10;
-  return `${Math.max(1, round(bytes / 2 ** 20 * digits)) / digits} MB`;
+/* Bytes in words, as the service's own messages say them: 12.3 kB, 10.5 MB. */
+export function sizeInWords(bytes) {
+  const [unit, length] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]].find(([, one]) => bytes >= one) ?? [];
+  return unit ? `${(bytes / length).toFixed(1).replace(/\.0$/, "")} ${unit}` : plural(bytes, "byte");
 }
 
 export const plural = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;

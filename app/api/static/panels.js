@@ -1,5 +1,5 @@
 /* What /info and /health say, to be read: the panels Model and Health. */
-import {$, block, element, isObject, megabytes, plural, pretty, say} from "./dom.js";
+import {$, block, element, isObject, plural, pretty, say, sizeInWords} from "./dom.js";
 import {ask} from "./service.js";
 
 export const TASKS = new Map([["big_five_regression", "Big Five traits"], ["classification", "Classification"]]);
@@ -31,10 +31,10 @@ function aboutModel({model, config, versions}) {
       ["SHA-256", weights?.sha256],
     ]],
     ["Limits", [
-      ["File", megabytes(config.max_file_size)],
+      ["File", sizeInWords(config.max_file_size)],
       ["Picture", `${number(config.max_image_pixels / 1e6)} megapixels`],
       ["Video", model.takes?.includes("video")
-        ? `${megabytes(config.max_video_size)}, ${number(config.max_video_seconds)} s` : null],
+        ? `${sizeInWords(config.max_video_size)}, ${number(config.max_video_seconds)} s` : null],
       ["Time for an answer", `${number(config.request_timeout)} s`],
     ]],
     ["Versions", Object.entries(versions)],

@@ -71,6 +71,7 @@ export async function* stream(path, request, onSent = null) {
       const parts = (text + value).split("\n\n");
       text = parts.pop();
       for (const part of parts) {
+        if (part.startsWith(":")) continue;  // a comment, so that the connection does not seem idle
         const [, event, json] = part.match(/^event: (.*)\ndata: (.*)$/);
         const data = JSON.parse(json);
         if (event === "error" && !("index" in data)) throw failure(data);

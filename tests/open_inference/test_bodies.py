@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from app.errors import Deadline, DeadlineExceeded, ServiceError
-from app.open_inference import codec
+from app.open_inference import request_body, response_body, tensors
 
 SOON = Deadline(86_400)  # from the import: the tests may run much later
 
@@ -24,7 +24,7 @@ def fp32(shape, data=None, name="tensor", size=None):
 
 
 def read(*inputs, **more):
-    return codec.request(*body_of(*inputs, **more), SOON)
+    return request_body.request(*body_of(*inputs, **more), SOON)
 
 
 def refusal(call, *arguments, **more):
@@ -45,14 +45,14 @@ def test_numbers_flat_and_nested(shape, nested):
 
 
 def test_numbers_of_many_pieces_are_those_that_json_reads(monkeypatch):
-    monkeypatch.setattr(codec, "PIECE", 13)
-    monkeypatch.setattr(codec, "LOOK", 11)
+    monkeypatch.setattr(tensors, "PIECE", 13)
+    monkeypatch.setattr(tensors, "LOOK", 11)
     texts = ["1", "-2.5", "3e2", "4.25E-1", "0", "123456.75"]
     for number in range(1, 40):
         values = list(itertools.islice(itertools.cycle(texts), number))
         data = f'"data" :\n [{" ,".join(values)}]'
         text = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": [{number}], {data}}}]}}'
-        tensor = codec.request(text.encode(), None, SOON).inputs[0]
+        tensor = request_body.request(text.encode(), None, SOON).inputs[0]
         assert np.array_equal(tensor.array(SOON), np.array(json.loads(f"[{','.join(values)}]"), np.float32))
 
 
@@ -85,31 +85,31 @@ def test_data_within_texts_is_text():
 
 @pytest.mark.parametrize("look", [2, 7, 2**18])
 def test_long_texts_are_those_that_json_reads(monkeypatch, look):
-    monkeypatch.setattr(codec, "LOOK", look)
-    long = "x" * codec.LONG
+    monkeypatch.setattr(tensors, "LOOK", look)
+    long = "x" * request_body.LONG
     texts = [long, '"data": [1]' + long, '\\"' * 200, long + "\\", "ä€😀" * 100, "\\\\" * 200 + '"', "short",
              long + '",":[']
     for escaped in (True, False):
         tensor = {"name": "t", "datatype": "BYTES", "shape": [len(texts), 1], "data": [[one] for one in texts]}
         body = json.dumps({"inputs": [tensor], "parameters": {"a": long, long: "b"}}, ensure_ascii=escaped).encode()
-        request = codec.request(body, None, SOON)
+        request = request_body.request(body, None, SOON)
         assert request.parameters == {"a": long, long: "b"}
         elements = request.inputs[0].elements()
-        assert [one.value() if isinstance(one, codec.Text) else one for one in elements] == texts
-        assert sum(isinstance(one, codec.Text) for one in elements) == len(texts) - 1
+        assert [one.value() if isinstance(one, tensors.Text) else one for one in elements] == texts
+        assert sum(isinstance(one, tensors.Text) for one in elements) == len(texts) - 1
 
 
 @pytest.mark.parametrize("content", [rb"\x", b"\xff", rb"\u12"])
 def test_long_texts_that_cannot_be_decoded(content):
     body = b'{"inputs": [{"name": "t", "datatype": "BYTES", "shape": [1], "data": ["' + b"a" * 999 + content + b'"]}]}'
-    assert "cannot be decoded" in refusal(codec.request(body, None, SOON).inputs[0].elements()[0].value)
+    assert "cannot be decoded" in refusal(request_body.request(body, None, SOON).inputs[0].elements()[0].value)
 
 
 def test_members_of_a_request():
     request = read(fp32([1], [1]), id="seven", parameters={"binary_data_output": True, "top_k": 3}, outputs=[
         {"name": "a"}, {"name": "b", "parameters": {"binary_data": False, "classification": 4}}])
     assert request.id == "seven"
-    assert request.outputs == [codec.Output("a", True, 0), codec.Output("b", False, 4)]
+    assert request.outputs == [request_body.Output("a", True, 0), request_body.Output("b", False, 4)]
     assert request.parameters["top_k"] == 3
     assert read(fp32([1], [1])).outputs is None
 
@@ -131,7 +131,7 @@ def test_wrong_numbers(shape, data):
 @pytest.mark.parametrize("shape", ["[2]", "[1,2]", "[2,1]"])
 def test_numbers_that_are_no_json(text, shape):
     body = f'{{"inputs": [{{"name": "a", "datatype": "FP32", "shape": {shape}, "data": {text}}}]}}'
-    refusal(lambda: codec.request(body.encode(), None, SOON).inputs[0].array(SOON))
+    refusal(lambda: request_body.request(body.encode(), None, SOON).inputs[0].array(SOON))
 
 
 @pytest.mark.parametrize("value", [-1, 256, 1.5, 1e300, 2**70])
@@ -166,7 +166,7 @@ def test_binary_numbers_of_another_size(shape):
 def test_texts_that_are_cut_off(shape, data):
     tensor = {"name": "b", "datatype": "BYTES", "shape": shape, "parameters": {"binary_data_size": len(data)}}
     body, header = body_of(tensor)
-    refusal(lambda: codec.request(body + data, str(len(body)), SOON).inputs[0].elements())
+    refusal(lambda: request_body.request(body + data, str(len(body)), SOON).inputs[0].elements())
 
 
 @pytest.mark.parametrize(("shape", "data"), [([1], []), ([1], ["a", "b"]), ([1], [1]), ([1], "a"), ([1], [None]),
@@ -199,11 +199,11 @@ def test_binary_data_and_the_header():
     assert "either data or" in refusal(read, fp32([1], [1], size=4), binary=bytes(4))
     assert "either data or" in refusal(read, fp32([1]))
     body, _ = body_of(tensor)
-    assert codec.HEADER_LENGTH in refusal(codec.request, body, None, SOON)
+    assert request_body.HEADER_LENGTH in refusal(request_body.request, body, None, SOON)
     for text in ("-1", "", "x", "1.5", "9" * 30, str(len(body) + 9), "0x10", " 5", "٣"):
-        assert codec.HEADER_LENGTH in refusal(codec.request, body, text, SOON)
-    assert "JSON" in refusal(codec.request, body, "5", SOON)
-    assert "JSON" in refusal(codec.request, body, "0", SOON)
+        assert request_body.HEADER_LENGTH in refusal(request_body.request, body, text, SOON)
+    assert "JSON" in refusal(request_body.request, body, "5", SOON)
+    assert "JSON" in refusal(request_body.request, body, "0", SOON)
 
 
 @pytest.mark.parametrize("members", [
@@ -218,19 +218,19 @@ def test_binary_data_and_the_header():
     {"inputs": [{**fp32([1], [1]), "parameters": {"shared_memory_region": "x"}}]},
     {"inputs": [{**fp32([1], [1]), "parameters": [1]}]}])
 def test_wrong_members(members):
-    refusal(codec.request, json.dumps({"inputs": [fp32([1], [1])], **members}).encode(), None, SOON)
+    refusal(request_body.request, json.dumps({"inputs": [fp32([1], [1])], **members}).encode(), None, SOON)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"1", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b'{"a": NaN}',
                                   b'{"inputs": ' + b"[" * 9000])
 def test_bodies_that_are_no_json_object(body):
-    refusal(codec.request, body, None, SOON)
+    refusal(request_body.request, body, None, SOON)
 
 
 def test_more_parts_than_allowed():
     tensor = {"name": "b", "datatype": "BYTES", "shape": [20_000], "data": ["a"] * 20_000}
     assert "more than 10000" in refusal(read, tensor)
-    assert "more than 10000" in refusal(codec.request, b'""' * 20_100 + b"," + b" " * 2**21, None, SOON)
+    assert "more than 10000" in refusal(request_body.request, b'""' * 20_100 + b"," + b" " * 2**21, None, SOON)
 
 
 # --- time and memory ---
@@ -253,7 +253,7 @@ BIG = b"1" * 2**23
     ('{"inputs": ["@', "x"), ('{"data": [@}', "1"), ('{"data": [[1@', " ")])
 def test_little_besides_data_is_read_and_copied(body, much):
     body = body.replace("@", much * (2**23 // len(much))).encode()
-    message, peak = peak_of(refusal, codec.request, body, None, SOON)
+    message, peak = peak_of(refusal, request_body.request, body, None, SOON)
     assert "more than 1048576 bytes besides numbers" in message
     assert peak < 2**21
 
@@ -261,7 +261,7 @@ def test_little_besides_data_is_read_and_copied(body, much):
 @pytest.mark.parametrize("data", [b"[1]", b"[]", b"[[1],[2]]"])
 def test_many_members_data(data):
     body = b'{"inputs": [' + b'"data": %b,' % data * 200_000 + b"]}"
-    assert "more than 16 lists" in refusal(codec.request, body, None, SOON)
+    assert "more than 16 lists" in refusal(request_body.request, body, None, SOON)
 
 
 def test_lists_of_numbers_are_counted():
@@ -275,7 +275,7 @@ def test_lists_of_numbers_are_counted():
 def test_long_numbers_and_gaps(number, shape):
     list_of = b"[%b]" if shape == b"[3]" else b"[[%b]]"
     body = b'{"inputs": [{"name": "a", "datatype": "FP32", "shape": %b, "data": ' % shape
-    tensor = codec.request(body + list_of % (b"1, 2, " + number) + b"}]}", None, SOON).inputs[0]
+    tensor = request_body.request(body + list_of % (b"1, 2, " + number) + b"}]}", None, SOON).inputs[0]
     message, peak = peak_of(refusal, tensor.array, SOON)
     assert "more than 65536 bytes" in message
     assert peak < 2**20
@@ -284,16 +284,16 @@ def test_long_numbers_and_gaps(number, shape):
 def test_a_text_over_the_limit_is_refused_uncopied():
     body = b'{"inputs": [{"name": "t", "datatype": "BYTES", "shape": [1], "data": ["' + BIG + b'"]}]}'
     with pytest.raises(ServiceError) as caught:
-        peak_of(codec.request, body, None, SOON, codec.MOST_PARTS, 2**22)
+        peak_of(request_body.request, body, None, SOON, request_body.MOST_PARTS, 2**22)
     assert (caught.value.status, caught.value.code) == (413, "FILE_TOO_LARGE")
-    request, peak = peak_of(codec.request, body, None, SOON, codec.MOST_PARTS, 2**23 + 2)
+    request, peak = peak_of(request_body.request, body, None, SOON, request_body.MOST_PARTS, 2**23 + 2)
     assert peak < 2**20
     assert request.inputs[0].elements()[0].value() == BIG.decode()
 
 
 def test_reading_ends_with_the_deadline():
     with pytest.raises(DeadlineExceeded):
-        codec.request(b'{"inputs": []}', None, Deadline(-1))
+        request_body.request(b'{"inputs": []}', None, Deadline(-1))
 
 def test_nothing_is_allocated_for_declared_sizes():
     tracemalloc.start()
@@ -315,10 +315,10 @@ def test_numbers_let_other_threads_go_on(monkeypatch):
         sizes.append(len(text))
         return loads(text, **options)
     tensor = read(fp32([500_000], [0.123456789] * 500_000)).inputs[0]
-    monkeypatch.setattr(codec.json, "loads", noted)
+    monkeypatch.setattr(tensors.json, "loads", noted)
     tensor.array(SOON)
     assert len(sizes) > 50
-    assert max(sizes) <= codec.PIECE + 100
+    assert max(sizes) <= tensors.PIECE + 100
 
 
 def test_numbers_end_with_the_deadline():
@@ -331,9 +331,9 @@ def test_numbers_end_with_the_deadline():
 def test_response_as_json_and_binary():
     values, texts = np.array([[0.5, -1], [2, 3]], np.float32), np.array([["a", "ä"], ["", "b"]], object)
     texts.flat = [one.encode() for one in texts.flat]
-    made = codec.response({"model_name": "m"}, [
-        (codec.Output("values", False), values), (codec.Output("texts", True), texts),
-        (codec.Output("same", False), texts), (codec.Output("bin", True), values)])
+    made = response_body.response({"model_name": "m"}, [
+        (request_body.Output("values", False), values), (request_body.Output("texts", True), texts),
+        (request_body.Output("same", False), texts), (request_body.Output("bin", True), values)])
     members, rest = json.loads(made.body[:made.header_length]), made.body[made.header_length:]
     assert [one["name"] for one in members["outputs"]] == ["values", "texts", "same", "bin"]
     assert members["outputs"][0] == {"name": "values", "datatype": "FP32", "shape": [2, 2], "data": [0.5, -1, 2, 3]}
@@ -344,6 +344,7 @@ def test_response_as_json_and_binary():
 
 
 def test_response_without_binary_data_has_no_header():
-    made = codec.response({"model_name": "m"}, [(codec.Output("values", False), np.zeros((1, 1), np.float32))])
+    output = request_body.Output("values", False)
+    made = response_body.response({"model_name": "m"}, [(output, np.zeros((1, 1), np.float32))])
     assert made.header_length is None
     assert json.loads(made.body)["outputs"][0]["data"] == [0]
