@@ -106,13 +106,21 @@ def test_a_decoder_knows_no_secret_of_the_service(secrets, decoder):
     assert not {part.partition(b"=")[0].decode() for part in environment.split(b"\0") if part} & {"API_KEYS", "PATH"}
 
 
+UNSANDBOXED = """
+import sys
+sys.stdin.buffer.readline()
+sys.stdin.buffer.read(1)
+print('{"done": true, "sandboxed": false}')
+"""
+
+
 def test_a_kernel_without_filters_is_reported_once(caplog):
     video.warn_of_no_sandbox.cache_clear()
     decoder = video.Decoder()
     decoder.close()
     for _ in range(2):
-        decoder.process = subprocess.Popen([sys.executable, "-c", 'print(\'{"done": true, "sandboxed": false}\')'],
-                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        decoder.process = subprocess.Popen([sys.executable, "-c", UNSANDBOXED], stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE)
         assert list(decoder.decode({"size": 1}, b"x", Deadline(10))) == []
         decoder.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
