@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 
 from app import create_app, model_loader
+from app.api import rate_limits
 from app.config import StartError
 from app.engine import bundle
 from app.engine.preprocess import Preprocessing, self_test_input
@@ -62,6 +63,12 @@ def copy_model_dir(source, target):
 def create_impatient():
     """The application, for Gunicorn; a worker in which an inference hangs is replaced after two seconds."""
     model_loader.HUNG_AFTER_S = 2
+    return create_app()
+
+
+def create_patient():
+    """The application; it waits for a Redis that has no time just now, as the machine is busy."""
+    rate_limits.REDIS_TIMEOUT_S = 10
     return create_app()
 
 

@@ -21,9 +21,14 @@ def find_program(name):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port on which nobody listens. It stays bound until this process ends, so that neither another test nor a
+    client's connection gets it; a server can listen there nevertheless, as all of them set SO_REUSEADDR."""
+    reserving = socket.socket()
+    reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserving.bind(("127.0.0.1", 0))
+    port = reserving.getsockname()[1]
+    reserving.detach()
+    return port
 
 
 class Server:

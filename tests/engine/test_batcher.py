@@ -77,7 +77,7 @@ def test_an_idle_batcher_does_not_wait():
 
 
 def test_hung_batch_costs_its_caller_the_deadline_and_expired_jobs_never_run(batches):
-    hung = in_thread(batches.run, rows(1), Deadline(0.1))
+    hung = in_thread(batches.run, rows(1), Deadline(1))
     wait_until(lambda: batches.seen)
     expired = in_thread(batches.run, rows(2, 2), Deadline(0.1))
     for thread in (hung, expired):

@@ -168,15 +168,15 @@ def test_a_piece_that_hangs_costs_the_caller_its_deadline_and_is_noticed():
         if slot_name() != offerer[0]:
             gate.wait(10)
         else:
-            time.sleep(0.01)
+            wait_until_native(lambda: slots.helping)
 
     offerer = []
 
     def offering():
         offerer.append(slot_name())
-        return all_of(slots, [hang_elsewhere] * 3, 0.3)
+        return all_of(slots, [hang_elsewhere] * 3, 1)
     with pytest.raises(DeadlineExceeded):
-        run(slots, offering, 0.3)
+        run(slots, offering, 1)
     assert slots.helping
     assert slots.overdue_seconds() > 0
     gate.set()
@@ -217,7 +217,8 @@ def test_guesses_are_made_ahead_only_by_a_lone_call_and_are_not_waited_for(monke
     wait_until(lambda: not slots.helping)
     monkeypatch.setattr(slots, "is_alone", lambda: False)
     assert len(set(run(slots, lambda: all_of(slots, [slow] * 9, is_guess=True)))) == 1
-    assert len(set(run(slots, lambda: all_of(slots, [slow] * 9)))) == 2
+    meeting = threading.Barrier(2)
+    assert len(set(run(slots, lambda: all_of(slots, [lambda: meeting.wait(10) >= 0 and slot_name()] * 2)))) == 2
 
 
 def slow():

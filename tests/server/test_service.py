@@ -1,4 +1,5 @@
 """The service as its users run it: real Gunicorn processes, real sockets."""
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,8 @@ import pytest
 import requests
 from conftest import ROOT, encoded, free_port, photo
 from hanging_model import copy_model_dir
+from servers import is_running
+from traffic import wait_until
 
 from app.server import shared_memory
 
@@ -82,9 +85,12 @@ def test_workers_use_openvino_and_never_load_torch(service):
 def test_inference_has_the_priority_of_any_program(service):
     """At nice 19 one busy process on the core made an answer take a second."""
     (worker,) = service.workers()
-    nice = {int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
-            for task in Path(f"/proc/{worker}/task").iterdir()}
-    assert nice == {os.nice(0)}
+    nice = {}
+    for task in Path(f"/proc/{worker}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # such as a thread that frees memory and ends
+            nice[task.name] = int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
+    assert len(nice) > 1
+    assert set(nice.values()) == {os.nice(0)}
 
 
 def test_health_command_asks_the_service_itself(service):
@@ -245,7 +251,7 @@ def test_sigterm_ends_it_with_exit_code_0_and_leaves_nothing(start_service):
     assert service.process.pid in shared_memory.services()
     assert service.stop(signal.SIGTERM) == 0
     assert service.process.pid not in shared_memory.services()
-    assert in_memory() <= before
+    wait_until(lambda: in_memory() <= before, 30)  # other processes of the tests use it, too, for a moment
     with socket.socket() as s:
         assert s.connect_ex(("127.0.0.1", service.port)) != 0
 
@@ -332,7 +338,7 @@ def test_a_stop_while_the_weights_come_ends_it_and_the_download(number, start_se
             assert os.getpriority(os.PRIO_PROCESS, preparing) == os.nice(0)  # nobody is served yet
             service.process.send_signal(number)
             assert service.process.wait(30) != 0
-            assert not Path(f"/proc/{preparing}").exists()
+            assert not is_running(preparing)
     assert "stopped before the model was ready" in service.log
     assert "Traceback" not in service.log
 

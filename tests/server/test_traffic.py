@@ -1,6 +1,7 @@
 """Which version answers: shares, clients that keep theirs, and a switch that all processes see at once."""
 import collections
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 from app.config import Settings, StartError
 from app.engine.bundle import Prepared
-from app.server import traffic
+from app.server import shared_memory, traffic
 
 CLIENTS = [f"10.0.{i // 256}.{i % 256}" for i in range(20_000)]
 VARIABLES = {"MODELS": "cats@1,cats@2,cats@3,dogs,birds@a", "CATS__SPLIT": "90:10", "CATS__SHADOW": "3"}
@@ -45,8 +46,7 @@ sys.stdin.read()"""
 
 
 def area_of(service):
-    from app.server.shared_memory import running_service
-    return traffic.of(running_service(service.pid)[1])
+    return traffic.of(shared_memory.running_service(service.pid)[1])
 
 
 def command(service, *arguments):
@@ -210,6 +210,17 @@ def test_a_writer_that_does_not_end_is_not_waited_for_for_ever(service, monkeypa
     fcntl.flock(other.descriptor, fcntl.LOCK_UN)
     area.write(lambda shares: {})
     assert area.read() == {}
+
+
+def test_a_process_that_ends_while_services_are_looked_for_hides_none(service, monkeypatch):
+    ended, scandir = f"/proc/{os.getpid()}/fd", os.scandir
+
+    def scan(path):
+        if str(path) == ended:
+            raise FileNotFoundError(ended)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", scan)
+    assert service.pid in shared_memory.services()
 
 
 # --- the command ---
