@@ -1,8 +1,10 @@
 """The servers beside the service, as real processes on free ports of loopback: Redis and PostgreSQL."""
 import contextlib
+import fcntl
 import glob
 import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -11,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-START_WITHIN_S = 30
+START_WITHIN_S = 120  # on a busy machine: one that ends is noticed at once
+PORTS = range(11_000, 32_000)
 
 
 def find_program(name):
@@ -21,9 +24,19 @@ def find_program(name):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of loopback for a server. It is below those that the kernel gives to outgoing connections, one of which
+    could have it before the server, or while that is stopped; and no test gets it again before all others."""
+    with open(Path(tempfile.gettempdir(), f"test-ports-{os.getuid()}"), "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        port = int(file.read() or random.choice(PORTS))
+        while True:
+            port = PORTS[(port + 1 - PORTS.start) % len(PORTS)]
+            with socket.socket() as s, contextlib.suppress(OSError):
+                s.bind(("127.0.0.1", port))
+                file.truncate(0)
+                file.write(str(port))
+                return port
 
 
 class Server:
@@ -60,6 +73,7 @@ class Server:
 
     def kill(self):
         """End all of its processes at once, as a power cut would."""
+        self.pause()
         pids = self.send(signal.SIGKILL)
         self.process.wait()
         until = time.monotonic() + START_WITHIN_S
@@ -68,12 +82,19 @@ class Server:
 
     def pause(self):
         """Let it hang: connections are accepted by the kernel, and nothing answers."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+            while state_of(self.process.pid) not in "TZX":  # until then, it could start another process
+                time.sleep(0.001)
         self.send(signal.SIGSTOP)
 
     def resume(self):
         self.send(signal.SIGCONT)
 
     def send(self, signal_number):
+        """To all of its processes, whose IDs it returns."""
+        if self.process.poll() is not None:
+            return []
         pids = [self.process.pid]
         with contextlib.suppress(FileNotFoundError):
             pids += map(int, Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split())
@@ -84,10 +105,15 @@ class Server:
 
 
 def is_running(pid):
+    return state_of(pid) not in "ZX"
+
+
+def state_of(pid):
+    """A process's state as Linux abbreviates it: T if it is stopped, Z if it has ended, X if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return "X"
 
 
 class Redis(Server):
