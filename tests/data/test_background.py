@@ -15,7 +15,6 @@ from app.data.background import THREADS, Background, Threads
 from app.data.database import Database
 from app.errors import ServiceError
 
-
 LONG_S = 120  # for what only a machine that is very busy takes so long for
 
 
