@@ -165,6 +165,20 @@ def test_inputs_that_wait_take_no_more_memory_than_allowed(tmp_path, monkeypatch
     assert len(recorder.waiting) == 1
 
 
+def test_an_input_that_is_being_hashed_counts_among_those_that_wait(tmp_path, monkeypatch):
+    recorder, counts = new(f"sqlite:///{tmp_path / 'service.db'}"), []
+    monkeypatch.setattr(recorder, "start", lambda: None)  # read_in is called here
+
+    def counted(*about):
+        counts.append((len(recorder.waiting) + len(recorder.rows), recorder.waiting_bytes > 0))
+        return described(*about)
+    monkeypatch.setattr(module, "described", counted)
+    record(recorder, 3)
+    recorder.read_in()
+    assert counts == [(3, True)] * 3
+    assert (len(recorder.rows), recorder.waiting_bytes) == (3, 0)
+
+
 def test_drops_are_counted_in_the_metrics(app, settings, tmp_path, monkeypatch):
     optional = dataclasses.replace(OPTIONAL, database_url=f"sqlite:///{tmp_path / 'service.db'}")
     made = create_app(dataclasses.replace(settings, optional=optional), app.extensions["model"])
