@@ -15,6 +15,7 @@ import http.server
 import json
 import os
 import queue
+import random
 import secrets
 import shlex
 import shutil
@@ -105,9 +106,13 @@ def program(name):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port below those that the kernel gives to outgoing connections, one of which could have it before its server.
+    """
+    while True:
+        port = random.randrange(11_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def say(text):
@@ -238,6 +243,10 @@ def start_service(folder, stack, variables):
 def curl(*arguments):
     """Show a curl command, run it, and return what it prints. Raises DemoError."""
     show(shlex.join(["curl", *arguments]))
+    return run_curl(*arguments)
+
+
+def run_curl(*arguments):
     done = subprocess.run([program("curl"), "--silent", "--show-error", "--noproxy", "*", "--max-time", "60",
                            *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -340,8 +349,10 @@ def demonstrate(folder, stack, is_embedded):
         print_some(job, "id", "state", "queue", "model")
 
     say("The history, as a table")
-    time.sleep(1)  # it is written twice a second
-    for line in curl("-H", "Accept: text/csv", f"{url}/history").splitlines():
+    table, until = ("-H", "Accept: text/csv", f"{url}/history"), time.monotonic() + JOB_WITHIN_S
+    while len(run_curl(*table).splitlines()) < 4 and time.monotonic() < until:  # it is written twice a second
+        time.sleep(0.2)
+    for line in curl(*table).splitlines():
         print(cut(line))
 
 

@@ -223,7 +223,7 @@ class Service:
             self.process = subprocess.Popen([python, "-m", "gunicorn", application], cwd=ROOT, stdout=log, stderr=log,
                                             start_new_session=True, env=environment)
 
-    def wait_ready(self, timeout_s=60):
+    def wait_ready(self, timeout_s=300):
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"

@@ -4,14 +4,16 @@ import socket
 import threading
 import time
 
+from servers import free_port
+
 
 class HostileServer:
     """answers: {path: what to send}, as bytes or as a function of the connection; requests: [the bytes of each]."""
 
-    def __init__(self, answers=None, tls=None, address=("127.0.0.1", 0)):
+    def __init__(self, answers=None, tls=None, host="127.0.0.1", port=None):
         self.answers, self.requests = dict(answers or {}), []
-        self.listener, self.tls = socket.create_server(address), tls
-        self.port = self.listener.getsockname()[1]
+        self.port, self.tls = port or free_port(), tls
+        self.listener = socket.create_server((host, self.port))
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         self.closed = threading.Event()
         threading.Thread(target=self.accept, daemon=True).start()
@@ -36,7 +38,10 @@ class HostileServer:
             head, _, body = received.partition(b"\r\n\r\n")
             length = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-l")]
             while length and len(body) < length[0]:
-                body += connection.recv(65_536)
+                piece = connection.recv(65_536)
+                if not piece:
+                    return
+                body += piece
             self.requests.append(head + b"\r\n\r\n" + body)
             answer = self.answers[head.split()[1].decode()]
             if callable(answer):

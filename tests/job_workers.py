@@ -34,12 +34,12 @@ class Worker:
             self.process = subprocess.Popen([sys.executable, "-m", "app", "worker"], cwd=ROOT, stdout=log, stderr=log,
                                             start_new_session=True, env=self.environment)
 
-    def wait_ready(self, timeout_s=60):
+    def wait_ready(self, timeout_s=300):
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.log}"
             with contextlib.suppress(requests.RequestException):
-                if requests.get(f"http://127.0.0.1:{self.port}/health", timeout=5).status_code == 200:
+                if requests.get(f"http://127.0.0.1:{self.port}/health", timeout=10).status_code == 200:
                     return self
             time.sleep(0.05)
         raise AssertionError(f"not ready within {timeout_s} s:\n{self.log}")
@@ -49,7 +49,7 @@ class Worker:
         return self.log_path.read_text()
 
     def metrics(self):
-        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5).text
+        return requests.get(f"http://127.0.0.1:{self.port}/metrics", timeout=60).text
 
     def nodes(self):
         """Process IDs of those that run jobs."""
@@ -66,7 +66,7 @@ class Worker:
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
             try:
-                self.process.wait(30)
+                self.process.wait(120)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -83,7 +83,7 @@ class Jobs:
         """POST /jobs; returns the response. text: for models that take text."""
         if text is not None:
             arguments.setdefault("json", {"text": text})
-        return requests.post(self.url + "/jobs", timeout=30, **arguments)
+        return requests.post(self.url + "/jobs", timeout=60, **arguments)
 
     def accepted(self, text=None, **arguments):
         """The ID of a new job."""
@@ -92,14 +92,14 @@ class Jobs:
         return answer.json()["id"]
 
     def get(self, job_id):
-        answer = requests.get(f"{self.url}/jobs/{job_id}", timeout=30)
+        answer = requests.get(f"{self.url}/jobs/{job_id}", timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
     def cancel(self, job_id):
-        return requests.delete(f"{self.url}/jobs/{job_id}", timeout=30)
+        return requests.delete(f"{self.url}/jobs/{job_id}", timeout=60)
 
-    def wait(self, job_id, states=FINAL, timeout_s=60):
+    def wait(self, job_id, states=FINAL, timeout_s=180):
         """The job, once it is in one of these states."""
         until = time.monotonic() + timeout_s
         while (job := self.get(job_id))["state"] not in states:

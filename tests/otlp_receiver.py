@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Sent
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from servers import free_port
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Receiver:
 
     def __init__(self):
         self.spans, self.answer, self.asked, self.released = [], 200, 0, threading.Event()
-        self.port, self.server = 0, None
+        self.port, self.server = free_port(), None  # which it has again after a stop
         self.start()
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -67,7 +68,6 @@ class Receiver:
                 pass
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self):
@@ -85,7 +85,7 @@ class Receiver:
                     Status.StatusCode.Name(one.status.code).removeprefix("STATUS_CODE_"), one.start_time_unix_nano,
                     one.end_time_unix_nano, attributes(one), resource, one.trace_state, one) for one in scope.spans]
 
-    def trace(self, trace_id, names=(), timeout_s=20):
+    def trace(self, trace_id, names=(), timeout_s=120):
         """Its spans, once there is one of each of these names."""
         until = time.monotonic() + timeout_s
         while True:

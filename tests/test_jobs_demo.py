@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def start_demo(folder, model_dir):
     for process in started:
         if process.poll() is None:
             process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def listen_to_ctrl_c():
@@ -61,12 +62,20 @@ def left_behind(folder):
     return left
 
 
+def assert_nothing_is_left(folder):
+    """Processes that have been killed may still be ending."""
+    until = time.monotonic() + 60
+    while left := left_behind(folder):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("arguments", [["--embedded"], []], ids=["embedded", "servers"])
 def test_demo_shows_every_step(start_demo, folder, arguments):
     for program in [] if arguments else SERVERS:
         need(program)
     demo = start_demo(*arguments)
-    out, errors = demo.communicate(timeout=180)
+    out, errors = demo.communicate(timeout=1200)
     assert (demo.returncode, errors) == (0, ""), out + errors
     assert out.count('"state": "succeeded", "progress"') == 3
     assert out.count("$ curl -F") == 3
@@ -77,7 +86,7 @@ def test_demo_shows_every_step(start_demo, folder, arguments):
     table = out.partition("Accept: text/csv")[2]
     assert table.count(",efficientnet_lite0,") == 3  # the picture, that of the batch, the video
     assert ("$ redis-server" in out, "$ initdb" in out) == ((False, False) if arguments else (True, True))
-    assert left_behind(folder) == []
+    assert_nothing_is_left(folder)
 
 
 def test_interrupted_demo_leaves_nothing_behind(start_demo, folder):
@@ -89,9 +98,9 @@ def test_interrupted_demo_leaves_nothing_behind(start_demo, folder):
             break
     assert len(left_behind(folder)) > 3
     demo.send_signal(signal.SIGINT)
-    out, errors = demo.communicate(timeout=60)
+    out, errors = demo.communicate(timeout=300)
     assert (demo.returncode, errors) == (130, ""), out + errors
-    assert left_behind(folder) == []
+    assert_nothing_is_left(folder)
 
 
 def test_interrupt_that_meets_the_start_of_a_program_leaves_it_to_be_stopped(tmp_path, monkeypatch):
@@ -111,10 +120,10 @@ def test_interrupt_that_meets_the_start_of_a_program_leaves_it_to_be_stopped(tmp
 
 def test_demo_says_which_server_is_missing(start_demo, folder, tmp_path):
     (tmp_path / "curl").symlink_to(need("curl"))
-    out, errors = start_demo(PATH=str(tmp_path)).communicate(timeout=60)
+    out, errors = start_demo(PATH=str(tmp_path)).communicate(timeout=300)
     assert errors == "error: redis-server is missing: apt install redis-server, or make jobs-demo ARGS=--embedded\n"
     assert "$" not in out
-    assert left_behind(folder) == []
+    assert_nothing_is_left(folder)
 
 
 @pytest.mark.parametrize(("variables", "says"), [
@@ -123,8 +132,8 @@ def test_demo_says_which_server_is_missing(start_demo, folder, tmp_path):
 ], ids=["no curl", "no model"])
 def test_failed_demo_says_why_and_leaves_nothing_behind(start_demo, folder, variables, says):
     demo = start_demo(*([] if "PATH" in variables else ["--embedded"]), **variables)
-    _, errors = demo.communicate(timeout=60)
+    _, errors = demo.communicate(timeout=300)
     assert demo.returncode == 1
     assert errors.startswith(says)
     assert "Traceback" not in errors
-    assert left_behind(folder) == []
+    assert_nothing_is_left(folder)

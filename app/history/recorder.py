@@ -142,14 +142,17 @@ class Recorder:
     def read_in(self):
         """Inputs become hashes; their memory is free then."""
         while self.waiting:
-            with self.lock:
-                row, data, options, predictions, size = self.waiting.popleft()
-                self.waiting_bytes -= size
+            row, data, options, predictions, size = self.waiting[0]  # it counts until it is among the rows
             try:
-                self.rows.append(row | described(data, options, predictions))
+                found = [row | described(data, options, predictions)]
             except Exception as e:  # a prediction that cannot be described must not end this thread
                 self.log("has lost a prediction", e)
                 self.drop(1)
+                found = []
+            with self.lock:
+                self.waiting.popleft()
+                self.waiting_bytes -= size
+                self.rows.extend(found)
             del data, predictions
 
     def write_batch(self):

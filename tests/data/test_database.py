@@ -25,7 +25,7 @@ from app.data import postgres
 from app.data.database import Database, was_too_slow
 from app.data.schema import REVISION, deliveries, jobs, metadata
 
-RETURNS_WITHIN_S = 20
+RETURNS_WITHIN_S = 120
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -57,14 +57,16 @@ def run_all(programs):
     """Run Python programs side by side; returns their exit codes and what they print."""
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, text=True) for program in programs]
-    texts = [process.communicate(timeout=60)[0] for process in processes]
+    texts = [process.communicate(timeout=300)[0] for process in processes]
     return [process.returncode for process in processes], "".join(texts)
 
 
 def run_forked(number, url, body):
     """Run a program in that many processes at once, forked from one that has imported all; returns what they print."""
-    program = (f"import os, sys, traceback\nimport app.data.migrations\nfrom app.data.database import Database\n"
-               f"from app.data.schema import *\nchildren, database = [], Database({url!r})\n"
+    program = (f"import os, sys, traceback\nimport app.data.migrations\nfrom app.data import database as module\n"
+               f"from app.data.database import Database\nfrom app.data.schema import *\n"
+               f"module.LOCK_WITHIN_S, Database.migrate.__defaults__ = 60, (60,)\n"  # on a machine that is very busy
+               f"children, database = [], Database({url!r})\n"
                f"def body(number):\n    {body}\n"
                f"for number in range({number}):\n    children.append(os.fork())\n    if not children[-1]:\n"
                "        try: body(number)\n        except BaseException: traceback.print_exc(); os._exit(1)\n"
@@ -224,11 +226,9 @@ def test_several_processes_write_at_once(url):
 def test_a_reader_waits_for_no_writer_and_sees_one_state(database):
     with database.begin() as connection:
         connection.execute(insert(deliveries), [row(1)])
-    started = time.monotonic()
     with database.begin() as writer:
         writer.execute(insert(deliveries), [row(2)])
-        assert count(database) == 1
-    assert time.monotonic() < started + module.STATEMENT_WITHIN_S
+        assert count(database) == 1  # if it waited, it would fail: the writer goes on only then
     assert count(database) == 2
     with database.read() as reader:
         for _ in range(2):
@@ -239,7 +239,7 @@ def test_a_reader_waits_for_no_writer_and_sees_one_state(database):
 
 
 def test_a_statement_that_takes_too_long_is_ended(url, monkeypatch):
-    monkeypatch.setattr(module, "STATEMENT_WITHIN_S", 0.5)
+    monkeypatch.setattr(module, "STATEMENT_WITHIN_S", 1)
     database = Database(url)
     numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
     with pytest.raises(sqlalchemy.exc.OperationalError) as e, database.read() as connection:
@@ -261,7 +261,8 @@ def own_server(tmp_path_factory):
 
 
 @pytest.fixture
-def on_own_server(own_server):
+def on_own_server(own_server, monkeypatch):
+    monkeypatch.setattr(module, "CONNECT_WITHIN_S", 5)
     database = Database(own_server.database())
     database.migrate()
     yield database
@@ -317,7 +318,10 @@ def test_a_server_that_hangs_holds_nobody_for_good(on_own_server, own_server, mo
     assert on_own_server.engine.pool.checkedout() == 0
     name = on_own_server.url.database
     backends = f"SELECT pid FROM pg_stat_activity WHERE datname = '{name}' AND state = 'active'"
-    assert returns(lambda: own_server.execute(backends)) == []
+    until = time.monotonic() + RETURNS_WITHIN_S
+    while left := own_server.execute(backends):  # they see late who has left
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
 
 
 def test_a_writer_that_is_killed_blocks_nobody(url):

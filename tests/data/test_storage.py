@@ -132,7 +132,7 @@ def test_several_threads_at_once(storage):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert found == {number: bytes([number]) for number in range(8)}
 
 

@@ -258,6 +258,6 @@ def test_bad_model_file_is_refused_with_one_line(tmp_path, model_path, kind):
 
 def test_bad_model_file_stops_the_start(start_service, tmp_path):
     service = start_service(**MODEL, MODEL_PATH=str(tmp_path / "new.skops"))
-    assert service.process.wait(60) != 0
+    assert service.process.wait(300) != 0
     assert service.log.count(f"{tmp_path}/new.skops does not exist: python -m examples.iris trains the model") == 1
     assert "Traceback" not in service.log

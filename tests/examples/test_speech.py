@@ -21,7 +21,7 @@ from examples import speech
 
 pytestmark = pytest.mark.slow  # make test-examples
 
-MODEL = {"MODEL_NAME": "examples.speech:Speech", "DEVICE": "cpu", "WORKERS": "1"}
+MODEL = {"MODEL_NAME": "examples.speech:Speech", "DEVICE": "cpu", "WORKERS": "1", "REQUEST_TIMEOUT": "600"}
 RATE = 22_050
 FOX = "The quick brown fox jumps over the lazy dog."
 GARDEN = "The children were playing in the garden."
@@ -36,7 +36,7 @@ def service(tmp_path_factory):
 
 
 def post(service, text, headers=None, **options):
-    return requests.post(service.url + "/predict", json={"text": text, **options}, headers=headers, timeout=60)
+    return requests.post(service.url + "/predict", json={"text": text, **options}, headers=headers, timeout=700)
 
 
 def spoken(service, text, **options):
@@ -131,13 +131,16 @@ def cpu_ticks(service):
 
 
 def test_what_nobody_waits_for_is_not_read_to_its_end(service):
+    text, start = "1234567890 " * 6, sum(cpu_ticks(service).values())
+    spoken(service, text, speed=0.5)
     before = used = sum(cpu_ticks(service).values())
-    response = post(service, "1234567890 " * 6, {"X-Request-Timeout": "1"}, speed=0.5)  # takes 5 s
+    whole = before - start  # of one thread: on no machine is it done in a fifth of that
+    response = post(service, text, {"X-Request-Timeout": str(whole / os.sysconf("SC_CLK_TCK") / 5)}, speed=0.5)
     assert (response.status_code, response.json()["error"]) == (504, "DEADLINE_EXCEEDED")
     while used != (now := sum(cpu_ticks(service).values())):
         used = now
         time.sleep(0.3)
-    assert used - before < 3 * os.sysconf("SC_CLK_TCK")
+    assert used - before < 0.7 * whole
 
 
 def test_long_sentences_are_cut_after_commas_or_between_words():
@@ -175,15 +178,15 @@ def test_json_has_the_same_bytes_in_base64(service):
 
 def test_several_texts_are_answered_in_their_order(service):
     texts = ["One.", "Two and three.", "Four."]
-    answer = requests.post(service.url + "/predict", json={"instances": texts, "variation": 0}, timeout=60).json()
+    answer = requests.post(service.url + "/predict", json={"instances": texts, "variation": 0}, timeout=700).json()
     assert [base64.b64decode(one["b64"]) for one in answer["predictions"]] == [
         spoken(service, text, variation=0) for text in texts]
 
 
 def test_text_may_be_a_raw_body_or_a_form_field(service):
     url, expected = service.url + "/predict?variation=0", spoken(service, "Hello.", variation=0)
-    assert requests.post(url, data="Hello.", headers={"Content-Type": "text/plain"}, timeout=60).content == expected
-    assert requests.post(url, data={"text": "Hello."}, timeout=60).content == expected
+    assert requests.post(url, data="Hello.", headers={"Content-Type": "text/plain"}, timeout=700).content == expected
+    assert requests.post(url, data={"text": "Hello."}, timeout=700).content == expected
 
 
 @pytest.mark.parametrize("text", [
@@ -226,7 +229,7 @@ def test_empty_text_is_refused(service):
 
 
 def test_info_describes_it(service):
-    model = requests.get(service.url + "/info", timeout=60).json()["model"]
+    model = requests.get(service.url + "/info", timeout=700).json()["model"]
     assert (model["name"], model["takes"], model["field"], model["media_types"]) == (
         "speech", ["text"], "text", ["audio/wav"])
     assert {option["name"]: option["default"] for option in model["options"]} == {

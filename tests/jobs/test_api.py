@@ -21,7 +21,7 @@ import redis
 import requests
 import sqlalchemy
 import videos
-from conftest import Service, encoded, photo
+from conftest import Service, encoded, need, photo
 from PIL import Image
 from servers import Redis
 from sqlalchemy import update
@@ -29,11 +29,11 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings, SettingsError
-from app.data.background import LISTINGS
+from app.data.background import LISTINGS, Background
 from app.data.schema import deliveries
 from app.data.schema import jobs as table
 from app.errors import Deadline, ServiceError
-from app.jobs import calls, webhooks
+from app.jobs import api, calls, webhooks
 from app.jobs.store import label
 from app.server.counters import Stages
 
@@ -41,6 +41,14 @@ WHITE, RED, BLUE = (encoded(Image.new("RGB", (40, 40), colour)) for colour in ("
 B64 = [base64.b64encode(data).decode() for data in (WHITE, RED, BLUE)]
 CLIP = videos.write([videos.numbered(i) for i in range(12)])
 KEYS = {"API_KEYS": "key-of-ann,key-of-ben", "ADMIN_KEYS": "key-of-admin"}
+LONG_S = 120  # for what only a machine that is very busy takes so long for
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """No call of many at once is refused because the machine is slow."""
+    monkeypatch.setitem(Background.run.__kwdefaults__, "within_s", LONG_S)
+    monkeypatch.setattr(api, "ENOUGH_S", LONG_S)
 
 
 class Ask:
@@ -145,7 +153,7 @@ def error_of(response):
 
 def wait_for(condition):
     """In greenlets."""
-    with gevent.Timeout(10):
+    with gevent.Timeout(LONG_S):
         while not condition():
             gevent.sleep(0.02)
 
@@ -501,7 +509,7 @@ def test_other_content_with_the_same_key_is_refused(plain, change):
     assert left[0] == left[1]
 
 
-def test_identical_requests_at_the_same_time_make_one_job(on_engines):
+def test_identical_requests_at_the_same_time_make_one_job(on_engines, patient):
     ask = on_engines()
     keyed(ask, "warm-up", ("file", "a.png", RED))
     tasks = [gevent.spawn(keyed, ask, f"key-{i % 3}", ("file", "a.png", WHITE)) for i in range(18)]
@@ -515,14 +523,14 @@ def test_identical_requests_at_the_same_time_make_one_job(on_engines):
     assert len(ask.messages()) == 4
 
 
-def test_a_job_that_a_repeat_was_told_of_is_not_withdrawn(on_engines):
+def test_a_job_that_a_repeat_was_told_of_is_not_withdrawn(on_engines, patient):
     """Of two requests with the same key, one may fail to publish after the other was answered."""
     ask = on_engines()
     publish, is_publishing, fails = ask.jobs.broker.publish, threading.Event(), threading.Event()
 
     def late(*_):
         is_publishing.set()
-        fails.wait(10)
+        fails.wait(LONG_S)
         raise ConnectionError("the broker is away")
     ask.jobs.broker.publish = late
     first = gevent.spawn(keyed, ask, "k", ("file", "a.png", WHITE))
@@ -794,10 +802,18 @@ def assert_logged(caplog, variable):
     assert any(f": {variable}: " in message for message in logged), logged
 
 
-def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tmp_path, caplog):
-    broker = Redis(tmp_path).start()
-    variables = {"DATA_DIR": str(tmp_path / "data"), "JOBS_BROKER": broker.url}
-    ask = applications(variables)
+@pytest.fixture
+def own_redis(tmp_path):
+    """A Redis to stop."""
+    need("redis-server")
+    server = Redis(tmp_path).start()
+    yield server
+    server.stop()
+
+
+def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, own_redis, tmp_path, caplog):
+    broker = own_redis
+    ask = applications({"DATA_DIR": str(tmp_path / "data"), "JOBS_BROKER": broker.url})
     url = ask.post(("file", "a.png", WHITE)).json["url"]
     for silence in (broker.pause, broker.kill):
         silence()
@@ -808,10 +824,7 @@ def test_without_the_broker_a_job_is_refused_and_leaves_nothing(applications, tm
     assert ask.client.get(url).json["state"] == "queued"
     assert ask.post(("file", "a.png", RED), path="/predict").status_code == 200
     broker.start()
-    try:
-        wait_for(lambda: keyed(ask, "k", ("file", "a.png", RED)).status_code == 202)
-    finally:
-        broker.stop()
+    wait_for(lambda: keyed(ask, "k", ("file", "a.png", RED)).status_code == 202)
 
 
 def test_without_the_storage_a_job_is_refused_and_leaves_nothing(ask, caplog):
@@ -841,7 +854,7 @@ def test_what_was_stored_before_the_storage_failed_is_removed(ask):
 def test_a_slow_removal_of_inputs_refuses_nobody_and_is_no_outage(ask, monkeypatch):
     monkeypatch.setattr(calls, "REMOVED_WITHIN_S", 0.2)
     asked, goes_on = ask(MAX_JOBS="100"), threading.Event()
-    asked.jobs.storage.delete_all = lambda job_id: goes_on.wait(20)
+    asked.jobs.storage.delete_all = lambda job_id: goes_on.wait(10 * LONG_S)
     try:
         for _ in range(20):  # more than there are threads
             answer = asked.post(("file", "a.png", WHITE))
@@ -849,7 +862,7 @@ def test_a_slow_removal_of_inputs_refuses_nobody_and_is_no_outage(ask, monkeypat
         publish, asked.jobs.broker.publish = asked.jobs.broker.publish, raise_overloaded
         started = time.monotonic()
         assert error_of(asked.post(("file", "a.png", WHITE))) == (503, "OVERLOADED")
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < LONG_S
         asked.jobs.broker.publish = publish
         wait_for(lambda: asked.jobs.removing.failed_at is not None)
         assert asked.post(("file", "a.png", WHITE)).status_code == 202
@@ -862,7 +875,7 @@ def raise_overloaded(*_):
     raise ServiceError(503, "OVERLOADED", "Too much.", retry_after_s=1)
 
 
-def test_a_burst_of_requests_is_answered(on_engines):
+def test_a_burst_of_requests_is_answered(on_engines, patient):
     ask = on_engines()
     url = ask.post(("file", "a.png", WHITE)).json["url"]
     tasks = [gevent.spawn(ask.client.open, url) for _ in range(300)]
@@ -870,7 +883,7 @@ def test_a_burst_of_requests_is_answered(on_engines):
     assert {task.get().status_code for task in tasks} == {200}
 
 
-def test_lists_leave_connections_to_others(ask):
+def test_lists_leave_connections_to_others(ask, patient):
     """However many are asked for at once, and however slow they are."""
     asked = ask(HISTORY="on")
     asked.post(("file", "a.png", WHITE))
@@ -881,7 +894,7 @@ def test_lists_leave_connections_to_others(ask):
         now.append(1)
         most.append(len(now))
         with asked.app.extensions["database"].read():
-            goes_on.wait(10)
+            goes_on.wait(LONG_S)
         now.pop()
         return call(*arguments, **named)
     asked.jobs.listed, history.read = (functools.partial(slowly, call) for call in (listed, read))
@@ -903,7 +916,8 @@ def test_without_the_database_jobs_are_refused_and_leave_nothing(applications, p
     job = ask.post(("file", "a.png", WHITE)).json["url"]
     name = url.rpartition("/")[2]
     postgres_server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-    postgres_server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+    postgres_server.execute(f"SELECT pg_terminate_backend(pid, {1000 * LONG_S}) FROM pg_stat_activity "
+                            f"WHERE datname = '{name}'")  # and waits for their end
     for answer in (keyed(ask, "k", ("file", "a.png", RED)), ask.post(("file", "a.png", RED)), ask.client.get(job),
                    ask.client.get("/jobs"), ask.client.delete(job)):
         assert_unavailable(answer)
@@ -933,7 +947,7 @@ def test_a_request_that_nobody_waits_for_any_more_takes_back_what_it_has_stored(
     assert len(asked.rows()) == len(asked.messages()) == 2
 
 
-def test_a_database_that_hangs_costs_predictions_nothing(applications, postgres_server, tmp_path):
+def test_a_database_that_hangs_costs_predictions_nothing(applications, postgres_server, tmp_path, patient):
     ask = applications({"DATA_DIR": str(tmp_path / "data"), "DATABASE_URL": postgres_server.database()})
     url = ask.post(("file", "a.png", WHITE)).json["url"]
     postgres_server.pause()
@@ -1037,13 +1051,13 @@ def running(tmp_path_factory, settings, app):
 def test_the_service_takes_jobs_shows_them_and_cancels_them(running):
     service, _ = running
     answer = requests.post(service.url + "/jobs", files={"file": ("chelsea.jpg", encoded(photo("chelsea"), "JPEG"))},
-                           headers={"Idempotency-Key": "service-1"}, timeout=30)
+                           headers={"Idempotency-Key": "service-1"}, timeout=60)
     assert answer.status_code == 202
     url = service.url + answer.headers["Location"]
-    assert requests.get(url, timeout=30).json() == answer.json()
+    assert requests.get(url, timeout=60).json() == answer.json()
     assert answer.json() in [{**job, "result": None} for job in requests.get(service.url + "/jobs",
-                                                                             timeout=30).json()["jobs"]]
-    assert requests.delete(url, timeout=30).json()["state"] == "cancelled"
+                                                                             timeout=60).json()["jobs"]]
+    assert requests.delete(url, timeout=60).json()["state"] == "cancelled"
     assert "Traceback" not in service.log
     assert "make worker" in service.log.partition('"message": "starting"')[2].partition("\n")[0]
 
@@ -1053,8 +1067,11 @@ def test_threads_with_the_same_key_get_the_same_job(running):
     answers = []
 
     def submit():
-        answers.append(requests.put(service.url + "/jobs", data=WHITE, headers={"Idempotency-Key": "threads"},
-                                    timeout=30).json()["id"])
+        while not (answer := requests.put(service.url + "/jobs", data=WHITE, headers={"Idempotency-Key": "threads"},
+                                          timeout=60)).ok:
+            assert answer.status_code == 503, answer.text  # a machine that is very busy
+            time.sleep(0.2)
+        answers.append(answer.json()["id"])
     threads = [threading.Thread(target=submit) for _ in range(12)]
     for thread in threads:
         thread.start()
@@ -1068,22 +1085,19 @@ def test_a_client_that_leaves_during_its_upload_leaves_nothing(running):
     service, data = running
 
     def jobs():
-        return len(requests.get(service.url + "/jobs?limit=100", timeout=30).json()["jobs"])
-    before, stored = jobs(), sorted((data / "storage").rglob("*"))
+        return len(requests.get(service.url + "/jobs?limit=100", timeout=60).json()["jobs"])
+    before, stored = jobs(), set((data / "storage").rglob("*"))
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
         client.sendall(b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 900000\r\n\r\n"
                        + bytes(300_000))
-    until = time.monotonic() + 10
-    while '"error": "BAD_REQUEST"' not in service.log and time.monotonic() < until:
-        time.sleep(0.05)
-    assert '"error": "BAD_REQUEST"' in service.log
+    wait_for(lambda: '"error": "BAD_REQUEST"' in service.log)
     assert jobs() == before
-    assert sorted((data / "storage").rglob("*")) == stored
+    assert set((data / "storage").rglob("*")) <= stored  # of earlier tests' jobs, some may have been removed
 
 
 def test_a_body_beyond_max_job_size_is_refused_by_its_headers(running):
     service, _ = running
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
     with contextlib.closing(connection):
         connection.putrequest("POST", "/jobs")
         connection.putheader("Content-Type", "image/png")

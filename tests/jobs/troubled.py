@@ -1,8 +1,9 @@
-"""A model that does what its input says, for tests of jobs: kill, fail, hang, or wait for some seconds. A process that
-it hangs in is replaced sooner than others: tests wait for that."""
+"""A model that does what its input says, for tests of jobs: kill, fail, hang, or wait for some seconds or for a file. A
+process that it hangs in is replaced sooner than others: tests wait for that."""
 import os
 import signal
 import time
+from pathlib import Path
 
 from app import model_loader
 from app.tasks.own import InvalidInput, OwnTask
@@ -23,7 +24,8 @@ class Troubled(OwnTask):
     def predict(self, batch):
         return [self.obey(*text.split()) for text in batch]
 
-    def obey(self, order, seconds="0"):
+    def obey(self, order, about="0"):
+        """about: seconds, or the path of a file."""
         if order == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif order == "fail":
@@ -31,12 +33,17 @@ class Troubled(OwnTask):
         elif order == "hang":
             time.sleep(3600)
         elif order == "much":
-            return "x" * int(float(seconds))
+            return "x" * int(float(about))
         elif order == "late":  # gives up as soon as its time is over
             while self.seconds_left() > 0:
                 time.sleep(0.001)
             raise TimeoutError
-        until = time.monotonic() + float(seconds)
+        elif order == "until":
+            Path(f"{about}.begun").touch()
+            while not os.path.exists(about) and self.seconds_left() > 0:
+                time.sleep(0.01)
+            about = "0"
+        until = time.monotonic() + float(about)
         while time.monotonic() < until and self.seconds_left() > 0:
             time.sleep(0.01)
         return {"order": order, "process": os.getpid()}

@@ -27,7 +27,7 @@ def run(arguments, folder=ROOT):
         (pytest.fail if os.environ.get("REQUIRE_PROGRAMS") else pytest.skip)(f"make {PYTHON.parent.parent.name}"
                                                                             "/installed has not been run")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([PYTHON, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=100,
+    done = subprocess.run([PYTHON, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600,
                           check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

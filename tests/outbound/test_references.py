@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 
 import pytest
 import requests
@@ -49,7 +50,7 @@ def referring(tmp_path_factory, settings, app, origin, bucket, s3_server):
     running = Service(folder, {
         "MODEL_NAME": "efficientnet_lite0", "DEVICE": "cpu", "MODEL_DIR": str(settings.model_dir), "WORKERS": "1",
         "INPUT_URLS": f"{origin.url}/, s3://{bucket}/in/", "PRIVATE_NETWORKS": "127.0.0.0/8", "MAX_FILE_SIZE": "3MiB",
-        "MAX_VIDEO_SIZE": "3MiB", "MAX_BODY_MEMORY": "4MiB", "MAX_QUEUE": "20", "REQUEST_TIMEOUT": "60",
+        "MAX_VIDEO_SIZE": "3MiB", "MAX_BODY_MEMORY": "4MiB", "MAX_QUEUE": "20", "REQUEST_TIMEOUT": "600",
         "MAX_BATCH_FILES": "12",
         "DATA_DIR": str(folder), **s3_server.variables})
     yield running.wait_ready()
@@ -57,12 +58,20 @@ def referring(tmp_path_factory, settings, app, origin, bucket, s3_server):
 
 
 def post(service, body, path="/predict", **headers):
-    return requests.post(service.url + path, json={**OPTIONS, **body}, headers=headers, timeout=90)
+    return requests.post(service.url + path, json={**OPTIONS, **body}, headers=headers, timeout=700)
 
 
 def gauge(service, name):
     lines = requests.get(service.url + "/metrics", timeout=10).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"model_server_{name} "))
+
+
+def wait_until_zero(service, *names):
+    """What belongs to a request may be given back just after its answer."""
+    until = time.monotonic() + 120
+    while any(found := [gauge(service, name) for name in names]):
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
 
 
 def test_the_answer_is_that_of_the_same_file_sent(referring, origin):
@@ -194,10 +203,13 @@ def test_in_a_batch_a_bad_url_spoils_only_its_own_result(referring, origin, buck
     body = {"instances": [*({"url": origin.url + url} for url in urls), {"url": f"s3://{bucket}/in/cat.png"},
                           {"url": "http://example.org/"}, {"url": f"s3://{bucket}/in/none.png"},
                           {"b64": base64.b64encode(SMALL).decode()}]}
-    before = [request for request in origin.requests if b"/cat.png" in request]
-    answer = post(referring, body, "/predict/batch", **{"X-Request-Timeout": "4"})
-    assert answer.status_code == 200, answer.text
-    results = answer.json()["results"]
+    for timeout_s in (4, 20, 100):  # what the others need on a machine that is very busy
+        before = [request for request in origin.requests if b"/cat.png" in request]
+        answer = post(referring, body, "/predict/batch", **{"X-Request-Timeout": str(timeout_s)})
+        assert answer.status_code == 200, answer.text
+        results = answer.json()["results"]
+        if [one.get("error") for one in results].count("DEADLINE_EXCEEDED") == 1:
+            break
     assert [one.get("error") for one in results] == [
         None, "INPUT_NOT_FETCHED", "FILE_TOO_LARGE", "DEADLINE_EXCEEDED", None, "INVALID_IMAGE", None,
         "URL_NOT_ALLOWED", "INPUT_NOT_FETCHED", None]
@@ -220,23 +232,23 @@ def test_slow_origins_starve_nobody(referring, origin):
                for _ in range(50)]  # more than there are places in the queue
     for thread in threads:
         thread.start()
-        assert hanging.acquire(timeout=60)  # one after the other: all at once would be more than the queue takes
+        assert hanging.acquire(timeout=120)  # one after the other: all at once would be more than the queue takes
     for _ in range(5):
         assert referring.predict(CAT).status_code == 200
         assert post(referring, {"url": origin.url + "/cat.png"}).status_code == 200
-    assert (gauge(referring, "slots_in_use"), gauge(referring, "queue_depth")) == (0, 0)
+    wait_until_zero(referring, "slots_in_use", "queue_depth")
     assert not answers
     enough.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     found = collections.Counter(answer.json()["error"] for answer in answers)
     assert found["INPUT_NOT_FETCHED"] + found["OVERLOADED"] == 50, found  # all at once are more than the queue holds
     assert found["INPUT_NOT_FETCHED"] >= 20
-    assert gauge(referring, "body_bytes") == 0
+    wait_until_zero(referring, "body_bytes")
 
 
 def test_a_slow_origin_costs_a_client_its_deadline(referring, origin):
-    answer = post(referring, {"url": origin.url + "/slow.png"}, **{"X-Request-Timeout": "0.5"})
+    answer = post(referring, {"url": origin.url + "/slow.png"}, **{"X-Request-Timeout": "2"})
     assert (answer.status_code, answer.json()["error"]) == (504, "DEADLINE_EXCEEDED")
     assert "during fetch" in answer.json()["message"]
 
@@ -246,7 +258,7 @@ def test_what_is_fetched_counts_among_the_bodies(referring, origin):
     answers, all_there = [], threading.Barrier(3)
 
     def grow(connection, closed):
-        all_there.wait(20)
+        all_there.wait(120)
         repeatedly(b"HTTP/1.1 200 OK\r\n\r\n", bytes(2**15), 0.005)(connection, closed)
     origin.answers["/growing.png"] = grow
     threads = [threading.Thread(target=lambda: answers.append(post(referring, {"url": origin.url + "/growing.png"})))
@@ -254,10 +266,10 @@ def test_what_is_fetched_counts_among_the_bodies(referring, origin):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
-    assert [(answer.status_code, answer.json()["error"]) for answer in answers] == [
-        (503, "OVERLOADED"), (503, "OVERLOADED"), (413, "FILE_TOO_LARGE")]
-    assert gauge(referring, "body_bytes") == 0
+        thread.join(120)
+    assert sorted((answer.status_code, answer.json()["error"]) for answer in answers) == [
+        (413, "FILE_TOO_LARGE"), (503, "OVERLOADED"), (503, "OVERLOADED")]
+    wait_until_zero(referring, "body_bytes")
 
 
 def test_urls_are_found_in_large_bodies_and_however_they_are_written(referring, origin):

@@ -280,9 +280,15 @@ def test_a_limit_of_nothing_leads_auto_to_fp32(settings, monkeypatch):
     assert any(line.endswith("chosen") and line.startswith("fp32") for line in precision.table(said))
 
 
+@pytest.fixture
+def ocean_alone(ocean_settings, tmp_path):
+    """With a MODEL_DIR of its own: what another test makes with PRECISION=auto, perhaps beside it, may fit too."""
+    return dataclasses.replace(ocean_settings, model_dir=tmp_path / "models")
+
+
 @pytest.mark.slow
-def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monkeypatch, caplog):
-    auto = dataclasses.replace(ocean_settings, precision="auto", accuracy_limit=1.0)
+def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_alone, monkeypatch, caplog):
+    auto = dataclasses.replace(ocean_alone, precision="auto", accuracy_limit=1.0)
     monkeypatch.setitem(sys.modules, "nncf", None)
     caplog.set_level("WARNING")
     said = made(auto).quantization
@@ -297,14 +303,14 @@ def test_auto_without_nncf_says_what_to_install_and_goes_on(ocean_settings, monk
 
 
 @pytest.mark.slow
-def test_auto_goes_on_where_nncf_fails(ocean_settings, monkeypatch, caplog):
+def test_auto_goes_on_where_nncf_fails(ocean_alone, monkeypatch, caplog):
     nncf = pytest.importorskip("nncf")
 
     def fail(*arguments, **options):
         raise nncf.InternalError("no such operation")
     monkeypatch.setattr(nncf, "quantize", fail)
     monkeypatch.setattr(nncf, "set_log_level", lambda level: None)  # pytest's own handler is among those that it sets
-    auto = dataclasses.replace(ocean_settings, precision="auto", accuracy_limit=0.5)
+    auto = dataclasses.replace(ocean_alone, precision="auto", accuracy_limit=0.5)
     caplog.set_level("WARNING")
     said = made(auto).quantization
     assert "int8" not in said["precisions"]
