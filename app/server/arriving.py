@@ -8,7 +8,7 @@ class Arriving:
     copies what is left of a large piece for each small one that is taken from it. most: bytes of a piece."""
 
     def __init__(self, body, most):
-        self.body, self.reader = body, getattr(body, "reader", None)
+        self.body, self.reader, self.most = body, getattr(body, "reader", None), most
         unreader = getattr(getattr(self.reader, "req", self.reader), "unreader", None)
         if unreader:
             unreader.max_body_chunk = most  # of one recv
@@ -19,12 +19,15 @@ class Arriving:
         try:
             if hasattr(self.reader, "parser"):
                 return self.of_chunks()
-            if hasattr(self.reader, "length"):
-                return self.of_known_length()
+            if not hasattr(self.reader, "length"):
+                return self.body.read(SMALL_PIECE)
+            piece = self.body.read1(self.most)  # see worker.py
+            if not piece and self.reader.length:
+                raise ConnectionError("the client has left")
+            return piece
         except Exception:
             self.body.failed = True  # where the next request begins is unknown
             raise
-        return self.body.read(SMALL_PIECE)
 
     def of_chunks(self):
         for piece in self.reader.parser or ():
@@ -32,13 +35,3 @@ class Arriving:
                 return piece
         self.reader.parser = None  # Gunicorn's mark of a body that has been read
         return b""
-
-    def of_known_length(self):
-        left, unreader = self.reader.length, self.reader.unreader
-        piece = unreader.read(None, read_ahead=left) if left else b""
-        if left and not piece:
-            raise ConnectionError("the client has left")
-        self.reader.length -= len(piece[:left])
-        if len(piece) > left:
-            unreader.unread(piece[left:])  # the next request's
-        return piece[:left]

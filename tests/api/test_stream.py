@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import requests
 from conftest import encoded, photo
+from gunicorn.http.body import Body, LengthReader
+from gunicorn.http.unreader import SocketUnreader
 from urllib3 import encode_multipart_formdata
 from videos import pan_over, write
 from werkzeug.test import EnvironBuilder
@@ -25,6 +27,7 @@ from app import create_app
 from app.api import live as live_module
 from app.api import stream as stream_module
 from app.engine.slots import Slots
+from app.server import arriving, worker
 
 CAT, COFFEE = encoded(photo("chelsea"), "JPEG"), encoded(photo("coffee"), "PNG")
 TEXT = b"hello, I am a text\n" * 50
@@ -611,6 +614,20 @@ def test_a_live_body_that_is_cut_off_is_no_whole_one(service):
         sock.sendall(b"%x\r\n" % (10 * len(CAT)) + CAT)
         read_until(sock, b"event: frame")
     assert logged(service, "cut-off")["error"] in ("BAD_REQUEST", "CLIENT_CLOSED_REQUEST")
+
+
+def test_a_body_that_is_cut_off_has_not_ended():
+    client, server = socket.socketpair()
+    with client, server:
+        body = Body(LengthReader(SocketUnreader(server), 10))
+        body.read1 = functools.partial(worker.read1, body.reader)
+        live_body = arriving.Arriving(body, 2**18)
+        client.sendall(b"12345")
+        assert live_body.read() == b"12345"
+        client.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionError):
+            live_body.read()
+    assert body.failed
 
 
 def test_a_camera_that_goes_on_is_ended_at_the_deadline(service):
