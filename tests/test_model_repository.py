@@ -315,6 +315,18 @@ def test_the_shadow_answers_too_unseen(serve):
     assert shadows(client).get("agree", 0) - before["agree"] == 1
 
 
+def test_behind_a_cache_the_shadow_answers_what_is_calculated(serve, monkeypatch):
+    monkeypatch.setattr("app.model_repository.SHADOW_WAITS_S", 60)
+    client = serve("counts@1=several_models:Counts,counts@2=several_models:Fails", **TWO, COUNTS__SHADOW="2",
+                   CACHE_URL="memory://").test_client()
+    before = collections.Counter(shadows(client))
+    assert client.post("/v2/models/counts/infer", json={"inputs": [
+        {"name": "x", "shape": [1], "datatype": "BYTES", "data": ["3"]}]}).status_code == 200
+    assert [ask(client, x=x) for x in (4, 4, 7)] == [1, 1, 1]  # once from the cache; the shadow fails with the last
+    wait_for(lambda: shadows(client).get("failed", 0) - before["failed"] == 1)
+    assert shadows(client)["agree"] - before["agree"] == 2
+
+
 def test_a_shadow_that_fails_is_counted_and_not_noticed(serve):
     client = serve("counts@1=several_models:Counts,counts@2=several_models:Fails", COUNTS__SHADOW="2").test_client()
     before = collections.Counter(shadows(client))

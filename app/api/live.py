@@ -68,7 +68,7 @@ def events_of(name, deadline, is_there):
             if count:
                 current_app.extensions["count_batch"](2)  # this one, as the first has been counted
             answer = functools.partial(answered, model, uploads.Upload(picture[1], None, "the body"), chosen, deadline,
-                                       count)
+                                       picture[0])
             try:
                 found = run_batch(loader.slots, [answer])[0]
             except ServiceError as e:

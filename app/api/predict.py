@@ -41,6 +41,7 @@ def predict(name=None):
                     lambda: model.answer(data, chosen, call)), deadline, g.stages)
             else:
                 found, is_hit = model.answer(data, chosen, call), None
+            if not is_hit:
                 loader.answered(model, data, chosen, found)
             return filename, found, is_hit, (model, data, chosen)
     most_bytes = uploads.one_file_limit(settings)

@@ -136,7 +136,7 @@ def of_video(model, files, chosen, deadline, is_there):
         if is_hit:
             for shot in found["metadata"]["frames"]:
                 put(event("frame", shot))
-        elif not cache:
+        else:
             loader.answered(model, file.content, chosen, found)
         if record:
             record(model, file.content, chosen, found, is_hit)

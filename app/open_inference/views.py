@@ -138,7 +138,7 @@ class Asked:
         self.outputs = self.signature.wanted(sent.outputs, sent.is_binary, chosen)
         self.options = self.signature.options(chosen, self.outputs)
         self.items = self.signature.items(sent.inputs, deadline)
-        self.found = None
+        self.found, self.to_record = None, []  # the latter for the history: (position, data, answer, is_hit)
 
     def answer(self, item, stages, data=None):
         """Model.answer to an item, in a slot's thread."""
@@ -146,7 +146,10 @@ class Asked:
             with stages("read"):
                 data = self.signature.data(item)
         call = Call(self.deadline, stages, item.field)
-        return data, self.model.answer(data, self.options, call, self.signature.how(item))
+        answer = self.model.answer(data, self.options, call, self.signature.how(item))
+        if len(self.items) == 1 and item.datatype == "BYTES":
+            current_app.extensions["model"].answered(self.model, data, self.options, answer)
+        return data, answer
 
     def response(self):
         """The response_body.Made response, in a native thread."""
@@ -186,17 +189,13 @@ def answers(key, body, deadline):
         with g.stages("read"):
             asked = Asked(model, body, deadline)
         if len(asked.items) == 1 and not cache:
-            alone = data, answer = asked.answer(asked.items[0], g.stages)
-            if not isinstance(asked.items[0].content, np.ndarray):
-                loader.answered(model, data, asked.options, answer)
-            return asked, alone
+            return asked, asked.answer(asked.items[0], g.stages)
         return asked, None
     with loader.lease(key, client) as model:
         g.model = model
         asked, alone = loader.slots.run(read_in_slot, deadline, g.stages, client_watch())
         if alone:
-            record(asked, asked.items[0], *alone, False, 0)
-            asked.found = [alone[1]]
+            asked.to_record, asked.found = [(0, *alone, False)], [alone[1]]
         else:
             current_app.extensions["count_batch"](len(asked.items))
             with g.stages("files"):
@@ -208,7 +207,12 @@ def answers(key, body, deadline):
             first = next((one for one in asked.found if isinstance(one, ServiceError)), None)
             if first:
                 raise first
-        return in_native_thread(asked.response)
+        made = in_native_thread(asked.response)
+        if current_app.extensions["record"]:
+            for position, data, answer, is_hit in asked.to_record:
+                current_app.extensions["record"](model, as_bytes(data, asked.items[position]), asked.options, answer,
+                                                 is_hit, position)
+        return made
 
 
 def outcome(asked, item, position):
@@ -226,7 +230,8 @@ def outcome(asked, item, position):
             kind = {**asked.options, "open_inference": item.identity()}
             answer, is_hit = cache.fetch(asked.model, as_bytes(data, item), kind, lambda: in_slot(data)[1],
                                          asked.deadline, stages, admitted=True)
-        record(asked, item, data, answer, is_hit, position)
+        if current_app.extensions["record"]:
+            asked.to_record.append((position, data if item.datatype == "BYTES" else None, answer, is_hit))
         return answer
     except ServiceError as e:
         if len(asked.items) > 1 and e.status < 500:
@@ -243,8 +248,3 @@ def outcome(asked, item, position):
 def as_bytes(data, item):
     """What the cache's key and the history's hash are of: a file, text, JSON, or the bytes of a tensor."""
     return item.content.tobytes() if isinstance(item.content, np.ndarray) else data
-
-
-def record(asked, item, data, answer, is_hit, position):
-    if current_app.extensions["record"]:
-        current_app.extensions["record"](asked.model, as_bytes(data, item), asked.options, answer, is_hit, position)

@@ -14,6 +14,19 @@ class LabelError(StartError):
     """A label that cannot be used; the message is one line."""
 
 
+class UnknownClass(LabelError):
+    """What was probably meant is only looked for if the message is shown: for each of many labels, that takes a while.
+    """
+
+    def __init__(self, where, text, task):
+        self.where, self.text, self.task = where, text, task
+
+    def __str__(self):
+        from app.suggestions import did_you_mean
+        return (f"{self.where}: {self.text!r} is neither a class name nor a class_id of {self.task.name}"
+                f"{did_you_mean(self.text, self.task.labels)}")
+
+
 def column(header, row):
     """The text in the column `label`, else in the second one."""
     return row[header.index("label") if "label" in header else 1].strip()
@@ -125,9 +138,7 @@ class Classes(Anything):
             return self.labels.index(text)
         if text.isdecimal() and int(text) < len(self.labels):
             return int(text)
-        from app.suggestions import did_you_mean
-        raise LabelError(f"{where}: {text[:60]!r} is neither a class name nor a class_id of {self.task.name}"
-                         f"{did_you_mean(text[:60], self.labels)}")
+        raise UnknownClass(where, text[:60], self.task)
 
     def measure(self, pairs):
         """The share of files whose label is the top-1 class, or among the top five."""

@@ -50,9 +50,15 @@ def exporter(name):
     return entry.load()()
 
 
+class Session(requests.Session):
+    def merge_environment_settings(self, url, proxies, stream, verify, cert):
+        """OTEL_EXPORTER_OTLP_CERTIFICATE, which is in self.verify, goes before REQUESTS_CA_BUNDLE."""
+        return super().merge_environment_settings(url, proxies, stream, self.verify if verify is None else verify, cert)
+
+
 def session():
     """Takes from an answer its status and headers alone: a collector's body could be endless, in time or in bytes."""
-    made = requests.Session()
+    made = Session()
     made.stream = True
     made.hooks["response"].append(lambda response, *_, **__: response.close())
     return made

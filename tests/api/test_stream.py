@@ -400,6 +400,8 @@ def test_overload_skips_a_picture(app, monkeypatch):
     slots, go_on = Counting(1, max_queue=4), gevent.event.Event()
     slots.start()
     monkeypatch.setattr(app.extensions["model"], "slots", slots)
+    recorded = []
+    monkeypatch.setitem(app.extensions, "record", lambda *prediction: recorded.append(prediction[-1]))
 
     def pieces():
         yield CAT
@@ -413,7 +415,7 @@ def test_overload_skips_a_picture(app, monkeypatch):
     response = put_live(app, pieces())
     go_on.set()
     first, second, (name, end) = events_of(response.text)
-    assert [event[1]["index"] for event in (first, second)] == [0, 2]
+    assert [event[1]["index"] for event in (first, second)] == recorded == [0, 2]  # as positions in the history
     assert (name, end["count"], end["failed"], end["skipped"]) == ("end", 2, 0, 1)
 
 

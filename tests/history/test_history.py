@@ -1,4 +1,5 @@
 """GET /history over SQLite and PostgreSQL: what is recorded, who sees it, and how it is searched."""
+import base64
 import csv
 import dataclasses
 import hashlib
@@ -128,8 +129,18 @@ def test_each_answered_file_of_a_batch_is_recorded_with_its_position(client):
 def test_failed_requests_are_no_predictions(client):
     assert client.predict(b"no picture")[0].status_code == 400
     assert client.predict(top_k=11)[0].status_code == 400
-    client.predict()
-    assert len(client.recorded(1)) == 1
+    texts = [base64.b64encode(one).decode() for one in (PICTURE, b"no picture")]
+    assert infer(client, texts).status_code == 400  # although its first picture could be answered
+    answer = infer(client, texts[:1] * 2)
+    assert answer.status_code == 200, answer.text
+    found = client.recorded(2)
+    assert sorted((one["request_id"], one["position"]) for one in found) == [
+        (answer.headers["X-Request-ID"], i) for i in (0, 1)]
+
+
+def infer(client, texts):
+    return client.post("/v2/models/efficientnet_lite0/infer", json={"inputs": [
+        {"name": "image", "shape": [len(texts)], "datatype": "BYTES", "data": texts}]})
 
 
 def test_a_model_without_a_cache_is_recorded_too(recording, app, client):

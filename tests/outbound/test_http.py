@@ -1,9 +1,7 @@
 """Requests of the service's own, to servers that mean it no good."""
 import asyncio
 import contextlib
-import datetime
 import gzip
-import ipaddress
 import os
 import socket
 import ssl
@@ -15,11 +13,9 @@ import time
 import aiohttp
 import gevent
 import pytest
+from certificates import ADDRESS, certificate
 from conftest import ROOT
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hostile_server import HostileServer, ok, repeatedly
 
 from app.outbound import http
@@ -146,21 +142,9 @@ def test_unreachable_servers_and_unknown_names(client, server, monkeypatch):
 
 def tls_server(folder, host):
     """(a HostileServer with a certificate for that host, signed by itself; the path of the certificate)."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, day = x509.Name([]), datetime.timedelta(days=1)
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day,
-                                           now + day)
-                   .add_extension(x509.SubjectAlternativeName([host]), True).sign(key, hashes.SHA256()))
-    path = folder / "own.pem"
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-                     + certificate.public_bytes(Encoding.PEM))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path, context = certificate(folder / "own.pem", host), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(path)
     return HostileServer({"/": ok(b"trusted")}, tls=context), path
-
-
-ADDRESS = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
 
 def test_tls_needs_a_valid_certificate(client, tmp_path):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from certificates import certificate
 from conftest import ROOT, Service, encoded, photo
 from hostile_server import HostileServer, ok
 from job_workers import Jobs, Worker
@@ -470,6 +472,25 @@ def test_an_answer_without_an_end_is_not_read():
                "with export.stopping(30): print('sending')", **{ENDPOINT: endless.url})
     endless.close()
     assert (done.returncode, done.stderr, len(endless.requests)) == (0, "", 1)
+
+
+@pytest.mark.parametrize("trusted", ["the collector's", "another"])
+def test_tls_with_a_certificate_of_its_own(tmp_path, trusted):
+    """Also where a variable of another library names other certificates."""
+    own, other = certificate(tmp_path / "own.pem"), certificate(tmp_path / "other.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own)
+    collector = HostileServer({"/v1/traces": ok(b"")}, tls=context)
+    chosen, of_requests = (own, other) if trusted == "the collector's" else (other, own)
+    done = run("from app import tracing\nspans, export = tracing.start()\nwith spans.span('one'): pass\n"
+               "with export.stopping(30): pass", **{ENDPOINT: collector.url, "REQUESTS_CA_BUNDLE": str(of_requests),
+                                                   "OTEL_EXPORTER_OTLP_CERTIFICATE": str(chosen)})
+    collector.close()
+    if trusted == "the collector's":
+        assert (done.stderr, len(collector.requests)) == ("", 1)
+    else:
+        assert "CERTIFICATE_VERIFY_FAILED" in done.stderr
+        assert (done.stderr.count("\n"), collector.requests) == (1, [])
 
 
 def test_console():
