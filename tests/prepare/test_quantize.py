@@ -280,7 +280,7 @@ def test_a_cost_is_not_trusted_if_there_was_no_time_for_enough_pictures(tiny, se
     assert said["pictures"]["held_out"] == precision.AT_ONCE
     assert said["pictures"]["files"]["held_out"] == 2  # of three, which are looked at one after the other
     assert (said["chosen"], said["trusted"], bundles.fastest_within(said, 1)) == ("int8", False, "fp32")
-    assert caplog.records[-1].message.endswith("were used up while measuring on held-out pictures: 16 held-out pictures "
+    assert caplog.records[-1].message.endswith("used up while measuring on held-out pictures: 16 held-out pictures "
                                                "are too few to trust the cost; PRECISION=int8 serves int8")
 
 
