@@ -54,7 +54,7 @@ def choose(model, network, settings):
 
 def chosen(model, network, settings, progress):
     import openvino
-    start = time.process_time()
+    start, name = time.process_time(), network.arguments["name"]
     native_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     absent, asked, limit = bundles.missing(settings), settings.precision, settings.accuracy_limit
     said = {"asked": asked, "limit": limit, "chosen": "fp32", "missing": absent, "pictures": None, "precisions": {},
@@ -75,10 +75,11 @@ def chosen(model, network, settings, progress):
         try:
             int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
             if costs.depends_on_streams(int8, list(samples.take("held_out", FEW))):
-                raise QuantizeError("OpenVINO calculates its int8 network otherwise with several streams than with one")
+                raise QuantizeError(f"OpenVINO calculates the int8 network of {name} otherwise with several streams "
+                                    "than with one")
             tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
         except Exception as e:  # NNCF raises many types of errors for what it cannot quantize
-            why = why_none(e, network.arguments["name"], progress)
+            why = why_none(e, name, progress)
             if asked == "int8":
                 raise QuantizeError(why) from e
             if isinstance(e, OutOfTime):
@@ -98,17 +99,17 @@ def chosen(model, network, settings, progress):
     if done < min(count, FEWEST):
         said["trusted"] = False
         said["time_up"] = time_up(progress, f"{done} held-out pictures are too few to trust the cost")
-    for name in tried:
-        said["precisions"][name] = {**rounded_numbers(measured[name]), **(layers if name == "int8" else {}),
-                                    "images_per_second": float(f"{speeds[name]:.3g}")}
+    for one in tried:
+        said["precisions"][one] = {**rounded_numbers(measured[one]), **(layers if one == "int8" else {}),
+                                   "images_per_second": float(f"{speeds[one]:.3g}")}
     said["pictures"] = {**samples.about, "held_out": done}
     said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)
-    log.info("%s: %s", network.arguments["name"], sentence(said))
+    log.info("%s: %s", name, sentence(said))
     if said["time_up"]:
-        log.warning("%s: %s; PRECISION=%s serves %s", network.arguments["name"], said["time_up"], asked, said["chosen"])
+        log.warning("%s: %s; PRECISION=%s serves %s", name, said["time_up"], asked, said["chosen"])
     if said["precisions"][said["chosen"]]["cost"] > limit:
         log.warning("%s: int8 costs %.4f, which is more than ACCURACY_LIMIT %g, with %d layers restored; it is served, "
-                    "as PRECISION=int8 asks for it", network.arguments["name"], said["precisions"]["int8"]["cost"],
+                    "as PRECISION=int8 asks for it", name, said["precisions"]["int8"]["cost"],
                     limit, len(layers["restored_layers"]))
     return tried[said["chosen"]][0], said
 
