@@ -17,6 +17,7 @@ from app.engine.bundle import installed_versions, read
 MEASURED = ("int8", "auto")  # of PRECISION: what they cost is measured
 MOST_PICTURES = 2000  # of CALIBRATION_DIR, half of which are held out
 FEWEST_PICTURES = 10
+NOISE = 0.05          # of images per second, at least: what is no faster than that is not worth any cost
 KEPT = 3             # bundles per model and engine, besides those that a service is using
 
 
@@ -112,9 +113,14 @@ def has_vnni():
 
 
 def fastest_within(quantization, limit):
-    """The fastest of the measured precisions whose cost is within a limit."""
+    """The fastest of the measured precisions whose cost is within a limit, or one that is as fast, up to NOISE, and
+    costs less; fp32 if the costs are not trusted."""
+    if not quantization.get("trusted", True):
+        return "fp32"
     allowed = {name: one for name, one in quantization["precisions"].items() if one["cost"] <= limit}
-    return max(allowed, key=lambda name: allowed[name]["images_per_second"], default="fp32")
+    most = max((one["images_per_second"] for one in allowed.values()), default=0)
+    fast = [name for name, one in allowed.items() if one["images_per_second"] >= (1 - NOISE) * most]
+    return min(fast, key=lambda name: (allowed[name]["cost"], name != "fp32"), default="fp32")
 
 
 def is_precision(manifest, settings, calibration):

@@ -1,21 +1,26 @@
 """PRECISION=int8 and PRECISION=auto: makes what is asked for, measures its cost on held-out pictures and its speed, and
 chooses. The result is a manifest's `quantization`.
 """
+import contextlib
 import itertools
 import logging
-import sys
+import math
+import time
 
 import numpy as np
-from tqdm import tqdm
 
 from app.config import StartError
 from app.prepare import bundles, costs
+from app.prepare.progress import OutOfTime, Progress
 
 INSTALL = "pip install -r app/prepare/requirements-int8.txt"
-AT_ONCE = 32
+AT_ONCE = 16
 FEW = 4
+MEASURING = "measuring on held-out pictures"
 CHOOSING_S, MEASURING_S = 600, 600  # processor time for which slow networks see fewer pictures,
-FEWEST = 100                        # but at least so many
+FEWEST = 100                        # but at least so many, or the cost is not trusted
+MAKING_S, TIME_S = 2400, 3600       # processor time, too, after which the int8 network is taken as it is by then, and
+                                    # the measuring ends: about an hour of an idle machine
 EVALUATIONS = 10                    # of the pictures to choose layers by: without and with half, a quarter… restored
 
 log = logging.getLogger(__name__)
@@ -49,11 +54,12 @@ def choose(model, network, settings):
 
 def chosen(model, network, settings, progress):
     import openvino
+    start, name = time.process_time(), network.arguments["name"]
     native_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     absent, asked, limit = bundles.missing(settings), settings.precision, settings.accuracy_limit
     said = {"asked": asked, "limit": limit, "chosen": "fp32", "missing": absent, "pictures": None, "precisions": {},
             "processor": openvino.Core().get_property("CPU", "FULL_DEVICE_NAME"), "vnni": bundles.has_vnni(),
-            "calibration": bundles.calibration_id(settings)}
+            "calibration": bundles.calibration_id(settings), "trusted": True, "time_up": None}
     if absent:
         log.warning("PRECISION=auto cannot try int8: %s; %s", not_installed(absent), INSTALL)
     tried = {"fp32": (model, "fp32")}
@@ -65,33 +71,62 @@ def chosen(model, network, settings, progress):
     progress("looking at the pictures", 0, 1)
     samples, classifies, layers = Samples(network, settings), network.task == "classification", {}
     if not absent:
+        progress.end = start + MAKING_S
         try:
             int8, rounded, restored = make_int8(model, samples, limit, classifies, progress)
             if costs.depends_on_streams(int8, list(samples.take("held_out", FEW))):
-                raise QuantizeError("OpenVINO calculates its int8 network otherwise with several streams than with one")
+                raise QuantizeError(f"OpenVINO calculates the int8 network of {name} otherwise with several streams "
+                                    "than with one")
             tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
         except Exception as e:  # NNCF raises many types of errors for what it cannot quantize
-            reason = f"{type(e).__name__}: {(str(e).strip() or 'no reason given').splitlines()[0]}"
+            why = why_none(e, name, progress)
             if asked == "int8":
-                raise QuantizeError(f"NNCF cannot quantize {network.arguments['name']}: {reason}") from e
-            log.warning("PRECISION=auto goes on without int8, as NNCF cannot quantize %s: %s",
-                        network.arguments["name"], reason)
+                raise QuantizeError(why) from e
+            if isinstance(e, OutOfTime):
+                said["time_up"] = why
+            else:
+                log.warning("PRECISION=auto goes on without int8, as %s", why)
+        if "int8" in tried and progress.stopped:
+            said["time_up"] = time_up(progress, f"{len(restored)} of {len(rounded) + len(restored)} layers are at fp32,"
+                                                " which may be too few, more than needed, or others")
+    progress.end = math.inf
     progress("measuring the speed", 0, 1)
     speeds = costs.speeds(tried, next(samples.take("held_out", 1)))
     count = affordable("held_out", MEASURING_S, sum(1 / speed for speed in speeds.values()))
-    measured = differences(tried, samples, count, classifies, progress)
+    progress.end = max(start + TIME_S, time.process_time() + TIME_S - MAKING_S)
+    measured, done = differences(tried, samples, count, classifies, progress)
     progress.close()
-    for name in tried:
-        said["precisions"][name] = {**rounded_numbers(measured[name]), **(layers if name == "int8" else {}),
-                                    "images_per_second": float(f"{speeds[name]:.3g}")}
-    said["pictures"] = {**samples.about, "held_out": count}
+    if done < min(count, FEWEST):
+        said["trusted"] = False
+        said["time_up"] = time_up(progress, f"{done} held-out pictures are too few to trust the cost")
+    for one in tried:
+        said["precisions"][one] = {**rounded_numbers(measured[one]), **(layers if one == "int8" else {}),
+                                   "images_per_second": float(f"{speeds[one]:.3g}")}
+    said["pictures"] = {**samples.about, "held_out": done}
     said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)
-    log.info("%s: %s", network.arguments["name"], sentence(said))
+    log.info("%s: %s", name, sentence(said))
+    if said["time_up"]:
+        log.warning("%s: %s; PRECISION=%s serves %s", name, said["time_up"], asked, said["chosen"])
     if said["precisions"][said["chosen"]]["cost"] > limit:
         log.warning("%s: int8 costs %.4f, which is more than ACCURACY_LIMIT %g, with %d layers restored; it is served, "
-                    "as PRECISION=int8 asks for it", network.arguments["name"], said["precisions"]["int8"]["cost"],
+                    "as PRECISION=int8 asks for it", name, said["precisions"]["int8"]["cost"],
                     limit, len(layers["restored_layers"]))
     return tried[said["chosen"]][0], said
+
+
+def why_none(error, name, progress):
+    """Why a network has no int8 one: the end of a message."""
+    if isinstance(error, OutOfTime):
+        return time_up(progress, f"{name} is too slow here for int8")
+    if isinstance(error, QuantizeError):
+        return str(error)
+    return (f"NNCF cannot quantize {name}: {type(error).__name__}: "
+            + (str(error).strip() or "no reason given").splitlines()[0])
+
+
+def time_up(progress, consequence):
+    limit = MAKING_S if progress.stopped != MEASURING else TIME_S
+    return f"{limit / 60:g} minutes of processor time were used up while {progress.stopped}: {consequence}"
 
 
 def make_int8(model, samples, limit, classifies, progress):
@@ -121,17 +156,18 @@ def gathered(samples, group, number, progress):
 
 
 def differences(tried, samples, count, classifies, progress):
-    """{precision: its costs.cost} on so many held-out inputs. A few at a time, as all of them might not fit into
-    memory."""
+    """({precision: its costs.cost} on so many held-out inputs, or fewer if the time is up; their number). A few at a
+    time, as all of them might not fit into memory."""
     networks, inputs = {name: costs.compiled(*each) for name, each in tried.items()}, samples.take("held_out", count)
     found, done = {name: [] for name in tried}, 0
-    while batch := list(itertools.islice(inputs, AT_ONCE)):
-        for name, network in networks.items():
-            found[name].append(costs.outputs(network, batch))
-        done += len(batch)
-        progress("measuring on held-out pictures", done, count)
+    with contextlib.suppress(OutOfTime):
+        while batch := list(itertools.islice(inputs, AT_ONCE)):
+            for name, network in networks.items():
+                found[name].append(costs.outputs(network, batch))
+            done += len(batch)
+            progress(MEASURING, done, count)
     found = {name: np.concatenate(each) for name, each in found.items()}
-    return {name: costs.cost(found["fp32"], each, classifies) for name, each in found.items()}
+    return {name: costs.cost(found["fp32"], each, classifies) for name, each in found.items()}, done
 
 
 def rounded_numbers(numbers):
@@ -170,27 +206,5 @@ def table(said):
     held, files = said["pictures"]["held_out"], said["pictures"]["files"]["held_out"]
     lines.append(f"changes of the {what} against fp32 on {held} held-out views of {files} files "
                  f"({said['pictures']['source']}); images/s on one core; ACCURACY_LIMIT {said['limit']:g}")
-    return lines
+    return lines + ([said["time_up"]] if said.get("time_up") else [])
 
-
-class Progress:
-    """A bar on a terminal, else a log line per step."""
-
-    def __init__(self):
-        self.step, self.bar = None, None
-
-    def __call__(self, step, done, total):
-        if step != self.step:
-            self.close()
-            self.step = step
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=total, desc=step, leave=False)
-            else:
-                log.info("%s", step)
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None

@@ -13,10 +13,12 @@ import time
 import numpy as np
 
 from app.prepare import bundles, costs
+from app.prepare.progress import OutOfTime
 
 AIM = 0.7            # of the limit, on the pictures that layers are chosen by: others will cost a little more or less
 MOST_RESTORED = 0.5  # of the layers
-RANKED_BY = 24       # pictures
+AT_ONCE = 16         # pictures, at least one per core
+RANKED_BY = 24
 RANKING_S = 400      # processor time
 EXACT = 1e-3         # divergence of a network with all layers restored: rounding only
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
@@ -88,31 +90,38 @@ def restored(int8, model, names):
 
 def within(int8, model, choosing, limit, classifies, progress):
     """(the int8 network with as few layers restored as keep the cost on some pictures within AIM · limit, or with
-    MOST_RESTORED; names of the layers that are int8 in it; names of the restored ones).
+    MOST_RESTORED; names of the layers that are int8 in it; names of the restored ones). If the time is up, it is the
+    best so far.
 
-    choosing: [(3, H, W)]; progress: called with (a sentence, done, total).
+    choosing: [(3, H, W)]; progress: a Progress.
     """
-    names = list(layers_of(int8))
-    reference = costs.outputs(costs.compiled(model), choosing)
+    names, best, by_cost, high = list(layers_of(int8)), int8, [], 0
 
-    def costs_little(network):
-        found = costs.outputs(costs.compiled(network), choosing)
+    def outputs(network, step, number, runs):
+        network, found = costs.compiled(network), []
+        for i in range(0, len(choosing), AT_ONCE):
+            found.append(costs.outputs(network, choosing[i:i + AT_ONCE]))
+            progress(step, number * len(choosing) + i + len(found[-1]), runs * len(choosing))
+        return np.concatenate(found)
+
+    def costs_little(found):
         return costs.cost(reference, found, classifies)["cost"] <= AIM * limit
-    if costs_little(int8):
-        return int8, names, []
-    by_cost = ranked(int8, model, names, choosing, reference, classifies, progress)
-    low, high = 0, len(by_cost)  # the fewest are in (low, high]
-    best = restored(int8, model, by_cost)
-    steps, done = math.ceil(math.log2(high + 1)), 0
-    while low + 1 < high:
-        middle = (low + high) // 2
-        network = restored(int8, model, by_cost[:middle])
-        if costs_little(network):
-            high, best = middle, network
-        else:
-            low = middle
-        done += 1
-        progress("choosing the layers to restore", min(done, steps), steps)
+    with contextlib.suppress(OutOfTime):
+        reference = outputs(model, "comparing int8 with fp32", 0, 2)
+        if costs_little(outputs(int8, "comparing int8 with fp32", 1, 2)):
+            return int8, names, []
+        by_cost = ranked(int8, model, names, choosing, reference, classifies, progress)
+        low, high = 0, len(by_cost)  # the fewest are in (low, high]
+        best = restored(int8, model, by_cost)
+        number, runs = 0, math.ceil(math.log2(max(1, high)))
+        while low + 1 < high:
+            middle = (low + high) // 2
+            network = restored(int8, model, by_cost[:middle])
+            if costs_little(outputs(network, "choosing the layers to restore", number, runs)):
+                high, best = middle, network
+            else:
+                low = middle
+            number += 1
     chosen = by_cost[:high]
     return best, [name for name in names if name not in chosen], chosen
 

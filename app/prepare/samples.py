@@ -68,7 +68,7 @@ class Samples:
     def take(self, group, wanted):
         """Evenly spread files as they are, each followed by as many crops of it as it takes."""
         files, needed = self.files[group], -(-wanted // self.views)
-        number = self.about["files"][group] = min(len(files), needed)
+        number = min(len(files), needed)
         files = [files[i * len(files) // number] for i in range(number)]
         return itertools.islice((tensor for i, path in enumerate(files) for tensor in self.of(
             path, group, i, needed // number + (i < needed % number))), wanted)
@@ -77,6 +77,7 @@ class Samples:
 
     def of(self, path, group, number, count):
         """Yield the inputs that the task makes of a picture and of crops of it, `count` pictures in all."""
+        self.about["files"][group] = number + 1
         image, random = self.read(path), np.random.default_rng([list(COUNTS).index(group), number])
         is_elsewhere = group == "choosing" and path in self.files["held_out"]  # as it is
         for i in range(count):

@@ -16,9 +16,11 @@ from PIL import Image
 from app import create_app, load_model
 from app.config import Settings, StartError
 from app.engine import bundle
+from app.engine.preprocess import Preprocessing
 from app.errors import Deadline
 from app.model_loader import ModelError
 from app.prepare import bundles, costs, find, make, networks, precision, quantize, samples
+from app.prepare.progress import OutOfTime
 
 PHOTOS = ("chelsea", "coffee")
 
@@ -232,6 +234,77 @@ def test_a_tiny_picture_has_crops(size):
         assert 1 <= min(part.size) <= max(part.size) <= max(size)
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """An openvino.Model for pictures of 16 × 16 pixels, with ten layers that can be int8."""
+    pytest.importorskip("nncf")
+    import openvino
+    from openvino import opset13 as ops
+    random = np.random.default_rng(0)
+    x = pictures = ops.parameter([1, 3, 16, 16], np.float32)
+    for channels in (3, *[8] * 7):
+        weights = random.normal(0, (2 / 9 / channels) ** 0.5, (8, channels, 3, 3)).astype(np.float32)
+        x = ops.relu(ops.convolution(x, ops.constant(weights), [1, 1], [1, 1], [1, 1], [1, 1]))
+    head = ops.constant(random.normal(size=(8, 4)).astype(np.float32))
+    return openvino.Model([ops.matmul(ops.reduce_mean(x, [2, 3]), head, False, False)], [pictures])
+
+
+def ended(*progress):
+    raise OutOfTime
+
+
+TINY = networks.Network(None, "classification", {"name": "tiny"}, [], Preprocessing(16, 16), "")
+
+
+def test_auto_goes_on_without_int8_when_the_time_for_it_is_used_up(tiny, settings, monkeypatch, caplog):
+    monkeypatch.setattr(precision, "MAKING_S", -60)
+    auto = dataclasses.replace(settings, precision="auto", accuracy_limit=1.0)
+    said = precision.choose(tiny, TINY, auto)[1]
+    assert "int8" not in said["precisions"]
+    assert said["trusted"]
+    assert said["time_up"] == ("-1 minutes of processor time were used up while reading the pictures for calibration: "
+                               "tiny is too slow here for int8")
+    assert precision.table(said)[-1] == said["time_up"]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        f"tiny: {said['time_up']}; PRECISION=auto serves {said['chosen']}"]
+    with pytest.raises(StartError, match="^-1 minutes .* tiny is too slow here for int8$"):
+        precision.choose(tiny, TINY, dataclasses.replace(auto, precision="int8"))
+
+
+def test_a_cost_is_not_trusted_if_there_was_no_time_for_enough_pictures(tiny, settings, monkeypatch, caplog):
+    import nncf
+    monkeypatch.setattr(nncf, "set_log_level", lambda level: None)  # pytest's own handler is among those that it sets
+    monkeypatch.setattr(precision, "TIME_S", 0)
+    monkeypatch.setattr(precision, "MAKING_S", 10 ** 6)
+    model, said = precision.choose(tiny, TINY, dataclasses.replace(settings, precision="int8", accuracy_limit=1.0))
+    assert said["pictures"]["held_out"] == precision.AT_ONCE
+    assert said["pictures"]["files"]["held_out"] == 2  # of three, which are looked at one after the other
+    assert (said["chosen"], said["trusted"], bundles.fastest_within(said, 1)) == ("int8", False, "fp32")
+    assert caplog.records[-1].message.endswith("used up while measuring on held-out pictures: 16 held-out pictures "
+                                               "are too few to trust the cost; PRECISION=int8 serves int8")
+
+
+@pytest.mark.parametrize(("step", "cost", "restored"), [
+    ("comparing int8 with fp32", 1, 0), ("measuring how sensitive each layer is", 1, 0),
+    ("choosing the layers to restore", 1, 5), ("choosing the layers to restore", 0, 2)])
+def test_when_the_time_is_used_up_the_best_network_so_far_is_taken(tiny, monkeypatch, step, cost, restored):
+    inputs, seen = [*np.random.default_rng(0).random((6, 3, 16, 16), np.float32)], []
+    int8 = quantize.quantize(tiny, inputs, lambda *progress: None)
+    measured = itertools.chain([1], itertools.repeat(cost))
+    monkeypatch.setattr(costs, "cost", lambda *a: {"cost": next(measured)})
+
+    def progress(now, done, total):
+        assert done <= total
+        seen.append(now)
+        if now == step and seen.count(now) > 1 - cost:  # after the first network that costs little
+            raise OutOfTime
+    model, rounded, at_fp32 = quantize.within(int8, tiny, inputs, 0.01, True, progress)
+    assert (len(rounded) + len(at_fp32), len(at_fp32)) == (10, restored)
+    assert len(quantize.layers_of(model)) == 10 - restored
+    with pytest.raises(OutOfTime):  # NNCF lets it pass
+        quantize.quantize(tiny, inputs, ended)
+
+
 @pytest.mark.slow
 def test_ocean_restores_layers_so_that_the_scores_change_less(ocean_settings, monkeypatch):
     pytest.importorskip("nncf")
@@ -397,6 +470,14 @@ def test_int8_of_a_processor_with_vnni_is_made_again_without(settings, monkeypat
 @pytest.mark.parametrize(("limit", "chosen"), [(0, "fp32"), (0.008, "bf16"), (0.02, "bf16"), (0.03, "int8")])
 def test_the_fastest_within_the_limit_is_chosen(limit, chosen):
     assert bundles.fastest_within(SAID, limit) == chosen
+
+
+@pytest.mark.parametrize(("bf16", "int8", "chosen"), [
+    (20, 30, "int8"), (20, 20.9, "bf16"), (20, 19.1, "bf16"), (10.2, 10.4, "fp32"), (9, 10.6, "int8")])
+def test_what_is_no_faster_is_not_worth_its_cost(bf16, int8, chosen):
+    said = json.loads(json.dumps(SAID))
+    said["precisions"]["bf16"]["images_per_second"], said["precisions"]["int8"]["images_per_second"] = bf16, int8
+    assert bundles.fastest_within(said, 1) == chosen
 
 
 def test_costs_by_hand():
