@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -327,7 +328,8 @@ def class_of(name):
     try:
         module = own_modules.import_fresh(module_name)
     except BaseException as e:  # SystemExit too: a module that cannot be imported must not end the process
-        raise ModelError(f"{name} cannot be served: importing it failed: {one_line(e)}") from e
+        python = f" with {sys.executable}" if isinstance(e, ModuleNotFoundError) else ""  # maybe not where pip has been
+        raise ModelError(f"{name} cannot be served: importing it{python} failed: {one_line(e)}") from e
     found = getattr(module, class_name, None)
     if found is None:
         raise own_class.missing(name, [key for key, one in vars(module).items() if is_task(one)])
