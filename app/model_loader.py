@@ -188,7 +188,7 @@ class ModelLoader:
 
 
 def no_such_model(name):
-    return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists those that there are.")
+    return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists the models.")
 
 
 def rebuild(manifest):

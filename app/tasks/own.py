@@ -145,8 +145,9 @@ class OwnTask(Task):
         if self.is_file:
             types = ["image" if kind == "picture" else kind for kind in self.takes]
             return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
-                "send one as multipart/form-data in the field 'file', as the raw body with its "
-                f"{' or '.join(f'{one}/*' for one in types)} Content-Type, or base64 as JSON: {{\"file\": \"BASE64\"}}")
+                "send the file as multipart/form-data in the field 'file' (curl -F file=@NAME), as the raw body with "
+                f"its {' or '.join(f'{one}/*' for one in types)} Content-Type, or in base64 as JSON: "
+                '{"file": "BASE64"}')
         body = self.body = json.dumps({self.field: self.example} if self.field else self.example or {},
                                       ensure_ascii=False)
         if self.takes == ("json",):
