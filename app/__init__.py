@@ -1,5 +1,5 @@
-"""One vision model behind HTTP: the application factory. It imports nothing before it is needed, as the Gunicorn master
-and the command line import this package too."""
+"""Models behind HTTP: the application factory. It imports what it needs when it runs, as the Gunicorn master and the
+command line import this package too."""
 
 EACH, V2_VIEWS = ("", "/models/<name>"), "app.open_inference.views"  # EACH: the default model, or one in the path
 LAZY = [("docs", "app.api.docs", [("/openapi.json", "openapi"), ("/docs", "docs"), ("/docs/<name>", "docs_file")]),

@@ -29,8 +29,6 @@ from app.tasks import options as task_options
 
 SUFFIXES = {"picture": pictures.EXTENSIONS, "video": containers.EXTENSIONS, "text": ("txt",), "json": ("json",),
             "audio": ("wav", "flac", "ogg", "opus", "mp3", "m4a", "aac")}  # of the files that folders are searched for
-
-
 MOST_SHOWN = 20  # of the labels that cannot be used
 
 

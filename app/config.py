@@ -80,8 +80,8 @@ def yes_or_no(text):
 
 
 def setting(parse, default, secret=False, each=False):
-    """secret: the value is never shown, not even in an error message; each: of several models, each may have its own,
-    in the variable NAME__SETTING."""
+    """secret: the value is never shown, not even in an error message; each: with several models, each may have its own
+    value, in the variable NAME__SETTING."""
     def read(variable, text):
         try:
             return parse(text)
@@ -93,7 +93,7 @@ def setting(parse, default, secret=False, each=False):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One field a variable, of the same name in capitals. None means: worked out from the machine, or unset."""
+    """One field per variable, named like it in small letters. None means: worked out from the machine, or unset."""
     model_name: str = setting(matching(f"{BUILT_IN}|{OWN_CLASS}", "a model's name in lower case, such as "
                                        "resnet50, or your class as package.module:Class"), "resnet50")
     model_path: Path | None = setting(path, None, each=True)

@@ -28,7 +28,7 @@ class Model:
         started = time.monotonic()
         self.settings, self.key, self.version = settings, source.key, version
         self.fallback_reason = source.fallback_reason
-        self.instead = {"fallback_for": settings.model_name} if self.fallback_reason else {}  # of which model
+        self.instead = {"fallback_for": settings.model_name} if self.fallback_reason else {}  # members of answers
         self.task = tasks.create(Place(source, settings, plan, slots, rebuild))
         self.name = self.task.name if name is None or self.fallback_reason else name
         self.label = f"{self.name}@{version}" if version else self.name
@@ -149,7 +149,7 @@ class ModelLoader:
         return [self.find(name).task]
 
     def answered(self, model, data, options, answer):
-        """Told of each answer."""
+        """Called after each answer; ModelRepository passes it on to a shadow."""
 
     @contextlib.contextmanager
     def lease(self, name=None, client=None):
@@ -188,7 +188,7 @@ class ModelLoader:
 
 
 def no_such_model(name):
-    return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists those that there are.")
+    return ServiceError(404, "NOT_FOUND", f"There is no model {name[:80]}; GET /models lists the models.")
 
 
 def rebuild(manifest):

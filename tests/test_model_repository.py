@@ -135,7 +135,7 @@ def test_a_model_is_chosen_by_path_query_or_body(serve):
                      client.post("/predict?model=dogs", json={"x": 1}),
                      client.post("/predict", json={"x": 1, "model": "dogs"}), client.get("/info?model=dogs")):
         assert (response.status_code, response.json["error"]) == (404, "NOT_FOUND")
-        assert response.json["message"] == "There is no model dogs; GET /models lists those that there are."
+        assert response.json["message"] == "There is no model dogs; GET /models lists the models."
     refused = client.post("/models/counts/predict", data=CAT, content_type="image/jpeg")
     assert (refused.status_code, refused.json["error"]) == (415, "UNSUPPORTED_MEDIA_TYPE")
     assert client.get("/info?model=counts").json["model"]["name"] == "counts"

@@ -25,7 +25,6 @@ ENDPOINTS = {
     "/docs": "the same to read and try, in a browser",
 }
 
-
 # The page has no inline scripts or styles and loads nothing from other hosts; blob: is the chosen picture.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "

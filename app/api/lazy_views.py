@@ -1,4 +1,4 @@
-"""Blueprints whose code is imported with their first request: what is rarely asked costs the others nothing."""
+"""Blueprints whose code is imported with their first request: what is rarely used costs no memory until then."""
 from flask import Blueprint
 from werkzeug.utils import import_string
 

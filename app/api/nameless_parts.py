@@ -1,10 +1,10 @@
-"""Parts of a form that have no file name where a file is expected: to Werkzeug, text. Some hold a picture or a video by
-their Content-Type.
+"""Forms whose file is not where it is expected: in a part without a file name, which Werkzeug takes for text although
+its Content-Type may be that of a picture or a video; in another field; or nowhere.
 """
 import io
 import re
 
-from flask import request
+from flask import current_app, request
 
 from app.api import uploads
 from app.errors import ServiceError
@@ -34,6 +34,14 @@ def name_them():
     if pieces:
         request.stream = io.BytesIO(b"".join([*pieces, body[copied:]]))
         request.environ["CONTENT_LENGTH"] = str(len(request.stream.getbuffer()))
+
+
+def no_file(fields, task):
+    """The ServiceError for a request without a file in any of these fields."""
+    other = next((name for name in request.files if name and name not in fields), None)
+    where = f"the form's file is in the field '{other[:80]}'; " if other else ""
+    by_url = ', or as {"url": "URL"}' if current_app.extensions["fetch"] else ""
+    return uploads.missing_file(where + task.how_to_send + by_url)
 
 
 def text_for_a_file(name, files):

@@ -16,7 +16,7 @@ ERRORS = {
             ["FILE_TOO_LARGE", "IMAGE_TOO_LARGE", "VIDEO_TOO_LARGE", "VIDEO_TOO_LONG"],
             "The file has 12.3 MB; the limit is 10.5 MB (MAX_FILE_SIZE)."),
     "415": ("This type of content is not accepted.", ["UNSUPPORTED_MEDIA_TYPE"],
-            "Content-Type text/plain is not accepted here: send one as multipart/form-data in the field 'file'."),
+            "Content-Type text/plain is not accepted here: send the file as multipart/form-data in the field 'file'."),
     "422": ("With method=face, no face was found; or the server behind an input's URL did not send it.",
             ["NO_FACE_FOUND", "INPUT_NOT_FETCHED"],
             "No face was found; send a picture with a face that looks at the camera, or method=face+middle or middle."),

@@ -89,7 +89,7 @@ class Upload:
             from app.api import json_body
             data = json_body.from_base64(data, self.field)
         if not data:
-            raise ServiceError(400, "EMPTY_FILE", f"The file in {self.field} is empty; send one that has content.")
+            raise ServiceError(400, "EMPTY_FILE", f"The file sent as {self.field} is empty.")
         kind, setting = ("video", "MAX_VIDEO_SIZE") if is_video(data) else ("file", "MAX_FILE_SIZE")
         if len(data) > (most := getattr(settings, setting.lower())):
             from app.sizes import too_many
@@ -288,7 +288,8 @@ def parse_body(fields, task):
         body = request.get_data(cache=False)
         files = [Upload(body, None, "the body")] if body or request.mimetype else []
     if not files:
-        raise missing_file(task.how_to_send + (', or as {"url": "URL"}' if current_app.extensions["fetch"] else ""))
+        from app.api import nameless_parts
+        raise nameless_parts.no_file(fields, task)
     return files
 
 

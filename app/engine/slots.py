@@ -75,10 +75,10 @@ class Slots:
         self.changed = threading.Condition()  # guards these
         self.threads = []
         self.seconds_per_job = 0.05  # a running mean of the time in a slot
-        self.shared = 0.0   # when a call last found another one in a slot or the queue
+        self.last_met = 0.0  # when a call last found another one in a slot or the queue
         self.onlookers = 0  # requests that wait, in places of the queue, for the answer of an identical one
         self.batched = 0    # unanswered files of batches
-        self.lanes = BoundedSemaphore(count)
+        self.lanes = BoundedSemaphore(count)  # for files of batches, see batches.py
         counters.own.set(counters.key("slots"), count)
         counters.own.set(counters.key("queue_limit"), max_queue)
 
@@ -121,7 +121,7 @@ class Slots:
             if not admitted:
                 self.check_room()
             if self.running or self.waiting:
-                self.shared = time.monotonic()
+                self.last_met = time.monotonic()
             self.waiting.append(job)
             self.changed.notify()
         counters.change("queue_depth", 1)
@@ -152,7 +152,7 @@ class Slots:
 
     def is_alone(self):
         """Whether calls come one at a time now, and no batch: one may use the whole processor."""
-        return len(self.running) <= 1 and not self.batched and time.monotonic() > self.shared + ALONE_AFTER_S
+        return len(self.running) <= 1 and not self.batched and time.monotonic() > self.last_met + ALONE_AFTER_S
 
     def overloaded(self):
         """The refusal; its Retry-After estimates when the present work will be done."""

@@ -62,7 +62,7 @@ def read_image(data, max_pixels, shorter_side=None):
     except MemoryError:
         raise
     except Exception as e:  # Pillow's decoders raise many types of errors for bad bytes: all are the client's 400
-        raise invalid_image("it is none of " + ", ".join(FORMATS) + ", HEIC, nor a video, or is damaged") from e
+        raise invalid_image(f"it is damaged, or neither a video nor {', '.join(FORMATS)} or HEIC") from e
     if width * height > max_pixels:
         raise ServiceError(413, "IMAGE_TOO_LARGE", f"The picture has {width} × {height} pixels; "
                                                    f"at most {max_pixels:,} are allowed.")

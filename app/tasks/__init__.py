@@ -47,16 +47,16 @@ class Task:
     name = kind = None    # of the model, and of what it does, in /info
     takes = ()            # what an input is: picture, video, audio, or any of these; or text; or json
     is_file = True        # whether it is a file's bytes
-    field = None          # of a JSON body that holds it, if it is none
+    field = None          # the member of a JSON body that holds it, if it is no file
     body_types = None     # a pattern of the Content-Types that a raw body may have
-    body_type = "image/jpeg"  # such as
+    body_type = "image/jpeg"  # one of these, as an example
     how_to_send = ""      # an input, in words
     options = ()          # options.Option
     max_batch = 1         # inputs of different requests that are predicted together
-    checked_options = ()  # that it ignores, unless their values are bad
+    checked_options = ()  # those of other tasks, which it ignores but whose values are checked
     media_types = ()      # what an answer may be besides JSON
     deterministic = True  # whether equal inputs have equal answers, which may then be cached
-    answers = "Anything"  # what they are: a class of answers.py
+    answers = "Anything"  # the class of answers.py for its answers
 
     def __init__(self, place):
         self.settings, self.place, self.device = place.settings, place, place.plan.device

@@ -45,9 +45,9 @@ class FromPictures(Task):
     which views of it the network sees, and what its outputs mean (scores, predictions, metadata)."""
     takes = ("picture", "video")
     body_types = containers.MEDIA_TYPE
-    how_to_send = ("send one as multipart/form-data in the field 'file', as the raw body with its image/* or video/* "
-                   "Content-Type, or in base64 as JSON: {\"image\": \"BASE64\"}")
-    checked_options = ALL  # those of the others are ignored, but a bad value is an error
+    how_to_send = ("send the file as multipart/form-data in the field 'file' (curl -F file=@NAME), as the raw body "
+                   "with its image/* or video/* Content-Type, or in base64 as JSON: {\"image\": \"BASE64\"}")
+    checked_options = ALL
     full_size = False      # whether pictures are decoded at full size, not at one that suffices for the network
 
     def __init__(self, place, manifest):

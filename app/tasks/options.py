@@ -14,9 +14,9 @@ LATEST_S = 1_000_000
 
 @dataclass(frozen=True)
 class Option:
-    """takes: the valid values in words; parse: text, or a file's bytes → value, raises ValueError, of a
-    file with its size in words; schema: a JSON Schema; meaning: a sentence; setting: the name of the setting that holds
-    the default, if one does; aliases: other names, tried in turn; is_file: whether the value is a file's bytes."""
+    """takes: the valid values in words; parse: text, or a file's bytes → value, raises ValueError (for a file with its
+    size in words); schema: a JSON Schema; meaning: a sentence; setting: the name of the setting that holds the default,
+    if one does; aliases: other names, tried in turn; is_file: whether the value is a file's bytes."""
     name: str
     takes: str
     parse: Callable

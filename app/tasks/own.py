@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -144,8 +145,9 @@ class OwnTask(Task):
         if self.is_file:
             types = ["image" if kind == "picture" else kind for kind in self.takes]
             return re.compile(rf"({'|'.join(types)})/.+|application/octet-stream|"), (
-                "send one as multipart/form-data in the field 'file', as the raw body with its "
-                f"{' or '.join(f'{one}/*' for one in types)} Content-Type, or base64 as JSON: {{\"file\": \"BASE64\"}}")
+                "send the file as multipart/form-data in the field 'file' (curl -F file=@NAME), as the raw body with "
+                f"its {' or '.join(f'{one}/*' for one in types)} Content-Type, or in base64 as JSON: "
+                '{"file": "BASE64"}')
         body = self.body = json.dumps({self.field: self.example} if self.field else self.example or {},
                                       ensure_ascii=False)
         if self.takes == ("json",):
@@ -327,7 +329,8 @@ def class_of(name):
     try:
         module = own_modules.import_fresh(module_name)
     except BaseException as e:  # SystemExit too: a module that cannot be imported must not end the process
-        raise ModelError(f"{name} cannot be served: importing it failed: {one_line(e)}") from e
+        python = f" with {sys.executable}" if isinstance(e, ModuleNotFoundError) else ""  # maybe not where pip has been
+        raise ModelError(f"{name} cannot be served: importing it{python} failed: {one_line(e)}") from e
     found = getattr(module, class_name, None)
     if found is None:
         raise own_class.missing(name, [key for key, one in vars(module).items() if is_task(one)])

@@ -157,6 +157,12 @@ def test_an_unchosen_file_input_beside_a_chosen_one(client, answer):
     assert error_of(form(client, ("file", ("", b""))))[:2] == (400, "MISSING_FILE")
 
 
+def test_a_file_in_another_field_is_named(client):
+    status, code, message = error_of(form(client, ("upload", ("c.jpg", CAT))))
+    assert (status, code) == (400, "MISSING_FILE")
+    assert message.startswith("No file provided: the form's file is in the field 'upload'; send the file as multipart/")
+
+
 @pytest.mark.parametrize("value", ["@@@", "abcde", "data:image/png;base64,@", "data:image/png,abc", 5, True, [], ["x"],
                                    {"b64": None}, {"b64": "AAAA", "x": 1}, {"a": {"b": {"c": "AAAA"}}}, "é"])
 def test_broken_base64(client, value):
@@ -189,13 +195,13 @@ def test_data_url_of_something_else(client, url):
     (b"{\"image\": \"\\ud800\"}", "INVALID_PARAMETER", "text that cannot be decoded"),
     (b"[" * 50_000, "INVALID_JSON", "more than 10000 lists, objects and members"),
     (b"{\"image\": \"AAAA\", \"top_k\": 1, \"top_k\": 2}", "INVALID_JSON", "'top_k' is repeated"),
-    (b"{}", "MISSING_FILE", "No file provided: send one as"),
-    (b"{\"image\": null}", "MISSING_FILE", "No file provided: send one as"),
+    (b"{}", "MISSING_FILE", "No file provided: send the file as"),
+    (b"{\"image\": null}", "MISSING_FILE", "No file provided: send the file as"),
     (b"{\"instances\": []}", "MISSING_FILE", "No file provided: the list instances is empty"),
     (b"{\"instances\": {\"b64\": \"AAAA\"}}", "INVALID_JSON", "instances must be a list"),
     (b"{\"instances\": [\"AAAA\", \"AAAA\"]}", "TOO_MANY_FILES", "send one, or all of them to /predict/batch"),
     (b"{\"image\": \"AAAA\", \"instances\": [\"AAAA\"]}", "TOO_MANY_FILES", "has image and instances; send one"),
-    (b"{\"image\": \"\"}", "EMPTY_FILE", "send one that has content"),
+    (b"{\"image\": \"\"}", "EMPTY_FILE", "The file sent as image is empty"),
     (b"{\"image\": \"aGVsbG8=\"}", "INVALID_IMAGE", "not a picture"),
 ])
 def test_bad_json(client, body, code, says):

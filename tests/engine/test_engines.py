@@ -98,20 +98,33 @@ def test_a_lone_picture_does_without_all_cores_while_another_hangs_there(two_str
     assert (engine.on_all_cores.qsize(), engine.idle.qsize()) == (1, 2)
 
 
-def test_the_weights_file_is_not_kept_in_memory(two_streams):
-    engine, folder = two_streams
-    engine.infer(images(1), Deadline(60), alone=True)
+def mapped(is_meant):
+    """(size, how much of it is resident), in kB, of this process's mappings whose line in smaps is_meant."""
     size = resident = 0
-    of_the_file = False
+    counts = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if line[0] in "0123456789abcdef" and "-" in line.split()[0]:
-            of_the_file = line.endswith(f" {folder / 'model.bin'}")
-        elif of_the_file and line.startswith("Size:"):
+            counts = is_meant(line)
+        elif counts and line.startswith("Size:"):
             size += int(line.split()[1])
-        elif of_the_file and line.startswith("Rss:"):
+        elif counts and line.startswith("Rss:"):
             resident += int(line.split()[1])
+    return size, resident
+
+
+def test_what_only_loading_needs_is_not_kept_in_memory(two_streams):
+    engine, folder = two_streams
+    expected = engine.infer(images(1), Deadline(60), alone=True)
+    size, resident = mapped(lambda line: line.endswith(f" {folder / 'model.bin'}"))
     assert size > 40_000
     assert resident < size / 4
+
+    def code():
+        return mapped(lambda line: " r-xp " in line and "libopenvino_intel_cpu_plugin" in line)[1]
+    before = code()
+    openvino_engine.unload_pages(folder / "model.bin")
+    assert code() < before / 4
+    assert (engine.infer(images(1), Deadline(60), alone=True) == expected).all()
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])

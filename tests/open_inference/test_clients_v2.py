@@ -171,7 +171,7 @@ def test_errors_are_the_clients_exceptions(client):
 
 def test_tritons_further_errors(triton):
     assert triton["wrong_option"] == ["400", "top_k must be an integer from 1 to 10, got 99"]
-    assert triton["unknown_model"] == ["404", "There is no model other; GET /models lists those that there are."]
+    assert triton["unknown_model"] == ["404", "There is no model other; GET /models lists the models."]
     for name in ("load", "statistics", "all_statistics", "config", "trace", "log", "shared_memory", "cuda_memory"):
         status, message = triton[name]
         assert (status, message.endswith(" of Triton is not supported here.")) == ("404", True), name

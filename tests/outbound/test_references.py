@@ -108,7 +108,7 @@ def test_objects_in_s3(referring, bucket):
     ("/gone.png", 422, "INPUT_NOT_FETCHED", "its server answered 404"),
     ("/moved.png", 422, "INPUT_NOT_FETCHED", "redirect (301), which is not followed"),
     ("/endless.png", 413, "FILE_TOO_LARGE", "more than 3.1 MB"),
-    ("/empty.png", 400, "EMPTY_FILE", "The file in url is empty"),
+    ("/empty.png", 400, "EMPTY_FILE", "The file sent as url is empty"),
     ("/text.png", 400, "INVALID_IMAGE", ""),
     ("/../cat.png", 400, "URL_NOT_ALLOWED", "not an absolute http, https or s3 URL without .."),
 ])

@@ -47,8 +47,8 @@ def taken():
      "error: --certfile gunicorn.conf.py holds no certificate in PEM format"),
     ({"GUNICORN_CMD_ARGS": "--bind=fd://77"}, "",
      "error: descriptor 77 cannot be listened on: it is closed; whoever starts the service must leave it open"),
-    ({"MODELS": "a=resnet18,b=app.tasks.onw:OwnTask"}, "", "error: app.tasks.onw:OwnTask cannot be served: there is no "
-     "module app.tasks.onw in app.tasks; did you mean app.tasks.own:OwnTask?"),
+    ({"MODELS": "a=resnet18,b=examples.iris:Irsi"}, "",
+     "error: examples.iris:Irsi cannot be served: Irsi is not in examples.iris; did you mean examples.iris:Iris?"),
     ({"PRECISION": "fp16"}, "", "error: PRECISION is fp16, which is for GPUs; a CPU takes fp32, bf16, int8 or auto"),
     ({"PRECISION": "int8", "ENGINE": "torch"}, "", "error: PRECISION is int8, which needs ENGINE=openvino on a CPU"),
     ({"JOBS": "on", "DATA_DIR": "/proc/nowhere"}, "",

@@ -523,8 +523,9 @@ def test_the_openapi_document_is_valid_and_has_the_options(serve, source, name):
 @pytest.mark.parametrize(("source", "name", "why"), [
     ("", "Missing", "Missing is not in own_"),
     ("Number = 3", "Number", "Number is no subclass of app.tasks.own.OwnTask"),
-    ("1 / 1\nimport a_module_that_is_not_there as A", "A", "importing it failed: ModuleNotFoundError: No module named"),
-    ("def broken(:", "A", "importing it failed: SyntaxError"),
+    ("1 / 1\nimport not_there as A", "A",
+     f"importing it with {sys.executable} failed: ModuleNotFoundError: No module named 'not_there' (own_"),
+    ("class A(OwnTask:", "A", "importing it failed: SyntaxError"),
     ("A = 1 / 0", "A", "importing it failed: ZeroDivisionError: division by zero (own_"),
     ("A = 1\nraise SystemExit('bye')", "A", "importing it failed: SystemExit: bye"),
     ("class A(OwnTask):\n    pass", "A", "takes must be one of picture, video, audio, text, json"),
@@ -585,10 +586,7 @@ def test_a_mistake_stops_the_start_in_one_line(module, source, name, why):
 @pytest.mark.parametrize(("source", "name", "why"), [
     ("class Total:\n    ...", "Totla", "Totla is not in own_classes; did you mean own_classes:Total?"),
     ("class A:\n    ...\nclass B:\n    ...", "Sum", "Sum is not in own_classes; there are A, B"),
-    ("import numpyy\nclass A:\n    ...", "A", "own_classes.py, line 1, imports numpyy, which is not installed for "),
-    ("from app.tasks.own import OwnTaks", "A", "own_classes.py, line 1: app.tasks.own has no OwnTaks; did you mean "
-                                               "OwnTask?"),
-    ("\ndef broken(:", "A", "importing it failed: SyntaxError: invalid syntax (own_classes.py, line 2)")])
+    ("import none\nclass Total:\n    ...", "Total_", "did you mean own_classes:Total?")])
 def test_a_misspelt_class_is_found_without_importing_it(tmp_path, monkeypatch, source, name, why):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_classes.py").write_text(source)
@@ -600,16 +598,16 @@ def test_a_misspelt_class_is_found_without_importing_it(tmp_path, monkeypatch, s
 
 
 @pytest.mark.parametrize(("name", "why"), [
-    ("own_clases:A", f"no module own_clases in {os.getcwd()} or on Python's path; did you mean own_classes:A?"),
-    ("own_classes.py:A", "there is no module own_classes.py in own_classes; did you mean own_classes:A?"),
-    ("own_package.modle:A", "there is no module own_package.modle in own_package; did you mean own_package.model:A?"),
-    ("own_packages.model:A", "or on Python's path; did you mean own_package.model:A?"),
+    ("own_clases:A", f"no module own_clases in {os.getcwd()} or on Python's path; did you mean own_classes?"),
+    ("own_classes.py:A", "there is no module own_classes.py; did you mean own_classes:A?"),
+    ("own_packages.model:A", "no module own_packages in"),
+    ("own_package.model:Modle", "Modle is not in own_package.model; did you mean own_package.model:Model?"),
     ("nothing_like_it:A", "there is no module nothing_like_it in")])
 def test_a_misspelt_module_is_found(tmp_path, monkeypatch, name, why):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_classes.py").touch()
     (tmp_path / "own_package").mkdir()
-    (tmp_path / "own_package/model.py").touch()
+    (tmp_path / "own_package/model.py").write_text("class Model: ...")
     with pytest.raises(StartError) as e:
         own_class.check(name)
     assert why in str(e.value)
@@ -617,18 +615,12 @@ def test_a_misspelt_module_is_found(tmp_path, monkeypatch, name, why):
 
 
 @pytest.mark.parametrize("source", [
-    "from own_others import *", "def __getattr__(name): ...", "globals()['A'] = 1",
-    "locals()['A'] = 1", "def make():\n    global A\n    A = 1\nmake()",
-    "try:\n    import x as A\nfinally: 0",
-    "if 1:\n    A, b = 1, 2", "for A in (): ...", "import own_others\nimport it_adds_to_the_path\nA = 1",
-    "import sys\nsys.path.append('x')\nimport found_there\nA = 1",
-    "try:\n    import none\nexcept ImportError:\n    A = 1",
-    "from . import none\nfrom .. import A", "import os.path, json\nfrom collections.abc import A"])
+    "from own_others import *", "def __getattr__(name): ...", "globals()['To' + 'tal'] = 1", "import x as Total",
+    "def broken(:\nTotal"])
 def test_what_may_be_right_is_left_to_the_import(tmp_path, monkeypatch, source):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_others.py").touch()
-    (tmp_path / "own_classes.py").write_text(f'"""It is for tests."""\n{source}\n')
-    own_class.check("own_classes:A")
+    (tmp_path / "own_classes.py").write_text(source)
+    own_class.check("own_classes:Total")
 
 
 def test_folders_need_no_init_file(tmp_path, monkeypatch):
