@@ -17,10 +17,12 @@ from app.data.schema import REVISION, service
 
 CONNECT_WITHIN_S = 2
 STATEMENT_WITHIN_S = 3    # less than background.py waits, so that the reason is known
-LOCK_WITHIN_S = 5         # of SQLite, which has one writer at a time
+LOCK_WITHIN_S = 8         # of SQLite, which has one writer at a time; less than submitting and leases wait
+LOCK_TRY_MS = 20          # after which SQLite's pauses between its tries get long
 MIGRATE_WITHIN_S = 600
 LOCK_NUMBER = 0x6D6F6465  # of PostgreSQL's advisory lock around migrations
 POOL = 4                  # connections per process
+SQLITE_POOL = 20          # as many as a process has threads that use it: writers wait for each other with one of them
 RENEW_AFTER_S = 300       # of an idle connection, which a firewall may have forgotten
 
 
@@ -36,14 +38,15 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
             arguments = {"timeout": LOCK_WITHIN_S, "check_same_thread": False}
-            of_backend = {}
+            of_backend = {"pool_size": SQLITE_POOL}
         else:
-            of_backend = {"pool_pre_ping": True, "pool_recycle": RENEW_AFTER_S, "use_native_hstore": False}
+            of_backend = {"pool_size": POOL, "pool_pre_ping": True, "pool_recycle": RENEW_AFTER_S,
+                          "use_native_hstore": False}
             arguments = {"connect_timeout": CONNECT_WITHIN_S, "options": f"-c statement_timeout={STATEMENT_WITHIN_S}s "
                          f"-c lock_timeout={STATEMENT_WITHIN_S}s -c idle_in_transaction_session_timeout=60s"}
         self.engine = sqlalchemy.create_engine(
-            self.url, connect_args=arguments, pool_size=POOL, max_overflow=0, pool_timeout=CONNECT_WITHIN_S,
-            hide_parameters=True, **of_backend)
+            self.url, connect_args=arguments, max_overflow=0, pool_timeout=CONNECT_WITHIN_S, hide_parameters=True,
+            **of_backend)
         self.current, self.lock, self.known_name = False, threading.Lock(), None
         if self.is_sqlite:
             event.listen(self.engine, "connect", connected)
@@ -53,10 +56,11 @@ class Database:
             event.listen(self.engine, "do_connect", postgres.connect)
 
     @contextlib.contextmanager
-    def begin(self):
-        """A connection in a transaction, which is committed at the end of the block."""
+    def begin(self, lock_within_s=LOCK_WITHIN_S):
+        """A connection in a transaction, which is committed at the end of the block. lock_within_s: how long it waits
+        for SQLite's other writers."""
         self.migrate()
-        with self.engine.begin() as connection:
+        with self.engine.connect().execution_options(lock_within_s=lock_within_s) as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
@@ -129,9 +133,9 @@ class Database:
 
 
 def was_too_slow(error):
-    """Whether the database has ended a statement because it took too long."""
+    """Whether the database has ended a statement because it took too long, or others wrote for too long."""
     cause = getattr(error, "orig", None)
-    return type(cause).__name__ == "QueryCanceled" or str(cause) == "interrupted"
+    return type(cause).__name__ == "QueryCanceled" or str(cause) in ("interrupted", "database is locked")
 
 
 def had_no_connection(error):
@@ -164,9 +168,27 @@ def connected(connection, _):
 
 
 def begin(connection):
-    """With the write lock, unless the transaction only reads: one that took it later would fail instead of waiting."""
-    is_read = connection.get_execution_options().get("is_read")
-    connection.exec_driver_sql("BEGIN" if is_read else "BEGIN IMMEDIATE")
+    """With the write lock, unless the transaction only reads: one that took it later would fail instead of waiting.
+
+    SQLite's own pauses between its tries grow to 0.1 s: who has waited for long would come last, or never."""
+    options = connection.get_execution_options()
+    if options.get("is_read"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    until, raw = time.monotonic() + options.get("lock_within_s", LOCK_WITHIN_S), connection.connection.dbapi_connection
+    raw.execute(f"PRAGMA busy_timeout = {LOCK_TRY_MS}")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+                break
+            except sqlite3.OperationalError as e:
+                if e.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                    raise
+                if time.monotonic() > until:
+                    raise sqlalchemy.exc.OperationalError("BEGIN IMMEDIATE", None, e) from e
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {1000 * LOCK_WITHIN_S}")
 
 
 @contextlib.contextmanager

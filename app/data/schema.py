@@ -16,7 +16,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0004"  # of the last migration
+REVISION = "0005"  # of the last migration
 
 metadata = MetaData()
 BigNumber = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys by itself
@@ -71,6 +71,9 @@ jobs = Table(
           sqlite_where=text("state IN ('queued', 'running')")),
     Index("jobs_in_turn", "queue", "turn", "created_at", postgresql_where=text("state = 'queued'"),
           sqlite_where=text("state = 'queued'")),
+    Index("jobs_shares", "queue", "state", "owner", "created_at", "input_bytes", "turn", "total",
+          postgresql_where=text("state IN ('queued', 'running')"),
+          sqlite_where=text("state IN ('queued', 'running')")),
     Index("jobs_expiry", "expires_at"),
 )
 

@@ -1,7 +1,7 @@
 """What workers count of jobs, beside counters.MEASURES."""
 from app.history import recorder
 from app.jobs.broker import QUEUES
-from app.jobs.store import UNFINISHED
+from app.jobs.shares import UNFINISHED
 from app.server import counters
 from app.server.counters import Measure
 

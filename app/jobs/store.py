@@ -6,10 +6,6 @@ may be something to do, so that a lost one is sent again and a repeated one does
       └─── worker lost ──┘      at the third loss: failed with WORKER_LOST
 
 Every step is one conditional UPDATE, so that of several processes that try it, one succeeds. All functions block.
-
-Owners take turns: a job's turn comes as many after that of its owner's last one as that has files or frames, but not
-before that of the job that is next when it is submitted, or of the one begun last if none waits. So whoever submits a
-thousand delays others by one.
 """
 import contextlib
 import json
@@ -22,7 +18,6 @@ from sqlalchemy import (
     exists,
     func,
     insert,
-    literal_column,
     not_,
     or_,
     select,
@@ -33,8 +28,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from app.config import StartError
+from app.data.database import STATEMENT_WITHIN_S
 from app.data.schema import deliveries, jobs
-from app.errors import ServiceError
+from app.jobs import shares
+from app.jobs.shares import QUEUED, is_queued, is_running, is_unfinished
 
 LOSSES = 3                 # of a worker in the middle of a job, after which it fails
 LEASE_S = 10               # a worker that has not renewed its lease for so long counts as lost
@@ -48,8 +45,6 @@ STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input coul
 
 AWAY = (SQLAlchemyError, OSError, StartError)  # what a database that is away raises, or one with newer tables
 
-UNFINISHED = ("queued", "running")
-QUEUED, RUNNING = literal_column("'queued'"), literal_column("'running'")  # partial indexes are for constants
 LISTED = [column for column in jobs.columns if column.name not in ("result_json", "inputs_json", "options_json",
                                                                  "trace_json")]
 
@@ -93,9 +88,10 @@ class Store:
         publishes the job next. Raises ServiceError OVERLOADED if there are too many unfinished jobs; Uncertain."""
         try:
             with self.committed() as connection:
-                add_alone(connection, row["owner"])
-                mine = self.check_room(connection, row["owner"], row["input_bytes"])
-                turn, now = max(turn_now(connection, row["queue"]), mine.get(row["queue"], 0)), clock(connection)
+                shares.add_alone(connection, row["owner"])
+                after = shares.check_room(connection, self.optional, row["owner"], row["input_bytes"])
+                turn = max(shares.turn_now(connection, row["queue"]), after.get(row["queue"], 0))
+                now = clock(connection)
                 stored = connection.execute(insert(jobs).values(
                     **row, turn=turn, created_at=now, dispatched_at=now, dispatches=1, state="queued", attempt=0,
                     losses=0, done=0, cancel_requested=False).returning(*jobs.columns)).mappings().one()
@@ -109,20 +105,7 @@ class Store:
     def check(self, owner, size):
         """Raises ServiceError OVERLOADED if a job with inputs of this size could not be added now."""
         with self.database.read() as connection:
-            self.check_room(connection, owner, size)
-
-    def check_room(self, connection, owner, size):
-        """{queue: the turn after the owner's last job}. With keys, each may use half of what there is at most, so that
-        none can keep the others out. Raises ServiceError OVERLOADED."""
-        found = [(1, "", used(connection))]
-        if owner:
-            found.append((2, " of yours", used(connection, jobs.c.owner == owner)))
-        for share, whose, (count, total, _) in found:
-            if count >= max(1, self.optional.max_jobs // share) or \
-                    total + size > max(size, self.optional.max_jobs_storage // share):
-                raise ServiceError(503, "OVERLOADED", f"There are too many unfinished jobs{whose}; try again later.",
-                                   retry_after_s=30)
-        return found[-1][2][2]
+            shares.check_room(connection, self.optional, owner, size)
 
     def rely_on(self, job_id):
         """Whether the job is still there, and then stays: a client that has sent it again is about to be told of it."""
@@ -133,7 +116,7 @@ class Store:
     def withdraw(self, job_id):
         """Forget a job that could not be published. Returns whether it is gone: it stays if someone relies on it, if it
         was sent again or begun meanwhile, or if the database is away too. Raises Uncertain."""
-        is_ours = [jobs.c.id == job_id, jobs.c.state == "queued", jobs.c.dispatches == 1]
+        is_ours = [jobs.c.id == job_id, is_queued, jobs.c.dispatches == 1]
         try:
             with self.committed() as connection:
                 return bool(connection.execute(delete(jobs).where(*is_ours)).rowcount)
@@ -177,11 +160,11 @@ class Store:
 
     def cancel(self, job_id, owner):
         """The row afterwards, or None. A queued job is cancelled, a running one is asked to stop."""
-        with self.database.begin() as connection:
+        with self.database.begin(STATEMENT_WITHIN_S) as connection:
             # The lock, for PostgreSQL: its state does not change between the steps.
             found = connection.execute(select(jobs.c.state).where(*mine(job_id, owner)).with_for_update()).scalar()
             if found == "queued":
-                self.end(connection, job_id, "cancelled", [jobs.c.state == "queued"])
+                self.end(connection, job_id, "cancelled", [is_queued])
             elif found == "running":
                 connection.execute(update(jobs).where(jobs.c.id == job_id).values(cancel_requested=True))
             return row_of(connection.execute(select(jobs).where(*mine(job_id, owner))))
@@ -197,7 +180,7 @@ class Store:
         with self.database.begin() as connection:
             now = clock(connection)
             return row_of(connection.execute(
-                update(jobs).where(jobs.c.id == first.scalar_subquery(), jobs.c.state == "queued").values(
+                update(jobs).where(jobs.c.id == first.scalar_subquery(), is_queued).values(
                     state="running", attempt=jobs.c.attempt + 1, worker=worker, lease_until=now + LEASE_S,
                     started_at=now, done=0).returning(*jobs.columns)))
 
@@ -259,7 +242,7 @@ class Store:
     def give_back_all(self, instance):
         """Queue the jobs of workers that have ended in the middle of them because they were told to. Returns how many.
         """
-        where = [jobs.c.state == "running", jobs.c.worker.startswith(f"{instance}/", autoescape=True)]
+        where = [is_running, jobs.c.worker.startswith(f"{instance}/", autoescape=True)]
         with self.database.begin() as connection:
             for job_id in list(connection.execute(select(jobs.c.id).where(*where, jobs.c.cancel_requested)).scalars()):
                 self.end(connection, job_id, "cancelled", where)
@@ -279,7 +262,7 @@ class Store:
             of_mine = jobs.c.worker.startswith(f"{instance}/", autoescape=True) if instance else False
             has_run_out = not_(jobs.c.lease_until.between(*valid)) if by_lease else False
             found = connection.execute(select(*columns).where(
-                jobs.c.state == "running", or_(has_run_out, of_mine)).limit(AT_ONCE)).all()
+                is_running, or_(has_run_out, of_mine)).limit(AT_ONCE)).all()
         for row in found:
             has_expired = by_lease and not valid[0] <= row.lease_until <= valid[1]
             if not has_expired and is_alive(int(row.worker.rpartition("/")[2])):
@@ -299,24 +282,27 @@ class Store:
     def due(self, waiting):
         """[(id, queue)] of queued jobs whose message seems to be lost, now noted as sent again. waiting: {queue: number
         of messages that the broker has in it}."""
-        with self.database.begin() as connection:
-            now, queued = clock(connection), jobs.c.state == "queued"
-            numbers = dict(connection.execute(select(jobs.c.queue, func.count()).where(queued)
-                                              .group_by(jobs.c.queue)).all())
-            lost = [jobs.c.dispatched_at.is_(None)]
+        with self.database.read() as connection:  # nearly always there is none, and no lock is needed to see that
+            now, lost = clock(connection), [jobs.c.dispatched_at.is_(None)]
+            numbers = {queue: number for (queue, state), (number, _) in shares.backlog(connection).items()
+                       if state == "queued"}
             for queue, messages in waiting.items():
                 if messages < numbers.get(queue, 0):  # those that there are lead to as many jobs
                     after_s = SEND_AGAIN_AFTER_S if messages else MESSAGE_LOST_AFTER_S
                     lost.append(and_(jobs.c.queue == queue, jobs.c.dispatched_at < now - after_s))
-            some = select(jobs.c.id).where(queued, or_(*lost)).order_by(jobs.c.created_at).limit(AT_ONCE)
-            found = connection.execute(update(jobs).where(jobs.c.id.in_(some), queued).values(
-                dispatched_at=now, dispatches=jobs.c.dispatches + 1).returning(jobs.c.id, jobs.c.queue))
-            return [tuple(row) for row in found]
+            ids = [job_id for is_lost in lost for job_id in connection.execute(  # each from its part of an index
+                select(jobs.c.id).where(is_queued, is_lost).order_by(jobs.c.dispatched_at).limit(AT_ONCE)).scalars()]
+        if not ids:
+            return []
+        with self.database.begin() as connection:
+            return [tuple(row) for row in connection.execute(
+                update(jobs).where(jobs.c.id.in_(ids[:AT_ONCE]), is_queued, or_(*lost)).values(
+                    dispatched_at=now, dispatches=jobs.c.dispatches + 1).returning(jobs.c.id, jobs.c.queue))]
 
     def not_sent(self, ids):
         """Undo `due` for jobs that could not be sent."""
         with self.database.begin() as connection:
-            connection.execute(update(jobs).where(jobs.c.id.in_(ids), jobs.c.state == "queued")
+            connection.execute(update(jobs).where(jobs.c.id.in_(ids), is_queued)
                                .values(dispatched_at=None))
 
     def expire(self):
@@ -337,16 +323,14 @@ class Store:
         with self.database.read() as connection:
             for i in range(0, len(ids), AT_ONCE):
                 found |= set(connection.execute(select(jobs.c.id).where(
-                    jobs.c.id.in_(ids[i:i + AT_ONCE]), jobs.c.state.in_(UNFINISHED))).scalars())
+                    jobs.c.id.in_(ids[i:i + AT_ONCE]), is_unfinished)).scalars())
         return found
 
     def backlog(self):
         """{(queue, state): (number of unfinished jobs, seconds since the oldest one was submitted)}."""
         with self.database.read() as connection:
-            found, now = connection.execute(select(
-                jobs.c.queue, jobs.c.state, func.count(), func.min(jobs.c.created_at)).where(
-                jobs.c.state.in_([QUEUED, RUNNING])).group_by(jobs.c.queue, jobs.c.state)).all(), clock(connection)
-        return {(queue, state): (number, max(0.0, now - since)) for queue, state, number, since in found}
+            found, now = shares.backlog(connection), clock(connection)
+        return {name: (number, max(0.0, now - since)) for name, (number, since) in found.items()}
 
 
 def clock(connection):
@@ -363,29 +347,6 @@ def label(model, version):
 def is_of(models):
     """Whether a job is for one of these models, "NAME" or "NAME@VERSION"."""
     return func.coalesce(jobs.c.model + "@" + jobs.c.version, jobs.c.model).in_(models)
-
-
-def add_alone(connection, owner):
-    """Let no other process add a job of this owner's until the transaction ends: both would get the same turn, and
-    exceed its share. SQLite has one writer anyway, and without keys there is only one owner."""
-    if owner and connection.dialect.name != "sqlite":
-        connection.execute(select(func.pg_advisory_xact_lock(int(owner[:15], 16))))
-
-
-def turn_now(connection, queue):
-    """The turn of the job that is next in the queue, or if none waits, of the last one that was begun."""
-    def of(turn, state):
-        return select(turn).where(jobs.c.state == state, jobs.c.queue == queue).scalar_subquery()
-    return connection.execute(select(func.coalesce(
-        of(func.min(jobs.c.turn), QUEUED), of(func.max(jobs.c.turn), RUNNING), 0))).scalar()
-
-
-def used(connection, *where):
-    """(number, bytes of the inputs, {queue: the turn after the last one}) of unfinished jobs."""
-    found = connection.execute(select(
-        jobs.c.queue, func.count(), func.coalesce(func.sum(jobs.c.input_bytes), 0), func.max(jobs.c.turn + jobs.c.total)
-    ).where(jobs.c.state.in_([QUEUED, RUNNING]), *where).group_by(jobs.c.queue)).all()
-    return sum(row[1] for row in found), sum(row[2] for row in found), {row[0]: row[3] for row in found}
 
 
 def as_json(value):
@@ -407,7 +368,7 @@ def mine(job_id, owner):
 
 
 def running(job_id, attempt):
-    return [jobs.c.id == job_id, jobs.c.state == "running", jobs.c.attempt == attempt]
+    return [jobs.c.id == job_id, is_running, jobs.c.attempt == attempt]
 
 
 def after_loss(row, job_timeout, latest):

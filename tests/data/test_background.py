@@ -160,10 +160,17 @@ def test_waiting_for_a_connection_or_a_slow_statement_is_overload_and_no_outage(
             return connection.exec_driver_sql(statement).scalar()
     assert away.run(read) == 1
     with contextlib.ExitStack() as stack:
-        for _ in range(database_module.POOL):
+        for _ in range(database_module.SQLITE_POOL):
             stack.enter_context(database.read())
         overloaded(away, read)
     overloaded(away, read, "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+
+    def write():
+        with database.begin(0.1) as connection:
+            connection.exec_driver_sql("SELECT 1")
+    with database.begin():
+        overloaded(away, write)
+    away.run(write)
     assert away.run(read) == 1
     database.close()
 

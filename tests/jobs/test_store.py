@@ -20,7 +20,7 @@ from app.data.database import Database
 from app.data.schema import deliveries, jobs, workers
 from app.data.storage import Own
 from app.errors import ServiceError
-from app.jobs import presence
+from app.jobs import presence, shares
 from app.jobs import store as module
 from app.jobs import upkeep as upkeep_module
 from app.jobs.broker import Broker
@@ -165,8 +165,8 @@ def test_job_whose_storage_is_away_for_an_hour_fails(store):
 
 def test_owners_take_turns_and_large_jobs_count_for_more(store, monkeypatch):
     """Whoever comes first with many delays others by one job, also where one process alone runs them."""
-    monkeypatch.setattr(Store, "check_room", lambda self, connection, owner, size:
-                        module.used(connection, jobs.c.owner == owner)[2])  # whatever the room
+    monkeypatch.setattr(shares, "check_room", lambda connection, optional, owner, size:
+                        shares.used(connection, jobs.c.owner == owner)[2])  # whatever the room
     a, b, c = ("abc"[i] * 64 for i in range(3))
     greedy = [added(store, owner=a, total=1) for _ in range(6)]
     order = [greedy[0]]
@@ -182,8 +182,8 @@ def test_owners_take_turns_and_large_jobs_count_for_more(store, monkeypatch):
 
 def test_turns_go_on_while_none_waits(store, monkeypatch):
     """Or else an owner whose many jobs have been run would wait for as many of the next one's."""
-    monkeypatch.setattr(Store, "check_room", lambda self, connection, owner, size:
-                        module.used(connection, jobs.c.owner == owner)[2])  # whatever the room
+    monkeypatch.setattr(shares, "check_room", lambda connection, optional, owner, size:
+                        shares.used(connection, jobs.c.owner == owner)[2])  # whatever the room
     a, b = "a" * 64, "b" * 64
     for _ in range(4):
         claim(store, added(store, owner=a, total=3, input_bytes=0), "i/1")
