@@ -182,7 +182,7 @@ def test_text_in_any_form(serve, sent):
     ({"json": {"text": "a", "tail": "\ud800"}}, 400, "tail must be a text of at most 5 characters"),
     ({"json": {"text": "a", "instances": ["b"]}}, 400, "The object has text and instances; send one of them."),
     ({"json": {"text": ""}}, 400, "No input provided: "),
-    ({"data": {"text": ["a", "b"]}}, 400, "text must be sent once, got it 2 times"),
+    ({"data": {"text": ["a", "b"]}}, 400, "text must be sent once, not 2 times"),
     ({"data": b"\xff", "content_type": "text/plain"}, 400, "the body must be text in UTF-8, got other bytes"),
     ({"json": {"text": "a", "tail": "123456"}}, 400, "tail must be a text of at most 5 characters, got 123456"),
     ({"json": {"text": "a", "pitch": "3"}}, 400, "pitch must be a number from 0.5 to 2, got 3"),
