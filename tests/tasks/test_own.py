@@ -699,7 +699,7 @@ def test_a_service_of_ones_own_survives_its_model(start_service, module, tmp_pat
 
 
 @pytest.mark.parametrize("attributes", ["", "threads = 1"])
-def test_a_hang_is_noticed(serve, attributes):
+def test_a_hang_is_noticed(serve, attributes, monkeypatch):
     app = serve(f'''
 import threading
 
@@ -709,14 +709,17 @@ class Slow(OwnTask):
     gate = threading.Event()
 
     def predict(self, batch):
-        return [self.gate.wait(30) if one else one for one in batch]
+        return [self.gate.wait(600) if one else one for one in batch]
 ''', "Slow")
-    loader = app.extensions["model"]
-    response = app.test_client().post("/predict", json={"x": 2}, headers={"X-Request-Timeout": "0.1"})
-    assert response.status_code == 504
-    time.sleep(0.2)
-    assert loader.current.task.hung_seconds() > 0.1
-    assert loader.needs_restart() is None  # not yet
+    loader, until = app.extensions["model"], time.monotonic() + 60
+    while not loader.current.task.hung_seconds():  # on a busy machine, the time may be up before predict is called
+        assert time.monotonic() < until
+        response = app.test_client().post("/predict", json={"x": 2}, headers={"X-Request-Timeout": "0.2"})
+        assert response.status_code == 504
+    monkeypatch.setattr("app.model_loader.HUNG_AFTER_S", 600)
+    assert loader.needs_restart() is None
+    monkeypatch.setattr("app.model_loader.HUNG_AFTER_S", 0)
+    assert loader.needs_restart().startswith("an inference has been hanging")
     loader.current.task.gate.set()
     assert app.test_client().post("/predict", json={"x": 0}).status_code == 200
 
