@@ -15,7 +15,7 @@ def create_app(settings=None, loader=None):
     """The Flask application. loader: a ModelLoader that has its model; by default one is created, once per worker."""
     from flask import Flask
 
-    from app.api import error_handlers, health, info, lazy_views, metrics, predict, requests, uploads
+    from app.api import health, info, lazy_views, metrics, predict, requests, uploads
     from app.config import Settings
     from app.engine.bundle import Prepared
 
@@ -34,7 +34,7 @@ def create_app(settings=None, loader=None):
     app.extensions["fetch"] = app.extensions["record"] = None  # optional parts
     app.extensions["endpoints"] = {"/v2": "Open Inference V2: /v2/models/NAME/infer"} if settings.open_inference else {}
     requests.register(app)
-    error_handlers.register(app)
+    app.register_error_handler(Exception, error_answer)
     if settings.cache_url:
         from app.api.cache import ResultCache
         app.extensions["cache"] = ResultCache(settings, app.extensions["model"].slots)
@@ -49,6 +49,11 @@ def create_app(settings=None, loader=None):
     for lazy in LAZY + V2 * settings.open_inference:
         app.register_blueprint(lazy_views.blueprint(*lazy))
     return app
+
+
+def error_answer(error):
+    from app.api import error_answers  # with the first error
+    return error_answers.render(error)
 
 
 def load_model(settings):

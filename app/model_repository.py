@@ -93,7 +93,7 @@ class ModelRepository(ModelLoader):
             raise failure
         missing = [key for key in wanted if key not in self.by_key]
         if missing:
-            log.warning("MODELS_MEMORY does not hold all models: %s will be loaded when they are asked",
+            log.warning("MODELS_MEMORY does not hold all models: %s will be loaded on first use",
                         ", ".join(missing))
         return self
 

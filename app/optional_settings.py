@@ -89,7 +89,7 @@ def trace_exporters(texts):
 
 @dataclasses.dataclass(frozen=True)
 class OptionalSettings:
-    """One field a variable, of the same name in capitals, as in Settings."""
+    """One field per variable, as in Settings."""
     jobs: bool = setting(yes_or_no, False)
     data_dir: Path = setting(path, Path("data"))
     jobs_broker: str | None = setting(url(r"rediss?://\S+", "the URL of a Redis server such as "

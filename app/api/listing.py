@@ -16,7 +16,7 @@ def text(name):
     """A parameter's value, or None if it is not sent or empty. Raises ServiceError if it is repeated."""
     values = request.args.getlist(name)
     if len(values) > 1:
-        raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
+        raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, not {len(values)} times")
     return values[0] if values and values[0] else None
 
 

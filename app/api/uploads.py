@@ -267,7 +267,7 @@ def sent_options():
             from app.api import values as of_values
             return of_values.option_file(name, request.files.getlist(name) + values)
         if len(values) > 1:
-            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(values)} times")
+            raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, not {len(values)} times")
         value = values[0] if values else None
         if isinstance(value, dict | list):
             raise invalid_parameter(name, "a single value", "a list" if isinstance(value, list) else "an object")

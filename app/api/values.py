@@ -68,7 +68,7 @@ def single(task, body):
         return text_of(task, request.get_data(cache=False), "the body"), None, "the body"
     parts = request.files.getlist(task.field) + request.form.getlist(task.field)
     if len(parts) > 1:
-        raise ServiceError(400, "INVALID_PARAMETER", f"{task.field} must be sent once, got it {len(parts)} times")
+        raise ServiceError(400, "INVALID_PARAMETER", f"{task.field} must be sent once, not {len(parts)} times")
     part = request.files.get(task.field)
     if part is not None:
         return text_of(task, part.stream.getvalue(), task.field), uploads.base_name(part.filename), task.field
@@ -106,7 +106,7 @@ def option_file(name, sent):
     """The bytes of an option that is a file. sent: parts of a form, and values of JSON, a form or the query."""
     sent = [one for one in sent if one not in (None, "") and getattr(one, "filename", True)]
     if len(sent) > 1:
-        raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, got it {len(sent)} times")
+        raise ServiceError(400, "INVALID_PARAMETER", f"{name} must be sent once, not {len(sent)} times")
     if not sent:
         return None
     if not request.is_json and not hasattr(sent[0], "stream"):

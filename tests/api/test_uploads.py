@@ -137,7 +137,7 @@ def test_an_option_in_the_body_wins_over_the_query(client):
 
 
 def test_a_repeated_option_is_refused(client):
-    twice = (400, "INVALID_PARAMETER", "top_k must be sent once, got it 2 times")
+    twice = (400, "INVALID_PARAMETER", "top_k must be sent once, not 2 times")
     cat = ("file", ("c.jpg", CAT))
     assert error_of(form(client, cat, path="/predict?top_k=2&top_k=2")) == twice
     assert error_of(form(client, cat, ("top_k", "1"), ("top_k", "1"))) == twice

@@ -211,7 +211,7 @@ def twice(tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize(("code", "why"), [
-    ("import nothing_of_this_name", "own_model.py, line 1, imports nothing_of_this_name, which is not installed"),
+    ("import not_there\n" + OWN, "failed: ModuleNotFoundError: No module named 'not_there' (own_model.py, line 1)"),
     (OWN.replace("FACTOR", "None"), "fails its self-test"),
     (OWN.replace("FACTOR", "os._exit(3)"), "ended prematurely"),
     (OWN.replace("class Twice", "class Thrice"), "own_model:Twice cannot be served: Twice is not in own_model")])
