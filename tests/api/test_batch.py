@@ -161,10 +161,11 @@ def test_a_slot_is_free_again_when_the_answer_is_there_not_a_moment_later(monkey
 
 
 def test_single_requests_get_their_turn_within_a_batch():
-    slots, done, gate = Slots(1, max_queue=4), [], threading.Event()
+    slots, done, begun, gate = Slots(1, max_queue=4), [], threading.Event(), threading.Event()
 
     def work(i):
         if i == 2:
+            begun.set()
             gate.wait(10)
         done.append(i)
 
@@ -172,7 +173,7 @@ def test_single_requests_get_their_turn_within_a_batch():
         slots.run(functools.partial(work, i), Deadline(10), Stages(), admitted=True)
     batch = gevent.spawn(run_batch, slots, [functools.partial(call, i) for i in range(20)])
     with gevent.Timeout(10):
-        while len(done) < 2:
+        while not begun.is_set():
             gevent.sleep(0.001)
         single = gevent.spawn(slots.run, functools.partial(work, "single"), Deadline(10), Stages())
         while len(slots.waiting) < 1:

@@ -15,7 +15,7 @@ from app.config import Settings
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def small_service(tmp_path_factory):
     """A ready Service whose network sees 64 × 64 pixels: some thousand answers are asked for, and not what they say."""
     folder = tmp_path_factory.mktemp("small")
     variables = {"MODEL_NAME": "efficientnet_lite0", "PREPROCESSING": "resize=64 crop=64", "DEVICE": "cpu",
@@ -105,12 +105,12 @@ def test_limits_of_the_document_are_the_settings(document, settings):
 
 
 @pytest.mark.slow
-def test_running_service_does_what_the_document_says(service, tmp_path):
+def test_running_service_does_what_the_document_says(small_service, tmp_path):
     """schemathesis asks every view, with what the document allows and with what it does not; of those with several
     paths, the one without a model's name. No schema can say the shapes of V2's /infer."""
     done = subprocess.run(
         [sys.executable, "-m", "schemathesis.cli", "--config-file", str(ROOT / "tests/schemathesis.toml"), "run",
-         service.url + "/openapi.json", "--exclude-path-regex", r"^/v2/.*/infer$|^/models/\{name\}/|/versions/"],
+         small_service.url + "/openapi.json", "--exclude-path-regex", r"^/v2/.*/infer$|^/models/\{name\}/|/versions/"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -153,7 +153,7 @@ def guarded(tmp_path_factory, settings, app):
     running = Service(tmp_path_factory.mktemp("guarded"), {
         "MODEL_NAME": "wide_resnet101_2", "MODEL_FALLBACK": "efficientnet_lite0", "DEVICE": "cpu",
         "WEIGHTS_MIRROR": f"http://127.0.0.1:{free_port()}", "MODEL_DIR": str(settings.model_dir),
-        "API_KEYS": f"{KEY},{UNUSED_KEY}", "RATE_LIMIT": "4/second"})
+        "API_KEYS": f"{KEY},{UNUSED_KEY}", "RATE_LIMIT": "4/2second"})
     yield running.wait_ready()
     running.kill()
 

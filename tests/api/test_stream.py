@@ -327,7 +327,7 @@ def test_a_body_without_end_leaves_others_the_loop(app):
     response = put_live(app, [b"\xff\xd8\xff\xe0\x00\x02", *[b"\xff\x00" * 2**15] * 100])
     greenlet.kill()
     assert response.json["error"] == "MISSING_FILE"
-    assert turns >= 50
+    assert turns >= 20  # 120 to 130; fewer on a faster processor
 
 
 def test_live_streams_are_few_in_a_worker_and_of_a_client(app, monkeypatch):

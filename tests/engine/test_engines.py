@@ -65,7 +65,7 @@ def test_many_threads_get_their_own_answers(loaded):
         assert all(np.abs(a - expected[i]).max() < 1e-6 for a in answers[i])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_streams(loaded):
     """An engine as on a machine of two cores; resnet18's weights are small enough for a second copy."""
     loader = loaded("openvino", WORKERS="1")
@@ -73,13 +73,14 @@ def two_streams(loaded):
     return engines.create(loader.current.task.manifest, folder, 2, loader.settings, "cpu", None), folder
 
 
-def test_a_lone_picture_gets_all_cores(two_streams):
+def test_a_lone_picture_gets_all_cores(two_streams, monkeypatch):
     engine, _ = two_streams
     picture = images(1)
     expected = engine.infer(picture, Deadline(60))
     everything, taken = engine.on_all_cores.qsize(), []
     original = engine.finish
-    engine.finish = lambda *args: taken.append((engine.on_all_cores.qsize(), engine.idle.qsize())) or original(*args)
+    monkeypatch.setattr(engine, "finish", lambda *args: taken.append(
+        (engine.on_all_cores.qsize(), engine.idle.qsize())) or original(*args))
     assert np.abs(engine.infer(picture, Deadline(60), alone=True) - expected).max() < 1e-4
     engine.infer(picture, Deadline(60))
     engine.infer(images(2), Deadline(60), alone=True)
@@ -224,6 +225,8 @@ def test_overdue_requests_come_back_once(two_streams, monkeypatch):
     assert (wrong, engine.overdue) == ([], [])
     requests = [engine.idle.get_nowait() for _ in range(engine.idle.qsize())]
     assert len(requests) == len(set(map(id, requests))) == 2
+    for request in requests:
+        engine.idle.put(request)
 
 
 def test_openvinos_usage_reports_are_off():

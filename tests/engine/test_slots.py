@@ -263,17 +263,18 @@ def test_gauges_are_back_at_zero(busy):
 
 
 def test_a_batch_runs_in_order_between_single_requests():
-    slots, order, gate = Slots(1, 4), [], threading.Event()
+    slots, order, begun, gate = Slots(1, 4), [], threading.Event(), threading.Event()
 
     def one(i):
         def call():
             if i == 1:
+                begun.set()
                 gate.wait(10)
             order.append(i)
             return i
         return slots.run(call, Deadline(10), Stages(), admitted=True)
     batch = gevent.spawn(run_batch, slots, [lambda i=i: one(i) for i in range(20)])
-    wait_until(lambda: order)
+    wait_until(begun.is_set)
     single = spawn(slots, lambda: order.append("single"))
     wait_until(lambda: len(slots.waiting) == 1)
     gate.set()

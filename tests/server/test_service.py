@@ -20,6 +20,7 @@ from hanging_model import copy_model_dir
 from servers import is_running
 from traffic import wait_until
 
+from app.engine.bundle import installed_versions
 from app.server import shared_memory
 
 CAT = (ROOT / "tests/images/chelsea.jpg").read_bytes()
@@ -275,8 +276,17 @@ def test_a_start_that_cannot_succeed_says_why_in_one_line(start_service, tmp_pat
     assert "model ready" not in service.log
 
 
-def test_fallback_answers_loudly_where_the_weights_cannot_be_had(start_service):
-    service = start_service(MODEL_NAME="resnet50", MODEL_FALLBACK="efficientnet_lite0",
+def note_url(model_dir, file):
+    """Put into a MODEL_DIR what it keeps of a network's weights: or torchvision would be imported for their URL."""
+    (model_dir / "weights").mkdir(parents=True)
+    (model_dir / "weights" / f"{file.partition('-')[0]}.json").write_text(json.dumps({
+        "url": f"/{file}", "source": "a test", "versions": installed_versions("torchvision")}))
+
+
+def test_fallback_answers_loudly_where_the_weights_cannot_be_had(start_service, model_dir, tmp_path):
+    note_url(tmp_path, "resnet50-11ad3fa6.pth")
+    (tmp_path / "bundles").symlink_to(model_dir / "bundles")
+    service = start_service(MODEL_NAME="resnet50", MODEL_FALLBACK="efficientnet_lite0", MODEL_DIR=str(tmp_path),
                             WEIGHTS_MIRROR="http://127.0.0.1:9").wait_ready()
     assert service.predict(CAT).json()["metadata"]["model"] == "efficientnet_lite0"
     fallback = requests.get(service.url + "/info").json()["model"]["fallback"]
@@ -328,6 +338,7 @@ print(settings.top_k, settings.tta, Settings.load().port)"""
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_the_weights_come_ends_it_and_the_download(number, start_service, tmp_path):
+    note_url(tmp_path / "models", "resnet18-f37072fd.pth")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         service = start_service(MODEL_NAME="resnet18", MODEL_DIR=str(tmp_path / "models"),
