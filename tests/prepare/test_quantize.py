@@ -249,6 +249,16 @@ def tiny():
     return openvino.Model([ops.matmul(ops.reduce_mean(x, [2, 3]), head, False, False)], [pictures])
 
 
+@pytest.fixture(scope="module")
+def tiny_inputs():
+    return [*np.random.default_rng(0).random((6, 3, 16, 16), np.float32)]
+
+
+@pytest.fixture(scope="module")
+def tiny_int8(tiny, tiny_inputs):
+    return quantize.quantize(tiny, tiny_inputs, lambda *progress: None)
+
+
 def ended(*progress):
     raise OutOfTime
 
@@ -287,10 +297,9 @@ def test_a_cost_is_not_trusted_if_there_was_no_time_for_enough_pictures(tiny, se
 @pytest.mark.parametrize(("step", "cost", "restored"), [
     ("comparing int8 with fp32", 1, 0), ("measuring how sensitive each layer is", 1, 0),
     ("choosing the layers to restore", 1, 5), ("choosing the layers to restore", 0, 2)])
-def test_when_the_time_is_used_up_the_best_network_so_far_is_taken(tiny, monkeypatch, step, cost, restored):
-    inputs, seen = [*np.random.default_rng(0).random((6, 3, 16, 16), np.float32)], []
-    int8 = quantize.quantize(tiny, inputs, lambda *progress: None)
-    measured = itertools.chain([1], itertools.repeat(cost))
+def test_when_the_time_is_used_up_the_best_so_far_is_taken(tiny, tiny_int8, tiny_inputs, monkeypatch, step, cost,
+                                                            restored):
+    seen, measured = [], itertools.chain([1], itertools.repeat(cost))
     monkeypatch.setattr(costs, "cost", lambda *a: {"cost": next(measured)})
 
     def progress(now, done, total):
@@ -298,11 +307,14 @@ def test_when_the_time_is_used_up_the_best_network_so_far_is_taken(tiny, monkeyp
         seen.append(now)
         if now == step and seen.count(now) > 1 - cost:  # after the first network that costs little
             raise OutOfTime
-    model, rounded, at_fp32 = quantize.within(int8, tiny, inputs, 0.01, True, progress)
+    model, rounded, at_fp32 = quantize.within(tiny_int8, tiny, tiny_inputs, 0.01, True, progress)
     assert (len(rounded) + len(at_fp32), len(at_fp32)) == (10, restored)
     assert len(quantize.layers_of(model)) == 10 - restored
-    with pytest.raises(OutOfTime):  # NNCF lets it pass
-        quantize.quantize(tiny, inputs, ended)
+
+
+def test_nncf_lets_pass_that_the_time_is_used_up(tiny, tiny_inputs):
+    with pytest.raises(OutOfTime):
+        quantize.quantize(tiny, tiny_inputs, ended)
 
 
 @pytest.mark.slow
