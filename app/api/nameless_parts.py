@@ -7,6 +7,7 @@ import re
 from flask import current_app, request
 
 from app.api import uploads
+from app.api.uploads import STEP
 from app.errors import ServiceError
 
 MOST_HEADER_BYTES = 8192
@@ -17,9 +18,9 @@ HOLDS_FILE = re.compile(rb"\ncontent-type:[ \t]*(image|video)/", re.I)
 
 def name_them():
     """Give these parts of the received body an empty file name, before the form is parsed."""
-    body, pieces, copied = request.stream.getvalue(), [], 0
+    body, named, copied = request.stream.getvalue(), io.BytesIO(), 0
     boundary = b"--" + request.mimetype_params.get("boundary", "").encode("latin-1", "replace")
-    at = body.find(boundary)
+    at = find(body, boundary)
     for _ in range(request.max_form_parts):
         start = at + len(boundary)
         end = body.find(b"\r\n\r\n", start, start + MOST_HEADER_BYTES)
@@ -27,13 +28,25 @@ def name_them():
             break
         headers = body[start:end]
         if HOLDS_FILE.search(headers) and not HAS_NAME.search(headers):
-            pieces += [body[copied:start], DISPOSITION.sub(rb'\1; filename=""', headers)]
+            copy(body, copied, start, named)
+            named.write(DISPOSITION.sub(rb'\1; filename=""', headers))
             copied = end
-        at = body.find(b"\r\n" + boundary, end)
+        at = find(body, b"\r\n" + boundary, end)
         at += 2 if at >= 0 else 0
-    if pieces:
-        request.stream = io.BytesIO(b"".join([*pieces, body[copied:]]))
-        request.environ["CONTENT_LENGTH"] = str(len(request.stream.getbuffer()))
+    if copied:
+        copy(body, copied, len(body), named)
+        request.stream, request.environ["CONTENT_LENGTH"] = named, str(named.tell())
+        named.seek(0)
+
+
+def find(body, part, start=0):
+    """body.find(part, start), a piece at a time, as each search and each copy holds the GIL."""
+    return next((found for at in range(start, len(body), STEP)
+                 if (found := body.find(part, at, at + STEP + len(part) - 1)) >= 0), -1)
+
+
+def copy(body, start, end, stream):
+    stream.writelines(memoryview(body)[at:min(at + STEP, end)] for at in range(start, end, STEP))
 
 
 def no_file(fields, task):

@@ -25,7 +25,7 @@ from app.tasks.options import ALL, STREAM
 
 FILE_FIELDS = ("file", "image", "video", "data")  # of a form or a JSON object, for one file
 BATCH_FIELDS = ("files", "files[]", *FILE_FIELDS)
-SMALL_PIECE, PIECE = 2**13, 2**20  # bytes of a body to read at once, at its start and later
+SMALL_PIECE, PIECE, STEP = 2**13, 2**20, 2**18  # bytes of a body to read at once, at its start and later; to parse
 INSTANCES = "instances"         # TensorFlow Serving's list
 KNOWN_NAMES = {*BATCH_FIELDS, INSTANCES, "model", "url", *(name for one in (*ALL, STREAM)
                                                            for name in (one.name, *one.aliases))}
@@ -39,17 +39,18 @@ PLAIN_FORM = re.compile(rb'--([ -~]{1,99})\r\nContent-Disposition: form-data; na
 
 class FormParser(FormDataParser):
     """Werkzeug's, which searches slowly for the end of a file, and copies it five times; a plain form of one file is
-    taken apart here."""
+    taken apart here, in pieces, as each call holds the GIL."""
 
     def parse(self, stream, mimetype, content_length, options=None):
         body = stream.getvalue() if mimetype == "multipart/form-data" and isinstance(stream, io.BytesIO) else b""
         head, last = PLAIN_FORM.match(body), f"\r\n--{(options or {}).get('boundary', '')}--\r\n".encode()
-        if not head or head[1] != last[4:-4] or not body.endswith(last) \
-                or body.find(last[2:-4], head.end()) != len(body) - len(last) + 2:
+        if not head or head[1] != last[4:-4] or not body.endswith(last) or any(body.find(last[2:-4], at, min(
+                at + STEP + len(last), len(body) - 5)) >= 0 for at in range(head.end(), len(body), STEP)):
             return super().parse(stream, mimetype, content_length, options)
         name, filename, content_type = (text.decode() for text in head.groups()[1:])
         container = self.stream_factory(content_length, content_type, filename)
-        container.write(memoryview(body)[head.end():-len(last)])
+        file = memoryview(body)[head.end():-len(last)]
+        container.writelines(file[at:at + STEP] for at in range(0, len(file), STEP))
         container.seek(0)
         stream.truncate(0)  # the file is in memory once
         return stream, self.cls(), self.cls([(name, FileStorage(container, filename, name, content_type))])
@@ -247,11 +248,10 @@ def sent_options():
 
     option raises ServiceError if it is repeated within either, or is a list or an object in JSON.
     """
-    if request.mimetype == "multipart/form-data":
-        body = request.stream.getvalue()
-        if b"filename=" not in body[:body.find(b"\r\n\r\n")]:  # nor, probably, in the further parts
-            from app.api import nameless_parts  # rarely needed
-            nameless_parts.name_them()
+    head = request.stream.getvalue()[:FORM_OVERHEAD] if request.mimetype == "multipart/form-data" else b"filename="
+    if b"filename=" not in head.partition(b"\r\n\r\n")[0]:  # nor, probably, in the further parts
+        from app.api import nameless_parts  # rarely needed
+        nameless_parts.name_them()
     if request.is_json:
         from app.api import json_body  # with the first JSON body
         sent = {name: [value] for name, value in json_body.members().items() if value is not None}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from flask import Response, current_app, request
 
 from app.api import json_body, uploads
+from app.api.long_texts import whole
 from app.errors import ServiceError, invalid_parameter
 from app.tasks import Task
 from app.tasks.own import Instances
@@ -51,7 +52,7 @@ def listed(task, body):
     if body[uploads.INSTANCES] == []:
         raise missing_input(task)
     found = json_body.instances(body[uploads.INSTANCES], "inputs")
-    return [(one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one, field)
+    return [(whole(one[task.field] if isinstance(one, dict) and list(one) == [task.field] else one), field)
             for one, field in found]
 
 
@@ -60,10 +61,10 @@ def single(task, body):
     if request.is_json:
         if task.field is None:
             options = {"model", "stream", *(name for option in task.options for name in (option.name, *option.aliases))}
-            return {name: value for name, value in body.items() if name not in options}, None, "the body"
+            return whole({name: value for name, value in body.items() if name not in options}), None, "the body"
         if body.get(task.field) is None:
             raise missing_input(task)
-        return checked(task, body[task.field], task.field), None, task.field
+        return checked(task, whole(body[task.field]), task.field), None, task.field
     if "form" not in request.mimetype:
         return text_of(task, request.get_data(cache=False), "the body"), None, "the body"
     parts = request.files.getlist(task.field) + request.form.getlist(task.field)

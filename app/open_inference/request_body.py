@@ -7,10 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 
-from app.api import json_body
+from app.api import json_body, long_texts
+from app.api.long_texts import LONG, Text, end_of_text
 from app.errors import ServiceError
-from app.open_inference import tensors
-from app.open_inference.tensors import SIZES, Numbers, Tensor, Text, count, invalid
+from app.open_inference.tensors import SIZES, Numbers, Tensor, count, invalid
 from app.sizes import too_many
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -19,11 +19,9 @@ MOST_DIMENSIONS = 8
 MOST_JSON = 2**20           # bytes besides the numbers and long texts in `data`
 MOST_LISTS = 16             # of numbers
 MOST_ID = 1000              # characters
-LONG = 256                  # bytes of a text that is left out of the JSON
 MOST_TEXT = 2**27           # bytes of a text in `data`
 NUMBERS = b"0123456789+-.eE,[] \t\r\n"
 BEGIN = re.compile(rb"[ \t\r\n]{0,4096}+:[ \t\r\n]{0,4096}+\[")
-IN_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.S)
 MARK = os.urandom(16).hex()  # a member's name: where the JSON had what is parsed later
 
 
@@ -110,29 +108,13 @@ def numbers_between(text, start, end):
         return None
     start = at = begin.end() - 1
     while at < end:
-        other = text[at:min(at + tensors.LOOK, end)].translate(None, NUMBERS)[:1]
+        other = text[at:min(at + long_texts.LOOK, end)].translate(None, NUMBERS)[:1]
         if other:
             at = text.index(other, at)
             break
-        at = min(at + tensors.LOOK, end)
+        at = min(at + long_texts.LOOK, end)
     end = text.rfind(b"]", start, at) + 1
     return Numbers(text, start, end) if end and count(text, b"[", start, end) == count(text, b"]", start, end) else None
-
-
-def end_of_text(text, start, length):
-    """Behind the closing quote of the text that begins here; `length` if it has none."""
-    at = start + 1
-    quote = text.find(b'"', at, length)
-    if quote >= 0 and text.find(b"\\", at, quote) < 0:
-        return quote + 1
-    while at < length:
-        end = IN_TEXT.match(text, at, min(at + tensors.LOOK, length)).end()
-        if text[end:end + 1] == b'"':
-            return min(end + 1, length)
-        if end == at:  # a backslash at the end
-            break
-        at = end
-    return length
 
 
 def is_element(text, since, start, end):

@@ -1,4 +1,5 @@
 """Which tensors a task takes and returns under V2, and the way between them and its inputs and answers."""
+import io
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from app.api import json_body, uploads, values
+from app.api.long_texts import Text
 from app.errors import ServiceError
 from app.open_inference.request_body import Output
-from app.open_inference.tensors import Text, invalid
+from app.open_inference.tensors import invalid
 from app.tasks.from_pictures import FromPictures, Views
 
 MESSAGES = {"BYTES": "[N] or [N, 1]", "UINT8": "[height, width, 3] or [N, height, width, 3]"}
@@ -160,8 +162,7 @@ class OfPictures(Signature):
 
     def data(self, item):
         if item.datatype == "BYTES":
-            content = content_of(item)
-            return uploads.Upload(content, None, item.field).read(self.settings)
+            return read(item, self.settings)
         return Image.fromarray(item.content) if item.datatype == "UINT8" else item.content
 
     def how(self, item):
@@ -194,11 +195,21 @@ class OfOwn(Signature):
         self.outputs, self.defaults = [tensor("predictions", "BYTES", -1)], ["predictions"]
 
     def data(self, item):
-        content = content_of(item)
         if self.task.is_file:
-            return uploads.Upload(content, None, item.field).read(self.settings)
+            return read(item, self.settings)
+        content = content_of(item)
         return values.text_of(self.task, content, item.field) if self.task.takes == ("text",) else values.checked(
             self.task, json_of(content, item.field), item.field)
+
+
+def read(item, settings):
+    """The file in an element of BYTES. Raises ServiceError."""
+    content = item.content
+    if isinstance(content, memoryview):
+        file = io.BytesIO()
+        file.writelines(content[at:at + uploads.STEP] for at in range(0, len(content), uploads.STEP))
+        content = file.getvalue()
+    return uploads.Upload(content, None, item.field).read(settings)
 
 
 def content_of(item):

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from app.api import long_texts
+from app.api.long_texts import Text
 from app.errors import ServiceError
 
 LARGEST = 1e6               # of FP32: sums within a network stay finite; 16-bit pixels as they are go up to 65,535
 PIECE = 2**16               # bytes of numbers to parse at once, half a millisecond to two; of one number at most
-LOOK = 2**18                # bytes to search at once
 MISPLACED = re.compile(rb"[0-9.][ \t\r\n]*+\[|\][ \t\r\n]*+[0-9.+-]")
 
 SIZES = {"BOOL": 1, "INT8": 1, "UINT8": 1, "INT16": 2, "UINT16": 2, "FP16": 2, "BF16": 2, "INT32": 4, "UINT32": 4,
@@ -89,23 +90,6 @@ class Tensor:
 
 
 @dataclass
-class Text:
-    """A text in JSON, not parsed yet: text[start:end], with its quotes."""
-    text: bytes
-    start: int
-    end: int
-
-    def value(self):
-        """As str. Raises ServiceError."""
-        try:
-            if self.text.find(b"\\", self.start, self.end) >= 0:
-                return json.loads(self.text[self.start:self.end], strict=False)
-            return str(memoryview(self.text)[self.start + 1:self.end - 1], "utf-8")
-        except ValueError as e:
-            raise ServiceError(400, "INVALID_JSON", "The body is not valid JSON: a text cannot be decoded.") from e
-
-
-@dataclass
 class Numbers:
     """A list of numbers in JSON, flat or nested, not parsed yet: text[start:end], from the first bracket to the last.
     Of that, only pieces are ever copied or searched at once."""
@@ -151,9 +135,9 @@ class Numbers:
                 return False
             expected = b"[" + (expected + b",") * (size - 1) + expected + b"]"
         at = 0
-        for start in range(self.start, self.end, LOOK):
+        for start in range(self.start, self.end, long_texts.LOOK):
             deadline.check("read")
-            found = self.text[start:min(start + LOOK, self.end)].translate(None, b"0123456789+-.eE \t\r\n")
+            found = self.text[start:min(start + long_texts.LOOK, self.end)].translate(None, b"0123456789+-.eE \t\r\n")
             if expected[at:at + len(found)] != found:
                 return False
             at += len(found)
@@ -171,4 +155,4 @@ class Numbers:
 
 
 def count(text, byte, start, end):
-    return sum(text.count(byte, at, min(at + LOOK, end)) for at in range(start, end, LOOK))
+    return sum(text.count(byte, at, min(at + long_texts.LOOK, end)) for at in range(start, end, long_texts.LOOK))

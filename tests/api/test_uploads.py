@@ -11,6 +11,7 @@ import random
 import re
 import socket
 import time
+import tracemalloc
 
 import pytest
 import requests
@@ -20,7 +21,9 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
 from app import create_app
+from app.api import json_body, long_texts, uploads
 from app.api.uploads import FormParser, MemoryRequest
+from app.errors import ServiceError
 
 UNIT = 2**16  # bytes; a body is counted in pieces that double up to a megabyte
 
@@ -258,6 +261,112 @@ def test_json_that_is_made_to_take_long_is_refused_in_no_time(client, body):
         assert time.process_time() - started < 5  # it was minutes and hours
 
 
+# --- large JSON, which is read in pieces ---
+
+TEXTS = [base64.b64encode(bytes(range(256)) * 4).decode(), "data:image/png;base64," + "AAAA" * 99, "-_" * 150,
+         "ä€😀" * 99, '\\"\n/' * 99, "\ud800" * 300, "\\u00e4\\" * 99, '", "a": [1]' * 30, " = " * 100, "", "a b"]
+
+
+@pytest.fixture
+def in_small_pieces(monkeypatch):
+    """All JSON is large, and read in pieces that begin anywhere."""
+    monkeypatch.setattr(json_body, "LARGE", 0)
+    monkeypatch.setattr(json_body, "PIECE", 61)
+    monkeypatch.setattr(long_texts, "LOOK", 61)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("is_ascii", [True, False])
+def test_large_json_is_what_json_reads(in_small_pieces, is_ascii, encoding):
+    value = {"file": TEXTS, "instances": [{"b64": one, "n": [1, 2.5, None, [one]]} for one in TEXTS], "x": TEXTS,
+             "y": {one: {one: [True]} for one in TEXTS}, "long" * 99: {"url": TEXTS[0]}}
+    body = json.dumps(value, ensure_ascii=is_ascii, indent=1).replace("/", r"\/").encode(encoding, "surrogatepass")
+    found = json_body.parse(body, 1000)
+    assert isinstance(found["file"][0], long_texts.Text)
+    assert isinstance(found["instances"][1]["n"][3][0], long_texts.Text)
+    assert (found["x"], found["y"], found["long" * 99]) == (TEXTS, value["y"], {"url": TEXTS[0]})
+    assert long_texts.whole(found) == value
+
+
+@pytest.mark.parametrize("body", [
+    '{"a": "@}', '{"a": "@\\"}', '{"a": @}', '{"@": 1, "@": 2}', '["@"]', '{"a": "@" "b"}', '"@', '{"a": 1@}', "{}@",
+    '{"@": "\\x"}', '{"a": "@", "b": "\n"}'])
+def test_large_text_that_is_no_json_object(in_small_pieces, body):
+    for much in ("a" * 999, '\\"' * 500, "\\\\" * 500):
+        with pytest.raises(ServiceError) as caught:
+            json_body.parse(body.replace("@", much).encode(), 1000)
+        assert (caught.value.status, caught.value.code) == (400, "INVALID_JSON")
+
+
+@pytest.mark.parametrize("sent", [
+    "{}", "{}=", "{}==", " {}\n", "{}====", "data:image/png;base64,{}", "DATA:;a=b;BASE64, {}"])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 44, 45, 46, 400, 1001])
+def test_base64_in_pieces(in_small_pieces, sent, size):
+    data = bytes(i * i % 251 for i in range(size))
+    for encoded_by in (base64.b64encode, base64.urlsafe_b64encode, base64.encodebytes):
+        text = encoded_by(data).decode()
+        for value in (sent.format(text), sent.format(text.rstrip("=\n"))):
+            body = json.dumps({"file": value + " " * 300}).replace("/", r"\/").encode()
+            for one in (value, json_body.parse(body, 10)["file"]):
+                assert json_body.from_base64(one, "file") == data
+
+
+@pytest.mark.parametrize("text", ["{}A", "{}=A", "{}é", "{}@", "=={}", "{}=={}", "{}" + 20 * "=" + "{}", r"{}\ud800",
+                                  "data:image/png,{}"])
+def test_broken_base64_in_pieces(in_small_pieces, text):
+    body = ('{"file": "' + text.replace("{}", "AAAA" * 300) + '"}').encode()
+    with pytest.raises(ServiceError) as caught:
+        json_body.from_base64(json_body.parse(body, 10)["file"], "file")
+    assert (caught.value.status, caught.value.code) == (400, "INVALID_PARAMETER")
+
+
+@pytest.mark.parametrize("text", [r"\x", r"\u12", r"\uD80x"])
+def test_escapes_that_are_none_in_base64(in_small_pieces, text):
+    body = b'{"file": "' + b"AAAA" * 300 + text.encode() + b'"}'
+    with pytest.raises(ServiceError) as caught:
+        json_body.from_base64(json_body.parse(body, 10)["file"], "file")
+    assert (caught.value.status, caught.value.code) == (400, "INVALID_JSON")
+
+
+@pytest.mark.parametrize("escape", [False, True])
+def test_large_json_lets_other_threads_go_on(monkeypatch, escape):
+    """Neither json.loads nor base64 gets much at once, as they let no other thread run meanwhile; nor is a text copied
+    as a whole."""
+    sizes, loads, decode = [], json.loads, base64.b64decode
+
+    def noted(call):
+        def measured(data, *arguments, **options):
+            sizes.append(len(data))
+            return call(data, *arguments, **options)
+        return measured
+    monkeypatch.setattr(json, "loads", noted(loads))
+    monkeypatch.setattr(base64, "b64decode", noted(decode))
+    data = bytes(2**21)
+    text = base64.b64encode(data)
+    text = text.replace(b"A", rb"\u0041", 2**17) if escape else text
+    body = b'{"instances": ["' + text + b'"]' + b" " * 2**21 + b"}"
+    tracemalloc.start()
+    try:
+        found = json_body.from_base64(json_body.parse(body, 10)["instances"][0], "file")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == data
+    assert len(sizes) > 8
+    assert max(sizes) <= long_texts.LOOK + 10
+    assert peak < len(data) + 8 * long_texts.LOOK
+
+
+@pytest.mark.parametrize("body", [
+    b'{"a": ' + b"1" * 2**22 + b"}", b'{"a": [' + b"1 " * 2**21 + b"]}", b'{"a": "" ' + b'"" ' * 2**19 + b"}"],
+    ids=["digits", "numbers without commas", "texts without commas"])
+def test_much_that_is_no_long_text_is_refused_unparsed(monkeypatch, body):
+    monkeypatch.setattr(json_body.json, "loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ServiceError) as caught:
+        json_body.parse(body, 10_000)
+    assert caught.value.code == "INVALID_JSON"
+
+
 def test_too_many_instances_are_counted_before_they_are_looked_at(client):
     response = client.post("/predict/batch", json={"instances": [0] * 5000})
     assert (response.status_code, response.json["error"]) == (400, "TOO_MANY_FILES")
@@ -341,6 +450,9 @@ PLAIN = (b'--B\r\nContent-Disposition: form-data; name="file"; filename="a b-1.j
          b"\xff\xd8--\r\n--C--\r\n\r\n--B--\r\n")
 
 
+BIG = bytes(5 * 2**20)
+
+
 @pytest.mark.parametrize(("old", "new"), [
     (b"", b""), (b"\xff", b"\r\n"), (b"\xff\xd8--\r\n--C--\r\n", b""), (b"\xd8", b"\r\n--B\r\n"),
     (b"\xd8", b"\n--B \r\n"), (b"\xd8", b"\n--B--\r\n"), (b"\xd8", b"\r--B--"), (b"\xd8", b"x--B--"),
@@ -369,6 +481,45 @@ def parsed(parser, body, boundary, mimetype="multipart/form-data"):
         return e.code
     return stream.read(), form.to_dict(flat=False), [(name, file.name, file.filename, file.content_type, file.read())
                                                      for name, file in files.items(multi=True)]
+
+
+class Noting(io.BytesIO):
+    """Notes how much is written at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def write(self, data):
+        self.sizes.append(len(data))
+        return super().write(data)
+
+    def writelines(self, pieces):
+        for piece in pieces:
+            self.write(piece)
+
+
+@pytest.mark.parametrize("body", [PLAIN.replace(b"\xff", BIG), PLAIN.replace(b"jpeg\r\n", b"jpeg; a=b\r\n").replace(
+    b"\xff", BIG), PLAIN.replace(b"\xff", BIG + PLAIN)], ids=["plain", "another head", "several files"])
+def test_large_forms_are_copied_in_pieces(body):
+    """A copy or search of a whole file would let no other thread run meanwhile."""
+    made = []
+
+    def stream_factory(*_, **__):
+        made.append(Noting())
+        return made[-1]
+    FormParser(stream_factory).parse(io.BytesIO(body), "multipart/form-data", len(body), {"boundary": "B"})
+    assert sum(len(one.getvalue()) for one in made) >= len(BIG)
+    assert max(size for one in made for size in one.sizes) <= uploads.STEP
+    assert parsed(FormParser, body, "B") == parsed(FormDataParser, body, "B")
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_boundary_between_two_pieces_is_found(at):
+    start = PLAIN.index(b"\xff")
+    second = b'\r\n--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n'
+    body = PLAIN[:start] + bytes(uploads.STEP - at) + second + bytes(uploads.STEP) + PLAIN[start:]
+    assert parsed(FormParser, body, "B") == parsed(FormDataParser, body, "B")
 
 
 @pytest.mark.parametrize(("boundary", "mimetype"), [

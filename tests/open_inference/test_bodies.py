@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from app.api import long_texts
 from app.errors import Deadline, DeadlineExceeded, ServiceError
 from app.open_inference import request_body, response_body, tensors
 
@@ -46,7 +47,7 @@ def test_numbers_flat_and_nested(shape, nested):
 
 def test_numbers_of_many_pieces_are_those_that_json_reads(monkeypatch):
     monkeypatch.setattr(tensors, "PIECE", 13)
-    monkeypatch.setattr(tensors, "LOOK", 11)
+    monkeypatch.setattr(long_texts, "LOOK", 11)
     texts = ["1", "-2.5", "3e2", "4.25E-1", "0", "123456.75"]
     for number in range(1, 40):
         values = list(itertools.islice(itertools.cycle(texts), number))
@@ -85,7 +86,7 @@ def test_data_within_texts_is_text():
 
 @pytest.mark.parametrize("look", [2, 7, 2**18])
 def test_long_texts_are_those_that_json_reads(monkeypatch, look):
-    monkeypatch.setattr(tensors, "LOOK", look)
+    monkeypatch.setattr(long_texts, "LOOK", look)
     long = "x" * request_body.LONG
     texts = [long, '"data": [1]' + long, '\\"' * 200, long + "\\", "ä€😀" * 100, "\\\\" * 200 + '"', "short",
              long + '",":[']
