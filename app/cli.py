@@ -154,13 +154,25 @@ def read_input(path, task, settings):
 
 
 def find_files(paths, takes):
-    """Yield files as they are, and all that the task takes below folders, sorted by path."""
+    """Yield files as they are, and all that the task takes below folders, sorted by path; folders below these that
+    cannot be read, too: as files, they fail with the reason."""
     suffixes = {f".{suffix}" for kind in takes for suffix in SUFFIXES[kind]}
     for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+        if os.path.isdir(path):  # unlike Path.is_dir, it raises nothing
+            found = []
+            for folder, _, names in os.walk(path, onerror=lambda e, found=found: found.append(Path(e.filename))):
+                files = [Path(folder, name) for name in names]
+                found += [file for file in files if file.suffix.lower() in suffixes and may_be_file(file)]
+            yield from sorted(found)
         else:
             yield path
+
+
+def may_be_file(path):
+    try:
+        return path.is_file()
+    except OSError:  # reading it will say why
+        return True
 
 
 def predict(arguments):

@@ -3,6 +3,7 @@ import ast
 import base64
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -297,6 +298,32 @@ def test_labels_that_are_unknown_are_reported_and_counted(run, folder, tmp_path)
     code, out, err = run("evaluate", "--labels", labels, folder, **lite0)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(f"error: none of the 2 labels can be used: line 2 of {labels}, deep/coffee.JPG: ")
+
+
+def test_what_cannot_be_read_in_a_folder_is_not_left_out(tmp_path, monkeypatch):
+    """A folder that cannot be opened, and one whose files can only be listed; the tests run as root, who may all."""
+    for name in ("a.jpg", "b/c.jpg", "listed/d.jpg", "locked/e.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b" / "loop").symlink_to("..")
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    open_folder, look_at = os.scandir, type(tmp_path).is_file
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open_folder(path)
+
+    def is_file(path):
+        if path.parent.name == "listed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return look_at(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(type(tmp_path), "is_file", is_file)
+    found = [str(path.relative_to(tmp_path)) for path in cli.find_files([tmp_path], ("picture",))]
+    assert found == ["a.jpg", "b/c.jpg", "listed/d.jpg", "locked"]
 
 
 def test_a_suggestion_is_only_looked_for_where_it_is_shown(monkeypatch, capsys):

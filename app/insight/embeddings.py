@@ -61,7 +61,7 @@ def embed(arguments):
     except OSError as e:
         e.filename = str(arguments.out)
         raise
-    print(shown(f"{len(names)} embeddings of {found.vectors.shape[1]} numbers: {arguments.out}"))
+    print(shown(f"{cli.counted(len(names), 'embedding')} of {found.vectors.shape[1]} numbers: {arguments.out}"))
     return 1 if len(names) < len(paths) else 0
 
 
@@ -123,7 +123,7 @@ def origin_of(model, options):
 
 
 def find(paths, model):
-    found = list(cli.find_files(paths, model.task.takes))
+    found = list(dict.fromkeys(cli.find_files(paths, model.task.takes)))  # folders may overlap
     if not found:
         raise cli.CommandError(f"there is nothing to embed in {', '.join(map(str, paths))}: {model.name} takes "
                                f"{' or '.join(model.task.takes)}")

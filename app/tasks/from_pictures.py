@@ -127,9 +127,6 @@ class FromPictures(Task):
         if isinstance(data, bytes) and is_video(data):
             from app.tasks import videos
             return videos.prepare(self, data, options, call)
-        if needs_features(options):
-            from app.tasks import insight  # with the first of these
-            insight.check(self, options)
         views = Views([], [], [], None, False)
         for frame, size in self.read_frames(data, False, options, call):
             self.look_at(views, frame, size, options, call)

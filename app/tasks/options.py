@@ -118,4 +118,7 @@ def read(option, task):
     for declared in task.checked_options:
         if declared.name not in used:
             declared.value(option, task.settings)
+    if task.checked_options and any(used.get(one.name) for one in INSIGHT):
+        from app.tasks import insight  # with the first of these
+        insight.check(task, used)
     return used

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from app.engine import pieces
-from app.tasks.from_pictures import Views, needs_features
+from app.tasks.from_pictures import Views
 
 MOST_PIXELS = 32_000_000  # of frames in memory at once: three of 4K; it takes 4 bytes per pixel
 
@@ -53,9 +53,6 @@ def answer(task, data, options, call, send=None):
 
 def prepare(task, data, options, call, infers=False, send=None):
     """The Views of a video's frames; infers: with outputs."""
-    if needs_features(options):
-        from app.tasks import insight  # with the first of these
-        insight.check(task, options)
     views, outputs, features = Views([], [], [], None, True), [], []
     with contextlib.closing(of_frames(task, data, options, call, infers, send is not None)) as found:
         for one in found:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import encoded, exported, photo, post
 from PIL import Image
+from urllib3 import encode_multipart_formdata
 from videos import pan_over, write
 
 from app import create_app
@@ -219,6 +220,16 @@ def test_a_class_that_there_is_not(client, explain_class, takes):
     assert (answer.status_code, answer.json["error"]) == (400, "INVALID_PARAMETER")
     assert answer.json["message"].startswith("explain_class must be ")
     assert takes in answer.json["message"]
+
+
+@pytest.mark.parametrize(("path", "options"), [
+    ("/predict/batch", {}), ("/predict", {"stream": "true"}), ("/embed", {})])
+def test_a_class_that_there_is_not_is_no_mistake_of_each_file(client, path, options):
+    body, content_type = encode_multipart_formdata([("files", ("a.png", encoded(CAT))), ("files", ("b.png", b"none")),
+                                                    ("explain_class", "1000"), *options.items()])
+    answer = client.post(path, data=body, content_type=content_type)
+    assert (answer.status_code, answer.json["error"]) == (400, "INVALID_PARAMETER")
+    assert "class_id (0 to 999)" in answer.json["message"]
 
 
 def test_a_trait_that_there_is_not(ocean_app):
