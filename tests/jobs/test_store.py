@@ -305,6 +305,27 @@ def test_next_job_is_read_from_an_index(store):
     assert not any("TEMP B-TREE" in step for step in plan), plan
 
 
+def test_what_is_done_often_reads_no_whole_table(store):
+    """PostgreSQL's plans depend on what is in the tables."""
+    if not store.database.is_sqlite:
+        pytest.skip("of SQLite")
+    statements, steps = [], []
+    store.check("", 0)
+    event.listen(store.database.engine, "before_cursor_execute", lambda connection, cursor, statement, parameters, *_:
+                 statements.append((statement, parameters)))
+    added(store, owner="a" * 64)
+    store.due({"short": 0, "long": 0})
+    store.give_up_lost("i", lambda pid: True)
+    store.give_back_all("i")
+    store.backlog()
+    for statement, parameters in statements[:]:
+        if "FROM jobs" in statement or "UPDATE jobs" in statement:
+            with store.database.read() as connection:
+                steps += [one[3] for one in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + statement, parameters)]
+    assert sum("USING COVERING INDEX jobs_shares" in step for step in steps) > 3, steps
+    assert [step for step in steps if "jobs" in step and "INDEX" not in step or step.startswith("SCAN jobs")] == []
+
+
 def test_message_is_sent_again_only_where_one_is_missing(store):
     first, second = added(store), added(store)
     assert store.due({"short": 0, "long": 0}) == []  # they were sent just now
@@ -318,6 +339,8 @@ def test_message_is_sent_again_only_where_one_is_missing(store):
     assert store.due({"short": 1, "long": 0}) == [(first, "short")]
     store.not_sent([first])
     assert store.due({"short": 2, "long": 0}) == [(first, "short")]
+    set_columns(store, second, dispatched_at=time.time() + 86_400)  # the clock was put back
+    assert store.due({"short": 0, "long": 0}) == [(second, "short")]
 
 
 def test_there_is_room_for_so_many_jobs_and_so_many_bytes(store):
@@ -352,6 +375,15 @@ def test_job_is_kept_until_it_has_been_called_back(store):
         connection.execute(update(deliveries).values(state="failed"))
     assert store.expire() == 1
     assert (store.get(job_id, None), store.deliveries(job_id)) == (None, [])
+
+
+def test_others_may_write_while_large_results_are_removed(store, monkeypatch):
+    for _ in range(3):
+        set_columns(store, added(store), state="succeeded", expires_at=1.0)
+    monkeypatch.setattr(module, "REMOVE_FOR_S", 0.05)
+    event.listen(store.database.engine, "after_cursor_execute", lambda connection, cursor, statement, *_:
+                 "DELETE FROM jobs" in statement and time.sleep(0.06))  # as if its result was large
+    assert [store.expire() for _ in range(4)] == [1, 1, 1, 0]
 
 
 def test_upkeep_removes_files_of_jobs_alone(store, optional, tmp_path):
