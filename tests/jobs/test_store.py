@@ -9,6 +9,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty
 
 import pytest
 from conftest import ROOT
@@ -415,6 +416,25 @@ def test_message_in_the_brokers_folder_is_seen_when_it_is_whole(tmp_path, monkey
     broker.publish("1" * 32, "short")
     assert seen == [(1, "jobs.run")]
     assert broker.waiting() == {"short": 2, "long": 0}
+
+
+def test_message_in_the_brokers_folder_is_taken_by_one(tmp_path, monkeypatch):
+    broker = Broker(Settings.parse({"JOBS": "on", "DATA_DIR": str(tmp_path)}).optional)
+    for queue in ("short", "short", "long"):
+        broker.publish("0" * 32, queue)
+    read_text = Path.read_text
+
+    def read_while_another_takes_it(path):
+        text = read_text(path)
+        path.unlink()
+        monkeypatch.undo()
+        return text
+    monkeypatch.setattr(Path, "read_text", read_while_another_takes_it)
+    with broker.celery.connection_for_read() as connection:
+        assert connection.default_channel._get("short")["headers"]["task"] == "jobs.run"
+        with pytest.raises(Empty):
+            connection.default_channel._get("short")
+    assert broker.waiting() == {"short": 0, "long": 1}
 
 
 def test_damaged_file_in_the_brokers_folder_is_mended(tmp_path):
