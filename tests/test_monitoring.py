@@ -59,7 +59,8 @@ def wait(condition, what=None):
 
 def test_the_dashboard_and_the_alerts_work_on_a_running_service(start_service, tmp_path):
     need("prometheus")
-    service = start_service(CACHE_URL="memory://", API_KEYS="a-key", RATE_LIMIT="4/hour").wait_ready()
+    service = start_service(CACHE_URL="memory://", API_KEYS="a-key", RATE_LIMIT="4/hour", JOBS="on",
+                            DATA_DIR=str(tmp_path / "data")).wait_ready()
     prometheus = Prometheus(tmp_path, f"127.0.0.1:{service.port}").start()
 
     def send(path, **more):

@@ -1,12 +1,15 @@
-"""The broker's folder: kombu's, but that a message is whole as soon as it is seen. Of two processes, one of kombu's own
-may read what the other is about to write, and end."""
+"""The broker's folder: kombu's, but that a message is whole as soon as it is seen, and belongs to who removes it. Of
+two processes, one of kombu's own may read what the other is about to write, and end; and it sorts all for each that it
+takes, which it moves to /tmp first."""
+import os
 import time
 import uuid
 from pathlib import Path
+from queue import Empty
 
 from kombu.exceptions import ChannelError
 from kombu.transport import filesystem
-from kombu.utils.json import dumps
+from kombu.utils.json import dumps, loads
 
 
 class Channel(filesystem.Channel):
@@ -19,6 +22,22 @@ class Channel(filesystem.Channel):
         except OSError as e:
             part.unlink(missing_ok=True)
             raise ChannelError(f"cannot add {path}: {e}") from e
+
+    def _get(self, queue):
+        """Any message of the queue: each leads to the job whose turn it is."""
+        with os.scandir(self.data_folder_in) as entries:
+            for entry in entries:
+                if entry.name.partition(".")[2] == f"{queue}.msg":
+                    path = Path(entry.path)
+                    try:
+                        payload = path.read_text()
+                        path.unlink()
+                    except FileNotFoundError:  # another process was first
+                        continue
+                    except OSError as e:
+                        raise ChannelError(f"cannot take {path}: {e}") from e
+                    return loads(payload)
+        raise Empty
 
 
 class Transport(filesystem.Transport):

@@ -39,6 +39,7 @@ RENEW_EVERY_S = 1          # which is also when a worker sees that its job has b
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
 AT_ONCE = 100              # jobs that one sweep changes at most
+REMOVE_FOR_S = 0.2         # until others may write to SQLite: it takes 0.1 s to remove some large results
 
 STORAGE_AWAY_AT_MOST_S = 3600  # since the job was accepted
 STORAGE_AWAY = {"error": "STORAGE_UNAVAILABLE", "message": "The job's input could not be read for an hour."}
@@ -289,7 +290,9 @@ class Store:
             for queue, messages in waiting.items():
                 if messages < numbers.get(queue, 0):  # those that there are lead to as many jobs
                     after_s = SEND_AGAIN_AFTER_S if messages else MESSAGE_LOST_AFTER_S
-                    lost.append(and_(jobs.c.queue == queue, jobs.c.dispatched_at < now - after_s))
+                    lost += [and_(jobs.c.queue == queue, is_old) for is_old in (
+                        jobs.c.dispatched_at < now - after_s,
+                        jobs.c.dispatched_at > now + after_s)]  # the clock was put back
             ids = [job_id for is_lost in lost for job_id in connection.execute(  # each from its part of an index
                 select(jobs.c.id).where(is_queued, is_lost).order_by(jobs.c.dispatched_at).limit(AT_ONCE)).scalars()]
         if not ids:
@@ -306,16 +309,21 @@ class Store:
                                .values(dispatched_at=None))
 
     def expire(self):
-        """Remove the jobs whose time is over, with their deliveries, but none that is still to be called back. Returns
-        how many."""
+        """Remove some of the jobs whose time is over, with their deliveries, but none that is still to be called back.
+        Returns how many."""
         with self.database.begin() as connection:
             has_callback = exists().where(deliveries.c.job_id == jobs.c.id, deliveries.c.state == "pending")
             ids = list(connection.execute(select(jobs.c.id).where(jobs.c.expires_at < clock(connection), ~has_callback)
                                           .limit(AT_ONCE)).scalars())
-            if ids:
-                connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(ids)))
-                connection.execute(delete(jobs).where(jobs.c.id.in_(ids)))
-            return len(ids)
+            removed, until = [], time.monotonic() + REMOVE_FOR_S
+            for job_id in ids:
+                connection.execute(delete(jobs).where(jobs.c.id == job_id))
+                removed.append(job_id)
+                if time.monotonic() > until:
+                    break
+            if removed:
+                connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(removed)))
+            return len(removed)
 
     def unfinished(self, ids):
         """Those of these jobs that are unfinished, as a set."""

@@ -29,6 +29,7 @@ from urllib3 import encode_multipart_formdata
 
 from app import create_app
 from app.config import Settings, SettingsError
+from app.data import database
 from app.data.background import LISTINGS, Background
 from app.data.schema import deliveries
 from app.data.schema import jobs as table
@@ -48,6 +49,7 @@ LONG_S = 120  # for what only a machine that is very busy takes so long for
 def patient(monkeypatch):
     """No call of many at once is refused because the machine is slow."""
     monkeypatch.setitem(Background.run.__kwdefaults__, "within_s", LONG_S)
+    monkeypatch.setattr(database, "CONNECT_WITHIN_S", LONG_S)
     monkeypatch.setattr(api, "ENOUGH_S", LONG_S)
 
 

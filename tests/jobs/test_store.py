@@ -9,6 +9,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty
 
 import pytest
 from conftest import ROOT
@@ -312,6 +313,27 @@ def test_next_job_is_read_from_an_index(store):
     assert not any("TEMP B-TREE" in step for step in plan), plan
 
 
+def test_what_is_done_often_reads_no_whole_table(store):
+    """PostgreSQL's plans depend on what is in the tables."""
+    if not store.database.is_sqlite:
+        pytest.skip("of SQLite")
+    statements, steps = [], []
+    store.check("", 0)
+    event.listen(store.database.engine, "before_cursor_execute", lambda connection, cursor, statement, parameters, *_:
+                 statements.append((statement, parameters)))
+    added(store, owner="a" * 64)
+    store.due({"short": 0, "long": 0})
+    store.give_up_lost("i", lambda pid: True)
+    store.give_back_all("i")
+    store.backlog()
+    for statement, parameters in statements[:]:
+        if "FROM jobs" in statement or "UPDATE jobs" in statement:
+            with store.database.read() as connection:
+                steps += [one[3] for one in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + statement, parameters)]
+    assert sum("USING COVERING INDEX jobs_shares" in step for step in steps) > 3, steps
+    assert [step for step in steps if "jobs" in step and "INDEX" not in step or step.startswith("SCAN jobs")] == []
+
+
 def test_message_is_sent_again_only_where_one_is_missing(store):
     first, second = added(store), added(store)
     assert store.due({"short": 0, "long": 0}) == []  # they were sent just now
@@ -325,6 +347,8 @@ def test_message_is_sent_again_only_where_one_is_missing(store):
     assert store.due({"short": 1, "long": 0}) == [(first, "short")]
     store.not_sent([first])
     assert store.due({"short": 2, "long": 0}) == [(first, "short")]
+    set_columns(store, second, dispatched_at=time.time() + 86_400)  # the clock was put back
+    assert store.due({"short": 0, "long": 0}) == [(second, "short")]
 
 
 def test_there_is_room_for_so_many_jobs_and_so_many_bytes(store):
@@ -361,6 +385,15 @@ def test_job_is_kept_until_it_has_been_called_back(store):
     assert (store.get(job_id, None), store.deliveries(job_id)) == (None, [])
 
 
+def test_others_may_write_while_large_results_are_removed(store, monkeypatch):
+    for _ in range(3):
+        set_columns(store, added(store), state="succeeded", expires_at=1.0)
+    monkeypatch.setattr(module, "REMOVE_FOR_S", 0.05)
+    event.listen(store.database.engine, "after_cursor_execute", lambda connection, cursor, statement, *_:
+                 "DELETE FROM jobs" in statement and time.sleep(0.06))  # as if its result was large
+    assert [store.expire() for _ in range(4)] == [1, 1, 1, 0]
+
+
 def test_upkeep_removes_files_of_jobs_alone(store, optional, tmp_path):
     """Whatever others keep in the same storage: names of 32 digits are often those of files by their MD5."""
     storage = Own(store.database, optional)
@@ -390,6 +423,25 @@ def test_message_in_the_brokers_folder_is_seen_when_it_is_whole(tmp_path, monkey
     broker.publish("1" * 32, "short")
     assert seen == [(1, "jobs.run")]
     assert broker.waiting() == {"short": 2, "long": 0}
+
+
+def test_message_in_the_brokers_folder_is_taken_by_one(tmp_path, monkeypatch):
+    broker = Broker(Settings.parse({"JOBS": "on", "DATA_DIR": str(tmp_path)}).optional)
+    for queue in ("short", "short", "long"):
+        broker.publish("0" * 32, queue)
+    read_text = Path.read_text
+
+    def read_while_another_takes_it(path):
+        text = read_text(path)
+        path.unlink()
+        monkeypatch.undo()
+        return text
+    monkeypatch.setattr(Path, "read_text", read_while_another_takes_it)
+    with broker.celery.connection_for_read() as connection:
+        assert connection.default_channel._get("short")["headers"]["task"] == "jobs.run"
+        with pytest.raises(Empty):
+            connection.default_channel._get("short")
+    assert broker.waiting() == {"short": 0, "long": 1}
 
 
 def test_damaged_file_in_the_brokers_folder_is_mended(tmp_path):

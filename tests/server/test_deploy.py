@@ -10,6 +10,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.api.openapi_answers import ERRORS
+from app.jobs.metrics import OF_THE_SERVICE
 
 ALERTS = ROOT / "deploy/alerts.yml"
 DASHBOARD = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
@@ -27,8 +28,9 @@ def labels_of(service):
     text = requests.get(service.url + "/metrics", timeout=30).text
     found = {sample.name: set(sample.labels) for family in text_string_to_metric_families(text)
              for sample in family.samples}
-    cache = f"{PREFIX}cache_lookups_total"
-    return {cache: set(MEASURES["cache_lookups"].labels), **found}  # this service has no cache
+    others = {f"{PREFIX}cache_lookups_total": MEASURES["cache_lookups"],  # this service has no cache, and no jobs
+              **{PREFIX + name: measure for name, measure in OF_THE_SERVICE.items()}}
+    return {name: set(measure.labels) for name, measure in others.items()} | found
 
 
 def selectors(expression):
