@@ -7,6 +7,7 @@ Imports OpenVINO and NNCF; runs once, before the workers.
 import contextlib
 import io
 import itertools
+import logging
 import math
 import time
 
@@ -29,7 +30,7 @@ def quantize(model, calibrating, progress):
     called with (a sentence, done, total)."""
     import nncf
     from nncf.quantization import advanced_parameters as advanced
-    nncf.set_log_level("ERROR")
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level sets others' handlers, too
     attends = {op.get_type_name() for op in model.get_ordered_ops()} & {"Softmax", "ScaledDotProductAttention"}
     # Smoothing would move scales from activations to weights, which could then not be restored one by one.
     plain = advanced.AdvancedQuantizationParameters(

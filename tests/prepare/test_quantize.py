@@ -282,8 +282,6 @@ def test_auto_goes_on_without_int8_when_the_time_for_it_is_used_up(tiny, setting
 
 
 def test_a_cost_is_not_trusted_if_there_was_no_time_for_enough_pictures(tiny, settings, monkeypatch, caplog):
-    import nncf
-    monkeypatch.setattr(nncf, "set_log_level", lambda level: None)  # pytest's own handler is among those that it sets
     monkeypatch.setattr(precision, "TIME_S", 0)
     monkeypatch.setattr(precision, "MAKING_S", 10 ** 6)
     model, said = precision.choose(tiny, TINY, dataclasses.replace(settings, precision="int8", accuracy_limit=1.0))
@@ -394,7 +392,6 @@ def test_auto_goes_on_where_nncf_fails(ocean_alone, monkeypatch, caplog):
     def fail(*arguments, **options):
         raise nncf.InternalError("no such operation")
     monkeypatch.setattr(nncf, "quantize", fail)
-    monkeypatch.setattr(nncf, "set_log_level", lambda level: None)  # pytest's own handler is among those that it sets
     auto = dataclasses.replace(ocean_alone, precision="auto", accuracy_limit=0.5)
     caplog.set_level("WARNING")
     said = made(auto).quantization
