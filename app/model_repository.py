@@ -22,6 +22,7 @@ from app.model_loader import Model, ModelLoader, no_such_model, rebuild
 from app.server import counters, traffic
 from app.server.counters import Stages
 from app.tasks import Call, ModelError, Place, create
+from app.tasks.options import INSIGHT
 
 RETRY_LOAD_AFTER_S = 10   # a model that cannot be loaded
 MOST_SHADOWED = 4         # answers that wait for their shadow; each keeps its file in memory
@@ -332,7 +333,9 @@ class ModelRepository(ModelLoader):
 
         def answer():
             with self.lease(key) as other:
-                mine = {one.name: options.get(one.name, one.default_of(other.settings)) for one in other.task.options}
+                # Not to explain or embed, which is not compared, and which its network may be unable to do.
+                mine = {one.name: one.default if one in INSIGHT else options.get(one.name, one.default_of(
+                    other.settings)) for one in other.task.options}
                 # Not Model.answer: a shadow that fails must not make this worker restart.
                 found, _ = other.task.answer(data, mine, Call(deadline, stages))
             return "agree" if model.task.answer_kind().agree(predictions, found) else "disagree"

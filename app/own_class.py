@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from app.config import StartError
+from app.setting_formats import MODEL_NAMES
 from app.suggestions import did_you_mean, nearest
 
 BINDS_ANY = r"import \*|\b(__getattr__|exec|globals|locals|setattr|vars)\b"  # with these a module may have any name
@@ -35,6 +36,16 @@ def check(name):
             if not re.search(rf"\b{class_name}\b|{BINDS_ANY}", text):
                 raise missing(name, re.findall(r"^class (\w+)", text, re.MULTILINE))
             return
+
+
+def check_architecture(name):
+    """Raises StartError for an unknown one that is the user's module, without its class: to look for it among
+    torchvision's takes a while."""
+    source = Path(f"{name}.py")
+    if name not in MODEL_NAMES.split() and os.access(source, os.R_OK):
+        classes = re.findall(r"^class (\w+)\(.*OwnTask", source.read_text(errors="replace"), re.MULTILINE)
+        meant = " or ".join(f"{name}:{one}" for one in classes or ["Class"])
+        raise refusal(name, f"{source} is here, but its class is not named; did you mean {meant}?")
 
 
 def missing(name, classes):

@@ -16,6 +16,7 @@ from conftest import ROOT, encoded, photo
 from app import create_app
 from app.config import Settings, StartError
 from app.engine.slots import Slots
+from app.tasks import insight
 
 MODULE = """
 import threading
@@ -101,7 +102,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def serve(folder, model_dir):
+def serve(folder, model_dir, monkeypatch):
+    monkeypatch.setattr("app.model_repository.SHADOW_WAITS_S", 60)  # as a busy machine may keep the slots from idling
+
     def make(models, **variables):
         return create_app(Settings.parse({"MODELS": models, "DEVICE": "cpu", "MODEL_DIR": str(model_dir), **variables}))
     return make
@@ -315,8 +318,7 @@ def test_the_shadow_answers_too_unseen(serve):
     assert shadows(client).get("agree", 0) - before["agree"] == 1
 
 
-def test_behind_a_cache_the_shadow_answers_what_is_calculated(serve, monkeypatch):
-    monkeypatch.setattr("app.model_repository.SHADOW_WAITS_S", 60)
+def test_behind_a_cache_the_shadow_answers_what_is_calculated(serve):
     client = serve("counts@1=several_models:Counts,counts@2=several_models:Fails", **TWO, COUNTS__SHADOW="2",
                    CACHE_URL="memory://").test_client()
     before = collections.Counter(shadows(client))
@@ -325,6 +327,17 @@ def test_behind_a_cache_the_shadow_answers_what_is_calculated(serve, monkeypatch
     assert [ask(client, x=x) for x in (4, 4, 7)] == [1, 1, 1]  # once from the cache; the shadow fails with the last
     wait_for(lambda: shadows(client).get("failed", 0) - before["failed"] == 1)
     assert shadows(client)["agree"] - before["agree"] == 2
+
+
+def test_the_shadow_is_not_asked_to_explain(serve, monkeypatch):
+    """Its network may be unable to, and maps are not compared."""
+    client = serve("counts@1=efficientnet_lite0,counts@2=efficientnet_lite0", COUNTS__SHADOW="2").test_client()
+    before, asked, metadata = collections.Counter(shadows(client)), [], insight.metadata
+    monkeypatch.setattr(insight, "metadata", lambda task, *more: asked.append(task) or metadata(task, *more))
+    answer = client.post("/predict?explain=true", data=CAT, content_type="image/jpeg").json
+    assert answer["metadata"]["explanations"]
+    wait_for(lambda: shadows(client).get("agree", 0) - before["agree"] == 1)
+    assert len(asked) == 1
 
 
 def test_a_shadow_that_fails_is_counted_and_not_noticed(serve):

@@ -225,9 +225,6 @@ def tensor(name, datatype, *shape):
 
 def prepared(task, tensor, options):
     """Views of a preprocessed (3, crop, crop) float32, as of a picture in which no face was looked for."""
-    if options["embedding"]:
-        from app.tasks import insight
-        insight.check(task, options)
     shot = {"index": 0, "time_s": 0.0, "face_box": None, "face_detected": False}
     tensor = tensor.copy()  # of the body, which is read-only; engines read writable arrays in place
     return Views(task.views(tensor, options), [shot], [shot], list(tensor.shape[:0:-1]), False)

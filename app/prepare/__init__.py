@@ -59,6 +59,7 @@ def own(settings, key):
     if ":" in settings.model_name:
         own_class.check(settings.model_name)
         return Prepared(None, None, key, settings.model_name, secrets.token_hex(8))
+    own_class.check_architecture(settings.model_name)
     return None
 
 

@@ -113,14 +113,14 @@ def has_vnni():
 
 
 def fastest_within(quantization, limit):
-    """The fastest of the measured precisions whose cost is within a limit, or one that is as fast, up to NOISE, and
-    costs less; fp32 if the costs are not trusted."""
+    """The fastest of the measured precisions whose cost is within a limit, and those that are as fast, up to NOISE; the
+    one that costs least comes first. Only fp32 if the costs are not trusted."""
     if not quantization.get("trusted", True):
-        return "fp32"
+        return ["fp32"]
     allowed = {name: one for name, one in quantization["precisions"].items() if one["cost"] <= limit}
     most = max((one["images_per_second"] for one in allowed.values()), default=0)
-    fast = [name for name, one in allowed.items() if one["images_per_second"] >= (1 - NOISE) * most]
-    return min(fast, key=lambda name: (allowed[name]["cost"], name != "fp32"), default="fp32")
+    fast = [name for name, one in allowed.items() if (1 + NOISE) * one["images_per_second"] >= most]
+    return sorted(fast, key=lambda name: (allowed[name]["cost"], name != "fp32")) or ["fp32"]
 
 
 def is_precision(manifest, settings, calibration):
@@ -141,13 +141,13 @@ def is_precision(manifest, settings, calibration):
         return False  # fewer restored layers would do
     if asked == "int8":
         return not limit < int8["cost"] <= found["limit"]  # restoring more layers might do
-    return fastest_within(found, limit) == found["chosen"]
+    return found["chosen"] in fastest_within(found, limit)
 
 
 def find(settings, name, engine):
     """The newest bundle in MODEL_DIR for model `name` on this engine that fits MODEL_PATH, LABELS_PATH, PREPROCESSING
-    and the installed libraries, or None. Its files are not verified yet. Raises StartError if one is unreadable.
-    """
+    and the installed libraries, or None; one whose costs are known goes first. Its files are not verified yet. Raises
+    StartError if one is unreadable."""
     weights_sha256 = users_sha256("MODEL_PATH", settings.model_path)
     labels_sha256 = users_sha256("LABELS_PATH", settings.labels_path)
     calibration = calibration_id(settings) if settings.precision in MEASURED else None
@@ -162,8 +162,8 @@ def find(settings, name, engine):
                 and manifest.weights.get("preprocessing") == settings.preprocessing
                 and is_precision(manifest, settings, calibration)
                 and all(installed.get(k, v) == v for k, v in manifest.versions.items())):
-            fitting.append((manifest.quantization is None, path.parent))
-    return min(fitting, key=lambda each: each[0])[1] if fitting else None  # a measured one before an unmeasured
+            fitting.append(((manifest.quantization or {"trusted": False}).get("trusted", True), path.parent))
+    return max(fitting, key=lambda each: each[0])[1] if fitting else None
 
 
 @contextlib.contextmanager

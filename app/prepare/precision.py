@@ -20,7 +20,7 @@ MEASURING = "measuring on held-out pictures"
 CHOOSING_S, MEASURING_S = 600, 600  # processor time for which slow networks see fewer pictures,
 FEWEST = 100                        # but at least so many, or the cost is not trusted
 MAKING_S, TIME_S = 2400, 3600       # processor time, too, after which the int8 network is taken as it is by then, and
-                                    # the measuring ends: about an hour of an idle machine
+                                    # the measuring ends: less than an hour of an idle machine
 EVALUATIONS = 10                    # of the pictures to choose layers by: without and with half, a quarter… restored
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def chosen(model, network, settings, progress):
                                     "than with one")
             tried["int8"], layers = (int8, "fp32"), {"int8_layers": len(rounded), "restored_layers": restored}
         except Exception as e:  # NNCF raises many types of errors for what it cannot quantize
+            progress.close()  # or the log would go on in its line
             why = why_none(e, name, progress)
             if asked == "int8":
                 raise QuantizeError(why) from e
@@ -98,12 +99,13 @@ def chosen(model, network, settings, progress):
     progress.close()
     if done < min(count, FEWEST):
         said["trusted"] = False
-        said["time_up"] = time_up(progress, f"{done} held-out pictures are too few to trust the cost")
+        said["time_up"] = "; ".join(filter(None, [said["time_up"], time_up(
+            progress, f"{done} held-out pictures are too few to trust the cost")]))
     for one in tried:
         said["precisions"][one] = {**rounded_numbers(measured[one]), **(layers if one == "int8" else {}),
                                    "images_per_second": float(f"{speeds[one]:.3g}")}
     said["pictures"] = {**samples.about, "held_out": done}
-    said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)
+    said["chosen"] = "int8" if asked == "int8" else bundles.fastest_within(said, limit)[0]
     log.info("%s: %s", name, sentence(said))
     if said["time_up"]:
         log.warning("%s: %s; PRECISION=%s serves %s", name, said["time_up"], asked, said["chosen"])

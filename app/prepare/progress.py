@@ -1,6 +1,7 @@
 """How far preparing a network of lower precision has come, for people to see, and when its time is up."""
 import logging
 import math
+import os
 import sys
 import time
 
@@ -27,7 +28,8 @@ class Progress:
             self.close()
             self.step = step
             if sys.stderr.isatty():
-                self.bar = tqdm(total=total, desc=step, leave=False)
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # with 0, tqdm would draw nothing
+                self.bar = tqdm(total=total, desc=step, leave=False, ncols=columns, nrows=20)
             else:
                 log.info("%s", step)
         if self.bar is not None:

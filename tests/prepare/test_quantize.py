@@ -20,7 +20,7 @@ from app.engine.preprocess import Preprocessing
 from app.errors import Deadline
 from app.model_loader import ModelError
 from app.prepare import bundles, costs, find, make, networks, precision, quantize, samples
-from app.prepare.progress import OutOfTime
+from app.prepare.progress import OutOfTime, Progress
 
 PHOTOS = ("chelsea", "coffee")
 
@@ -287,7 +287,7 @@ def test_a_cost_is_not_trusted_if_there_was_no_time_for_enough_pictures(tiny, se
     model, said = precision.choose(tiny, TINY, dataclasses.replace(settings, precision="int8", accuracy_limit=1.0))
     assert said["pictures"]["held_out"] == precision.AT_ONCE
     assert said["pictures"]["files"]["held_out"] == 2  # of three, which are looked at one after the other
-    assert (said["chosen"], said["trusted"], bundles.fastest_within(said, 1)) == ("int8", False, "fp32")
+    assert (said["chosen"], said["trusted"], bundles.fastest_within(said, 1)) == ("int8", False, ["fp32"])
     assert caplog.records[-1].message.endswith("used up while measuring on held-out pictures: 16 held-out pictures "
                                                "are too few to trust the cost; PRECISION=int8 serves int8")
 
@@ -313,6 +313,17 @@ def test_when_the_time_is_used_up_the_best_so_far_is_taken(tiny, tiny_int8, tiny
 def test_nncf_lets_pass_that_the_time_is_used_up(tiny, tiny_inputs):
     with pytest.raises(OutOfTime):
         quantize.quantize(tiny, tiny_inputs, ended)
+
+
+def test_progress_is_shown_on_a_terminal_that_does_not_say_how_wide_it_is(monkeypatch):
+    shown, terminal = os.openpty()
+    with open(shown, "rb", 0) as shown, open(terminal, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        progress = Progress()
+        progress("looking", 1, 2)
+        progress.close()
+        os.set_blocking(shown.fileno(), False)
+        assert b"looking: " in (shown.read(10_000) or b"")
 
 
 @pytest.mark.slow
@@ -465,6 +476,19 @@ def test_a_limit_that_changes_the_choice_has_the_bundle_made_again(settings, ask
     assert bundles.is_precision(manifest, now, None) is fits
 
 
+def test_costs_that_are_trusted_go_before_newer_ones_that_are_not(settings, tmp_path):
+    manifest = bundle.Manifest(*["efficientnet_lite0", "classification", "openvino"], *[{}] * 9)
+    manifest = dataclasses.replace(manifest, weights={"default": True, "labels_sha256": None})
+    not_trusted = {**SAID, "chosen": "fp32", "trusted": False}
+    for age, (name, said) in enumerate((("not trusted", not_trusted), ("known", SAID))):
+        folder = tmp_path / "bundles" / name
+        folder.mkdir(parents=True)
+        bundles.save_manifest(folder, dataclasses.replace(manifest, quantization=said))
+        os.utime(folder / "manifest.json", (0, -age))
+    auto = dataclasses.replace(settings, precision="auto", accuracy_limit=0.01, model_dir=tmp_path)
+    assert bundles.find(auto, "efficientnet_lite0", "openvino").name == "known"
+
+
 @pytest.mark.parametrize(("there", "here", "chosen", "fits"), [
     (True, False, "int8", False), (True, False, "bf16", True), (False, False, "int8", True),
     (False, True, "int8", True), (True, True, "int8", True)])
@@ -478,7 +502,7 @@ def test_int8_of_a_processor_with_vnni_is_made_again_without(settings, monkeypat
 
 @pytest.mark.parametrize(("limit", "chosen"), [(0, "fp32"), (0.008, "bf16"), (0.02, "bf16"), (0.03, "int8")])
 def test_the_fastest_within_the_limit_is_chosen(limit, chosen):
-    assert bundles.fastest_within(SAID, limit) == chosen
+    assert bundles.fastest_within(SAID, limit) == [chosen]
 
 
 @pytest.mark.parametrize(("bf16", "int8", "chosen"), [
@@ -486,7 +510,19 @@ def test_the_fastest_within_the_limit_is_chosen(limit, chosen):
 def test_what_is_no_faster_is_not_worth_its_cost(bf16, int8, chosen):
     said = json.loads(json.dumps(SAID))
     said["precisions"]["bf16"]["images_per_second"], said["precisions"]["int8"]["images_per_second"] = bf16, int8
-    assert bundles.fastest_within(said, 1) == chosen
+    assert bundles.fastest_within(said, 1)[0] == chosen
+
+
+@pytest.mark.parametrize(("speed", "limit", "fits"), [
+    (20.5, 0.01, True), (20.5, 0.008, False), (18, 0.01, False)])
+def test_what_an_earlier_version_chose_is_kept_if_it_is_as_fast(settings, speed, limit, fits):
+    """It took the fastest one; bf16 is nearly as fast and costs less."""
+    said = json.loads(json.dumps({**SAID, "chosen": "int8"}))
+    said["precisions"]["int8"] |= {"cost": 0.009, "images_per_second": speed}
+    assert bundles.fastest_within(said, 0.01)[0] == "bf16"
+    manifest = dataclasses.replace(bundle.Manifest(*[None] * 12, quantization=said), engine="openvino")
+    auto = dataclasses.replace(settings, precision="auto", accuracy_limit=limit)
+    assert bundles.is_precision(manifest, auto, None) is fits
 
 
 def test_costs_by_hand():

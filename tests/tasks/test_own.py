@@ -21,6 +21,7 @@ from videos import numbered, write
 
 from app import create_app, own_class
 from app.config import Settings, StartError
+from app.prepare import prepared
 
 HEAD = """
 import time
@@ -612,6 +613,22 @@ def test_a_misspelt_module_is_found(tmp_path, monkeypatch, name, why):
         own_class.check(name)
     assert why in str(e.value)
     assert ("did you mean" in str(e.value)) == ("did you mean" in why)
+
+
+@pytest.mark.parametrize(("source", "meant"), [
+    ("class Total(OwnTask): ...\nclass Part: ...", "own_classes:Total"),
+    ("class A(own.OwnTask): ...\nclass B(OwnTask): ...", "own_classes:A or own_classes:B"),
+    ("import none", "own_classes:Class")])
+def test_a_module_without_its_class_is_found_before_the_architectures_are_listed(tmp_path, monkeypatch, source, meant):
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_classes", "resnet50"):
+        (tmp_path / f"{name}.py").write_text(source)
+    settings = Settings.parse({"MODEL_NAME": "own_classes", "MODEL_DIR": str(tmp_path)})
+    with pytest.raises(StartError, match="^own_classes cannot be served: own_classes.py is here, but its class is not "
+                                         rf"named; did you mean {meant}\?$"):
+        prepared(settings, "openvino")
+    own_class.check_architecture("resnet50")
+    own_class.check_architecture("nothing_like_it")
 
 
 @pytest.mark.parametrize("source", [
