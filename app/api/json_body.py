@@ -10,14 +10,14 @@ import urllib.parse
 from flask import current_app, g, request
 
 from app.api import uploads
-from app.api.long_texts import WHITE_SPACE, Text, in_utf8, left_out, marked, put_back, whole
+from app.api.long_texts import Text, in_utf8, left_out, marked, put_back, whole
 from app.errors import ServiceError, invalid_parameter
 from app.media.containers import MEDIA_TYPE
 
 LARGE, PIECE = 2**20, 2**18  # bytes of a body that is read in pieces; of one, each of which holds the GIL
 DATA_URL = re.compile(r"data:(?P<type>[^;,]*+)(?P<parameters>[^,]*+),", re.I)  # possessive: linear without a comma
 FILE_TYPE = re.compile(MEDIA_TYPE.pattern.replace("(image|video)", "(image|video|audio)"))
-URL_SAFE = bytes.maketrans(b"-_", b"+/")
+URL_SAFE, WHITE_SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f"
 
 
 def members():

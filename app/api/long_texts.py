@@ -14,7 +14,6 @@ LOOK = 2**18                # bytes to search or to read at once
 BESIDES = 2**20             # bytes of JSON besides long texts: so many, and LONG for each name and value
 IN_TEXT = re.compile(rb'(?:[^"\\]++|\\.)*+', re.S)
 WHOLE_ESCAPES = re.compile(rb'(?:[^\\]++|\\u[0-9A-Fa-f]{4}|\\[^u])*+', re.S)
-WHITE_SPACE = b" \t\r\n\v\f"
 MARK = os.urandom(16).hex()  # begins a text that stands for one that is left out
 
 
@@ -83,15 +82,18 @@ def in_utf8(text):
 
 
 def left_out(text, parts):
-    """(JSON without white space, [Text]): of JSON in UTF-8, with a mark for each long text. parts: how many lists,
+    """(JSON with little white space, [Text]): of JSON in UTF-8, with a mark for each long text. parts: how many lists,
     objects and members it has. Raises ValueError for what cannot be JSON, or has too much besides long texts."""
     kept, later, at, texts, left = [], [], 0, 0, BESIDES + (2 * LONG + 100) * parts
     while at < len(text) and left > 0:
         quote = text.find(b'"', at)
         quote = len(text) if quote < 0 else quote
         for start in range(at, quote, LOOK):
-            kept.append(text[start:min(start + LOOK, quote)].translate(None, WHITE_SPACE))
+            # A point on either side, so that white space at the ends stays: it may part two numbers.
+            kept.append(b" ".join((b"." + text[start:min(start + LOOK, quote)] + b".").split())[1:-1])
             left -= len(kept[-1])
+            if left <= 0:
+                raise ValueError
         at = end_of_text(text, quote, len(text))
         if at - quote > LONG:
             kept.append(b'"%s%d"' % (MARK.encode(), len(later)))

@@ -271,6 +271,8 @@ def sent_options():
         value = values[0] if values else None
         if isinstance(value, dict | list):
             raise invalid_parameter(name, "a single value", "a list" if isinstance(value, list) else "an object")
+        if request.is_json:
+            value = json_body.whole(value)  # a model of one's own may have an option with a name like `data`
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # 3.0 is an integer in JSON
         return value if value is None or isinstance(value, str) else json.dumps(value)

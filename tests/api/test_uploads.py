@@ -290,7 +290,7 @@ def test_large_json_is_what_json_reads(in_small_pieces, is_ascii, encoding):
 
 @pytest.mark.parametrize("body", [
     '{"a": "@}', '{"a": "@\\"}', '{"a": @}', '{"@": 1, "@": 2}', '["@"]', '{"a": "@" "b"}', '"@', '{"a": 1@}', "{}@",
-    '{"@": "\\x"}', '{"a": "@", "b": "\n"}'])
+    '{"@": "\\x"}', '{"a": "@", "b": "\n"}', '{"a": "@", "b": 1 2}', '{"a": "@", "b": 1' + " " * 61 + "2}"])
 def test_large_text_that_is_no_json_object(in_small_pieces, body):
     for much in ("a" * 999, '\\"' * 500, "\\\\" * 500):
         with pytest.raises(ServiceError) as caught:

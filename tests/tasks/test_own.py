@@ -199,6 +199,13 @@ def test_bad_text_and_options(serve, sent, status, message):
     assert response.json["message"].startswith(message)
 
 
+def test_a_long_option_in_large_json_whose_name_other_models_have_for_files(serve):
+    client = serve(ECHO.replace('"tail", 5', '"tail", 500').replace("tail", "data"), "Echo").test_client()
+    body = {"text": "x" * 2**20, "data": "y" * 400}
+    response = client.post("/predict", json=body)
+    assert response.text == f"{body['text']}|{body['data']}|0|1"
+
+
 def test_an_option_that_is_a_file(serve):
     client = serve(ECHO, "Echo").test_client()
     assert client.post("/predict", data={"text": "a", "attached": (io.BytesIO(b"123"), "x")}).text == "a||3|1"
