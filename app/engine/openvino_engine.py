@@ -133,9 +133,10 @@ class OpenVINOEngine:
 def unload_pages(weights):
     """Release the mapped pages that only loading needs: of the weights, which OpenVINO has repacked (of ResNet-50's 100
     MB it reads 3 MB again), and 22 MB of its own code. Does nothing except on Linux."""
+    its_name = f" {weights.resolve()}"
     try:
         with open("/proc/self/maps") as maps:
-            ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(f" {weights.resolve()}")
+            ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(its_name)
                       or " r-xp " in line and "/openvino/libs/" in line]
     except OSError:
         return

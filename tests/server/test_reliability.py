@@ -209,14 +209,14 @@ def test_worker_that_cannot_load_does_not_take_the_others_along(start_service, m
 
 
 def test_sigterm_drains_and_finishes_what_is_in_flight(start_service):
-    service = start_service(DRAIN_SECONDS="4", FINISH_SECONDS="30").wait_ready()
+    service = start_service(DRAIN_SECONDS="8", FINISH_SECONDS="30").wait_ready()
     with Load(service.url, 4, pause_s=0.02) as load:
         wait_until(lambda: load.answers, 30)
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: requests.get(service.url + "/health").status_code == 503, 4)
+        wait_until(lambda: requests.get(service.url + "/health").status_code == 503, 8)
         assert requests.get(service.url + "/health").json()["reason"] == "draining"
         before = len(load.answers)
-        wait_until(lambda: len(load.answers) > before + 4, 4)  # and then the load balancer turns away
+        wait_until(lambda: len(load.answers) > before + 4, 8)  # and then the load balancer turns away
     assert service.process.wait(60) == 0
     assert set(load.answers) == {(200, "tiger cat")}
     assert not load.errors
