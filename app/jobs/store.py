@@ -270,7 +270,8 @@ class Store:
                 continue
             state, values = after_loss(row, self.optional.job_timeout, valid[1])
             where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
-            with self.database.begin() as connection:
+            # Where one cannot write at once, others could perhaps not renew their leases, and come first.
+            with self.database.begin(RENEW_EVERY_S) as connection:
                 if state == "queued":
                     done = connection.execute(update(jobs).where(*where).values(
                         **AGAIN, dispatched_at=None, losses=jobs.c.losses + 1)).rowcount

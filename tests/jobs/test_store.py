@@ -18,6 +18,7 @@ from sqlalchemy import event, select, update
 from sqlalchemy.exc import OperationalError
 
 from app.config import Settings
+from app.data import database as database_module
 from app.data.database import Database
 from app.data.schema import deliveries, jobs, workers
 from app.data.storage import Own
@@ -297,6 +298,26 @@ def test_backlog_is_counted_with_its_age(store):
     number, seconds = found["short", "queued"]
     assert number == 2
     assert 49 < seconds < 80
+
+
+def test_no_worker_is_given_up_while_nobody_can_renew_a_lease(store, optional, monkeypatch):
+    if not store.database.is_sqlite:
+        pytest.skip("PostgreSQL has many writers at a time")
+    monkeypatch.setattr(database_module, "LOCK_WITHIN_S", 60)
+    for name in ("LEASE_S", "JUMP_S"):  # however slow this machine is
+        monkeypatch.setattr(upkeep_module, name, 3600)
+    upkeep, job_id = Upkeep(optional, store.database, store, None, None, "i"), added(store)
+    claim(store, job_id, "elsewhere/1")
+    set_columns(store, job_id, lease_until=time.time() - 1)
+    upkeep.leases_count_from, started = 0, time.monotonic()
+    with store.database.begin(), pytest.raises(OperationalError, match="locked"):
+        upkeep.find_lost()
+    assert time.monotonic() < started + 40  # or else it would be there when the lock is free again
+    upkeep.find_lost()
+    assert store.get(job_id, "")["state"] == "running"
+    upkeep.leases_count_from = 0
+    upkeep.find_lost()
+    assert store.get(job_id, "")["state"] == "queued"
 
 
 def test_next_job_is_read_from_an_index(store):
