@@ -19,6 +19,7 @@ CONNECT_WITHIN_S = 2
 STATEMENT_WITHIN_S = 3    # less than background.py waits, so that the reason is known
 LOCK_WITHIN_S = 8         # of SQLite, which has one writer at a time; less than submitting and leases wait
 LOCK_TRY_MS = 20          # after which SQLite's pauses between its tries get long
+LOCKED = "database is locked"  # also while another process mends the file after one was killed
 MIGRATE_WITHIN_S = 600
 LOCK_NUMBER = 0x6D6F6465  # of PostgreSQL's advisory lock around migrations
 POOL = 4                  # connections per process
@@ -56,11 +57,12 @@ class Database:
             event.listen(self.engine, "do_connect", postgres.connect)
 
     @contextlib.contextmanager
-    def begin(self, lock_within_s=LOCK_WITHIN_S):
+    def begin(self, lock_within_s=None):
         """A connection in a transaction, which is committed at the end of the block. lock_within_s: how long it waits
-        for SQLite's other writers."""
+        for SQLite's other writers, if not for LOCK_WITHIN_S."""
         self.migrate()
-        with self.engine.connect().execution_options(lock_within_s=lock_within_s) as connection, connection.begin():
+        options = {"lock_within_s": LOCK_WITHIN_S if lock_within_s is None else lock_within_s}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
@@ -135,7 +137,7 @@ class Database:
 def was_too_slow(error):
     """Whether the database has ended a statement because it took too long, or others wrote for too long."""
     cause = getattr(error, "orig", None)
-    return type(cause).__name__ == "QueryCanceled" or str(cause) in ("interrupted", "database is locked")
+    return type(cause).__name__ == "QueryCanceled" or str(cause) in ("interrupted", LOCKED)
 
 
 def had_no_connection(error):
@@ -182,10 +184,8 @@ def begin(connection):
             try:
                 raw.execute("BEGIN IMMEDIATE")
                 break
-            except sqlite3.OperationalError as e:
-                if e.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                    raise
-                if time.monotonic() > until:
+            except sqlite3.Error as e:  # SQLAlchemy does not make it one of its own here, as of other statements
+                if str(e) != LOCKED or time.monotonic() > until:
                     raise sqlalchemy.exc.OperationalError("BEGIN IMMEDIATE", None, e) from e
     finally:
         raw.execute(f"PRAGMA busy_timeout = {1000 * LOCK_WITHIN_S}")

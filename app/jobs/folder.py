@@ -24,20 +24,22 @@ class Channel(filesystem.Channel):
             raise ChannelError(f"cannot add {path}: {e}") from e
 
     def _get(self, queue):
-        """Any message of the queue: each leads to the job whose turn it is."""
+        """Any message of the queue: each leads to the job whose turn it is. One that cannot be taken keeps no other
+        from being taken."""
+        failure = None
         with os.scandir(self.data_folder_in) as entries:
             for entry in entries:
                 if entry.name.partition(".")[2] == f"{queue}.msg":
                     path = Path(entry.path)
                     try:
-                        payload = path.read_text()
+                        payload = path.read_bytes()
                         path.unlink()
-                    except FileNotFoundError:  # another process was first
-                        continue
+                        return loads(payload)
+                    except (FileNotFoundError, ValueError):  # another process was first; or a power cut damaged it,
+                        continue                             # and the upkeep sends it again
                     except OSError as e:
-                        raise ChannelError(f"cannot take {path}: {e}") from e
-                    return loads(payload)
-        raise Empty
+                        failure = ChannelError(f"cannot take {path}: {e}")
+        raise failure or Empty
 
 
 class Transport(filesystem.Transport):

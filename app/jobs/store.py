@@ -38,7 +38,7 @@ LEASE_S = 10               # a worker that has not renewed its lease for so long
 RENEW_EVERY_S = 1          # which is also when a worker sees that its job has been cancelled
 MESSAGE_LOST_AFTER_S = 10  # of a queued job, if the broker's queue is empty
 SEND_AGAIN_AFTER_S = 300   # if it is not
-AT_ONCE = 100              # jobs that one sweep changes at most
+AT_ONCE = 100              # jobs that one sweep changes at most, of each kind
 REMOVE_FOR_S = 0.2         # until others may write to SQLite: it takes 0.1 s to remove some large results
 
 STORAGE_AWAY_AT_MOST_S = 3600  # since the job was accepted
@@ -270,7 +270,8 @@ class Store:
                 continue
             state, values = after_loss(row, self.optional.job_timeout, valid[1])
             where = [*running(row.id, row.attempt), jobs.c.lease_until == row.lease_until]
-            with self.database.begin() as connection:
+            # Where one cannot write at once, others could perhaps not renew their leases, and come first.
+            with self.database.begin(RENEW_EVERY_S) as connection:
                 if state == "queued":
                     done = connection.execute(update(jobs).where(*where).values(
                         **AGAIN, dispatched_at=None, losses=jobs.c.losses + 1)).rowcount
@@ -299,7 +300,7 @@ class Store:
             return []
         with self.database.begin() as connection:
             return [tuple(row) for row in connection.execute(
-                update(jobs).where(jobs.c.id.in_(ids[:AT_ONCE]), is_queued, or_(*lost)).values(
+                update(jobs).where(jobs.c.id.in_(ids), is_queued, or_(*lost)).values(
                     dispatched_at=now, dispatches=jobs.c.dispatches + 1).returning(jobs.c.id, jobs.c.queue))]
 
     def not_sent(self, ids):

@@ -15,6 +15,7 @@ from app.server import counters, logs
 from app.server.counters import key
 
 TURN_S = 0.5
+PAUSE_S = 0.05            # between two transactions: as long as others need to see that SQLite's lock is free
 GRACE_S = 3 * RENEW_EVERY_S
 JUMP_S = 2                # by which a clock may go wrong before that is noticed
 JOB_ID = "[0-9a-f]{32}"   # whatever else lies in the storage is not ours
@@ -126,7 +127,7 @@ class Upkeep:
             counters.own.set(key(name, *labels), value)
 
     def expire(self):
-        while self.store.expire() and not self.stopping.is_set():
+        while self.store.expire() and not self.stopping.wait(PAUSE_S):
             pass
 
     def forget(self):

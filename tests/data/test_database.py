@@ -260,6 +260,38 @@ def test_many_writers_that_wait_leave_connections_to_readers(tmp_path):
     database.close()
 
 
+# Like one that was killed in the middle of a change, and like one that mends the file then.
+MENDING = """import fcntl, sys
+with open(sys.argv[1], "r+b") as index:
+    fcntl.lockf(index, fcntl.LOCK_EX, 3, 120)
+    index.write(bytes(8))
+    index.flush()
+    print("mending", flush=True)
+    sys.stdin.read()"""
+
+
+def test_a_writer_waits_while_the_file_is_mended_and_other_failures_are_those_of_statements(tmp_path):
+    """Those who write catch SQLAlchemyError."""
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    with database.begin() as connection:
+        connection.execute(insert(deliveries), [row(1)])
+    with subprocess.Popen([sys.executable, "-c", MENDING, tmp_path / "service.db-shm"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as mending:
+        assert mending.stdout.readline()
+        with pytest.raises(sqlalchemy.exc.OperationalError) as e, database.begin(0.1):
+            pass
+        assert was_too_slow(e.value)
+        mending.stdin.close()
+    with database.begin() as connection:
+        connection.execute(insert(deliveries), [row(2)])
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+    with pytest.raises(sqlalchemy.exc.OperationalError, match="readonly") as e, database.begin():
+        pass
+    assert not was_too_slow(e.value)
+    assert count(database) == 2
+    database.close()
+
+
 def test_a_statement_that_takes_too_long_is_ended(url, monkeypatch):
     monkeypatch.setattr(module, "STATEMENT_WITHIN_S", 1)
     database = Database(url)

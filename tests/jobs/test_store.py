@@ -13,10 +13,12 @@ from queue import Empty
 
 import pytest
 from conftest import ROOT
+from kombu.exceptions import ChannelError
 from sqlalchemy import event, select, update
 from sqlalchemy.exc import OperationalError
 
 from app.config import Settings
+from app.data import database as database_module
 from app.data.database import Database
 from app.data.schema import deliveries, jobs, workers
 from app.data.storage import Own
@@ -298,6 +300,26 @@ def test_backlog_is_counted_with_its_age(store):
     assert 49 < seconds < 80
 
 
+def test_no_worker_is_given_up_while_nobody_can_renew_a_lease(store, optional, monkeypatch):
+    if not store.database.is_sqlite:
+        pytest.skip("PostgreSQL has many writers at a time")
+    monkeypatch.setattr(database_module, "LOCK_WITHIN_S", 60)
+    for name in ("LEASE_S", "JUMP_S"):  # however slow this machine is
+        monkeypatch.setattr(upkeep_module, name, 3600)
+    upkeep, job_id = Upkeep(optional, store.database, store, None, None, "i"), added(store)
+    claim(store, job_id, "elsewhere/1")
+    set_columns(store, job_id, lease_until=time.time() - 1)
+    upkeep.leases_count_from, started = 0, time.monotonic()
+    with store.database.begin(), pytest.raises(OperationalError, match="locked"):
+        upkeep.find_lost()
+    assert time.monotonic() < started + 40  # or else it would be there when the lock is free again
+    upkeep.find_lost()
+    assert store.get(job_id, "")["state"] == "running"
+    upkeep.leases_count_from = 0
+    upkeep.find_lost()
+    assert store.get(job_id, "")["state"] == "queued"
+
+
 def test_next_job_is_read_from_an_index(store):
     """In its order, so that the number of jobs that wait does not matter."""
     if not store.database.is_sqlite:
@@ -351,6 +373,15 @@ def test_message_is_sent_again_only_where_one_is_missing(store):
     assert store.due({"short": 0, "long": 0}) == [(second, "short")]
 
 
+def test_many_lost_messages_of_short_jobs_delay_no_long_one(store, monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 2)
+    short, long = [added(store) for _ in range(3)], added(store, queue="long")
+    for job_id in (*short, long):
+        set_columns(store, job_id, dispatched_at=time.time() - 60)
+    found = store.due({"short": 0, "long": 0})
+    assert sorted(queue for _, queue in found) == ["long", "short", "short"]
+
+
 def test_there_is_room_for_so_many_jobs_and_so_many_bytes(store):
     ids = [added(store) for _ in range(8)]
     with pytest.raises(ServiceError, match="too many unfinished jobs; try"):
@@ -394,6 +425,18 @@ def test_others_may_write_while_large_results_are_removed(store, monkeypatch):
     assert [store.expire() for _ in range(4)] == [1, 1, 1, 0]
 
 
+def test_others_get_the_lock_between_two_removals(store, optional, monkeypatch):
+    """SQLite's waiters look for it every few milliseconds: without a pause, they would hardly ever find it free."""
+    upkeep, pauses = Upkeep(optional, store.database, store, None, None, "i"), []
+    monkeypatch.setattr(upkeep.stopping, "wait", pauses.append)
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    for _ in range(2):
+        set_columns(store, added(store), state="succeeded", expires_at=1.0)
+    upkeep.expire()
+    assert pauses == [upkeep_module.PAUSE_S] * 2
+    assert store.expire() == 0
+
+
 def test_upkeep_removes_files_of_jobs_alone(store, optional, tmp_path):
     """Whatever others keep in the same storage: names of 32 digits are often those of files by their MD5."""
     storage = Own(store.database, optional)
@@ -429,19 +472,32 @@ def test_message_in_the_brokers_folder_is_taken_by_one(tmp_path, monkeypatch):
     broker = Broker(Settings.parse({"JOBS": "on", "DATA_DIR": str(tmp_path)}).optional)
     for queue in ("short", "short", "long"):
         broker.publish("0" * 32, queue)
-    read_text = Path.read_text
+    read_bytes = Path.read_bytes
 
     def read_while_another_takes_it(path):
-        text = read_text(path)
+        data = read_bytes(path)
         path.unlink()
         monkeypatch.undo()
-        return text
-    monkeypatch.setattr(Path, "read_text", read_while_another_takes_it)
+        return data
+    monkeypatch.setattr(Path, "read_bytes", read_while_another_takes_it)
     with broker.celery.connection_for_read() as connection:
         assert connection.default_channel._get("short")["headers"]["task"] == "jobs.run"
         with pytest.raises(Empty):
             connection.default_channel._get("short")
     assert broker.waiting() == {"short": 0, "long": 1}
+
+
+def test_message_that_cannot_be_taken_keeps_no_other_from_it(tmp_path):
+    broker = Broker(Settings.parse({"JOBS": "on", "DATA_DIR": str(tmp_path)}).optional)
+    broker.publish("0" * 32, "short")
+    for number, damage in enumerate((b"", b"\xff")):  # as a power cut may leave it
+        (tmp_path / f"queue/{number}.short.msg").write_bytes(damage)
+    (tmp_path / "queue/2.short.msg").mkdir()
+    with broker.celery.connection_for_read() as connection:
+        assert connection.default_channel._get("short")["headers"]["task"] == "jobs.run"
+        with pytest.raises(ChannelError, match=r"2\.short\.msg"):
+            connection.default_channel._get("short")
+    assert broker.waiting() == {"short": 1, "long": 0}
 
 
 def test_damaged_file_in_the_brokers_folder_is_mended(tmp_path):
