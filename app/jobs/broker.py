@@ -3,6 +3,7 @@ import collections
 import contextlib
 import json
 import os
+import time
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -13,6 +14,7 @@ QUEUES = ("short", "long")
 TASK = "jobs.run"
 PUBLISH_WITHIN_S = 2    # each step of it
 POLL_S = 0.02           # how often a worker looks into the folder
+PART_AFTER_S = 600      # after which nobody is still writing a message
 
 
 class Broker:
@@ -54,8 +56,12 @@ class Broker:
                     raise ConnectionError(f"the broker is away: {e}") from e
 
     def remove_damaged(self):
-        """Remove the files that say which queues there are, if they were not written to their end; kombu writes them
-        anew."""
+        """Remove messages that a killed process left in part, and the files that say which queues there are, if they
+        were not written to their end; kombu writes them anew."""
+        for path in self.folder.glob("*.part") if self.folder else ():
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - PART_AFTER_S:
+                    path.unlink()
         for path in (self.folder / "control").glob("*.exchange") if self.folder else ():
             with contextlib.suppress(OSError):
                 try:

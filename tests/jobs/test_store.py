@@ -507,8 +507,14 @@ def test_damaged_file_in_the_brokers_folder_is_mended(tmp_path):
     broker.publish("0" * 32, "short")
     assert broker.waiting() == {"short": 1, "long": 0}
     damaged.write_bytes(b"[")
+    left, being_written = tmp_path / "queue/1.short.msg.part", tmp_path / "queue/2.short.msg.part"
+    for part in (left, being_written):
+        part.touch()
+    os.utime(left, (0, 0))
     Broker(optional)
     assert not damaged.exists()
+    assert not left.exists()
+    assert being_written.exists()
 
 
 def test_process_whose_supervisor_is_gone_ends(tmp_path):
