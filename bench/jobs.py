@@ -17,7 +17,9 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -49,6 +51,7 @@ def variables_of(engine, folder, servers):
 class Workers:
     def __init__(self, count, variables, log):
         self.count, self.port = count, services.free_port()
+        self.database = Path(variables["DATA_DIR"], "service.db")  # there is none with PostgreSQL
         self.process = subprocess.Popen(
             [sys.executable, "-m", "app", "worker"], cwd=services.ROOT, stdout=log, stderr=log, start_new_session=True,
             env=services.environment({**variables, "SHORT_WORKERS": str(count), "WORKER_PORT": str(self.port),
@@ -74,9 +77,29 @@ class Workers:
         for pid in self.nodes():
             os.kill(pid, number)
 
+    def pause(self):
+        """Not while one of them holds SQLite's write lock, for which the service would wait."""
+        self.signal(signal.SIGSTOP)
+        time.sleep(0.05)  # until they have stopped
+        while self.database.exists() and is_locked(self.database):
+            self.signal(signal.SIGCONT)
+            time.sleep(0.05)
+            self.signal(signal.SIGSTOP)
+            time.sleep(0.05)
+
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
+
+
+def is_locked(database):
+    with contextlib.closing(sqlite3.connect(database, timeout=0, isolation_level=None)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        connection.execute("ROLLBACK")
+        return False
 
 
 def jobs_per_second(url, workers, pictures, number):
@@ -87,7 +110,7 @@ def jobs_per_second(url, workers, pictures, number):
         answer = session.post(url + "/jobs", files={"file": ("a.jpg", pictures[i % len(pictures)])}, timeout=30)
         assert answer.status_code == 202, answer.text
         return answer.json()["id"]
-    workers.signal(signal.SIGSTOP)
+    workers.pause()
     started = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(SUBMITTERS) as pool:
         ids = list(pool.map(submit, range(number)))
@@ -117,6 +140,7 @@ def main():
     for name, experiment in (("jobs", jobs), ("history", history), ("tracing", tracing), ("off", off)):
         if arguments.only in (None, name):
             experiment(arguments, folder, files)
+    shutil.rmtree(folder)  # with its logs, unless something failed
 
 
 @contextlib.contextmanager
