@@ -122,8 +122,8 @@ def why_none(error, name, progress):
         return time_up(progress, f"{name} is too slow here for int8")
     if isinstance(error, QuantizeError):
         return str(error)
-    return (f"NNCF cannot quantize {name}: {type(error).__name__}: "
-            + (str(error).strip() or "no reason given").splitlines()[0])
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from src/")]
+    return f"{name} cannot be quantized: {type(error).__name__}: {(lines or ['no reason given'])[0].strip()}"
 
 
 def time_up(progress, consequence):

@@ -128,8 +128,8 @@ def within(int8, model, choosing, limit, classifies, progress):
 
 
 def ranked(int8, model, names, choosing, reference, classifies, progress):
-    """The names of the most sensitive layers, at most MOST_RESTORED of all, by falling cost; those that RANKING_S was
-    too short for come last."""
+    """The names of the most sensitive layers, at most MOST_RESTORED of all, by falling cost; those that OpenVINO cannot
+    calculate at int8 among others at fp32 come first, those that RANKING_S was too short for last."""
     picked = np.linspace(0, len(choosing) - 1, min(RANKED_BY, len(choosing))).astype(int)
     inputs, reference = [choosing[i] for i in picked], reference[picked]
 
@@ -142,6 +142,9 @@ def ranked(int8, model, names, choosing, reference, classifies, progress):
     for i, name in enumerate(names):
         if time.process_time() > end:
             break
-        found[name] = divergence([other for other in names if other != name])
+        try:
+            found[name] = divergence([other for other in names if other != name])
+        except RuntimeError:  # OpenVINO cannot compile it
+            found[name] = math.inf
         progress("measuring how sensitive each layer is", i + 1, len(names))
     return sorted(names, key=lambda name: -found[name])[:max(1, int(MOST_RESTORED * len(names)))]

@@ -310,6 +310,27 @@ def test_when_the_time_is_used_up_the_best_so_far_is_taken(tiny, tiny_int8, tiny
     assert len(quantize.layers_of(model)) == 10 - restored
 
 
+def test_a_layer_that_openvino_cannot_calculate_at_int8_is_restored_first(tiny, tiny_int8, tiny_inputs, monkeypatch):
+    """As oneDNN limited to AVX2 cannot multiply fp32 by int8."""
+    compiled, failing = costs.compiled, [*quantize.layers_of(tiny_int8)][-1]
+
+    def limited(model, *arguments):
+        if [*quantize.layers_of(model)] == [failing]:
+            raise RuntimeError("could not create a primitive descriptor")
+        return compiled(model, *arguments)
+    monkeypatch.setattr(costs, "compiled", limited)
+    restored = quantize.within(tiny_int8, tiny, tiny_inputs, 0, False, lambda *progress: None)[2]
+    assert restored[0] == failing
+    assert len(restored) == 5
+
+
+def test_why_a_network_cannot_be_quantized_leaves_out_where_openvino_says_so():
+    error = RuntimeError("Exception from src/inference/src/cpp/core.cpp:117:\n"
+                         "Exception from src/inference/src/dev/plugin.cpp:54:\ncould not create a primitive\n\n")
+    assert precision.why_none(error, "resnet50", Progress()) == (
+        "resnet50 cannot be quantized: RuntimeError: could not create a primitive")
+
+
 def test_nncf_lets_pass_that_the_time_is_used_up(tiny, tiny_inputs):
     with pytest.raises(OutOfTime):
         quantize.quantize(tiny, tiny_inputs, ended)
@@ -408,8 +429,8 @@ def test_auto_goes_on_where_nncf_fails(ocean_alone, monkeypatch, caplog):
     said = made(auto).quantization
     assert "int8" not in said["precisions"]
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
-        "PRECISION=auto goes on without int8, as NNCF cannot quantize ocean: InternalError: no such operation"]
-    with pytest.raises(StartError, match="^NNCF cannot quantize ocean: InternalError: no such operation$"):
+        "PRECISION=auto goes on without int8, as ocean cannot be quantized: InternalError: no such operation"]
+    with pytest.raises(StartError, match="^ocean cannot be quantized: InternalError: no such operation$"):
         make(dataclasses.replace(auto, precision="int8", accuracy_limit=1e-9), "openvino")
 
 
