@@ -25,41 +25,47 @@ def docs(chromium, service):
     return chromium
 
 
+def shown(parent, selector):
+    """The element, once it is there: Swagger UI draws an operation bit by bit."""
+    wait(parent, lambda: find_all(parent, selector))
+    return find(parent, selector)
+
+
 def opened(browser, selector):
     """The operation, unfolded."""
-    operation = find(browser, selector)
-    browser.execute_script("arguments[0].click()", find(operation, ".opblock-summary-control"))
-    wait(browser, lambda: find_all(operation, ".execute"))
+    operation = shown(browser, selector)
+    browser.execute_script("arguments[0].click()", shown(operation, ".opblock-summary-control"))
+    shown(operation, ".execute")
     return operation
 
 
 def choose_type(operation, media_type):
-    find(operation, f'select[aria-label="Request content type"] option[value="{media_type}"]').click()
+    shown(operation, f'select[aria-label="Request content type"] option[value="{media_type}"]').click()
 
 
 def executed(browser, operation):
     """(status, body) of the answer that it shows."""
-    browser.execute_script("arguments[0].click()", find(operation, ".execute"))
-    wait(browser, lambda: find_all(operation, ".live-responses-table .response-col_status"))
+    browser.execute_script("arguments[0].click()", shown(operation, ".execute"))
+    shown(operation, ".live-responses-table tbody .response-col_status")
     # As text of the page, a long answer would be cut off.
-    body = find(operation, ".live-responses-table .highlight-code code").get_attribute("textContent")
-    return int(find(operation, ".live-responses-table tbody .response-col_status").text.split()[0]), json.loads(body)
+    body = shown(operation, ".live-responses-table .highlight-code code").get_attribute("textContent")
+    return int(shown(operation, ".live-responses-table tbody .response-col_status").text.split()[0]), json.loads(body)
 
 
 def test_a_file_is_answered_as_curl_is_and_nothing_else_is_sent(docs, service, tmp_path):
     clip = tmp_path / "clip.webm"
     clip.write_bytes(write(pan_over(np.asarray(photo("chelsea")), 20), format="webm", codec="libvpx"))
     operation = opened(docs, PREDICT)
-    find(operation, 'input[type="file"]').send_keys(str(clip))
+    shown(operation, 'input[type="file"]').send_keys(str(clip))
     status, body = executed(docs, operation)
     assert status == 200
-    assert find(operation, ".request-url").text == f"Request URL\n{service.url}/predict"
+    assert shown(operation, ".request-url").text == f"Request URL\n{service.url}/predict"
     by_curl = json.loads(subprocess.check_output([need("curl"), "-sF", f"file=@{clip}", f"{service.url}/predict"]))
     assert body["predictions"] == by_curl["predictions"]
     frames = [frame["index"] for frame in by_curl["metadata"]["frames"]]
     assert [frame["index"] for frame in body["metadata"]["frames"]] == frames
     # The command that it shows does the same.
-    command = shlex.split(find(operation, ".curl-command .curl").get_attribute("textContent").replace("\\\n", " "))
+    command = shlex.split(shown(operation, ".curl-command .curl").get_attribute("textContent").replace("\\\n", " "))
     assert [word for word in command if word.startswith("file=")] == ["file=@clip.webm;type=video/webm"]
     assert command.count("-F") == 1
 
@@ -67,13 +73,13 @@ def test_a_file_is_answered_as_curl_is_and_nothing_else_is_sent(docs, service, t
 @pytest.mark.slow
 def test_an_option_is_sent_once_it_is_chosen(docs):
     operation = opened(docs, PREDICT)
-    find(operation, 'tr[data-param-name="top_k"] input').send_keys("2", Keys.TAB)
-    find(operation, 'tr[data-param-name="embedding"] select option[value="true"]').click()
-    find(operation, 'input[type="file"]').send_keys(str(CAT))
+    shown(operation, 'tr[data-param-name="top_k"] input').send_keys("2", Keys.TAB)
+    shown(operation, 'tr[data-param-name="embedding"] select option[value="true"]').click()
+    shown(operation, 'input[type="file"]').send_keys(str(CAT))
     status, body = executed(docs, operation)
     assert (status, len(body["predictions"])) == (200, 2)
     assert len(body["metadata"]["embedding"]) > 100
-    assert find(operation, ".request-url").text.endswith("/predict?top_k=2&embedding=true")
+    assert shown(operation, ".request-url").text.endswith("/predict?top_k=2&embedding=true")
 
 
 @pytest.mark.slow
@@ -81,8 +87,9 @@ def test_an_option_is_sent_once_it_is_chosen(docs):
 def test_the_json_body_works_as_it_stands(docs, name):
     operation = opened(docs, name)
     choose_type(operation, "application/json")
+    wait(docs, lambda: any(text.get_property("value") for text in find_all(operation, "textarea")))
     if name == INFER:
-        find(operation, 'tr[data-param-name="name"] input').send_keys("efficientnet_lite0", Keys.TAB)
+        shown(operation, 'tr[data-param-name="name"] input').send_keys("efficientnet_lite0", Keys.TAB)
     status, body = executed(docs, operation)
     assert status == 200, body
 
@@ -109,7 +116,7 @@ def test_a_phone_shows_every_operation_without_scrolling_sideways(docs):
     for control in find_all(docs, ".opblock-summary-control"):
         docs.execute_script("arguments[0].click()", control)
     wait(docs, lambda: len(find_all(docs, ".execute")) == len(find_all(docs, ".opblock")))
-    operation = find(docs, BATCH)
+    operation = shown(docs, BATCH)
     choose_type(operation, "application/json")
     executed(docs, operation)
     assert not scrolls_sideways(docs)
